@@ -1,0 +1,51 @@
+"""Augmentation on the device: uint8 images in, normalised float views out; one file per recipe.
+
+A recipe is a module with a `Config` and `views(config, x, draws) -> Tensor`, x being (N, C, H, W) float in 0..1.
+"""
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sslcells.augment._draws import Draws
+from sslcells.config import Recipe
+
+
+class Augment:
+    """A recipe at work: one call makes all views of a batch, every view of every image with its own random numbers."""
+
+    def __init__(self, config: Recipe, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.config = config
+        self._views = importlib.import_module(f"sslcells.augment.{config.recipe}").views  # type: ignore[attr-defined]
+        self.normalisation = tuple(mean), tuple(std)
+        self._mean = torch.tensor(mean)[:, None, None]
+        self._std = torch.tensor(std)[:, None, None]
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, image: Tensor, *, seed: int, step: int, views: int) -> Tensor:
+        """(B, C, H, W) uint8 and image ids (B,) → (V·B, C, S, S) float32, view-major, normalised.
+
+        The views of an image depend on (seed, step, its id) alone: not on the rank, the batch, or what came before.
+        """
+        draws = Draws(seed, step, image, views)
+        x = (pixels.float() / 255).repeat(views, 1, 1, 1)
+        return self._normalised(self._views(self.config, x, draws))
+
+    @torch.no_grad()
+    def plain(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 → (B, C, S, S) float32: resized and normalised, nothing random."""
+        return self._normalised(resized(pixels.float() / 255, self.config.size))
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        self._mean, self._std = self._mean.to(x.device), self._std.to(x.device)
+        return (x - self._mean) / self._std
+
+
+def resized(x: Tensor, size: int) -> Tensor:
+    """(N, C, H, W) → (N, C, size, size), smoothed where it shrinks."""
+    if x.shape[-2:] == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)

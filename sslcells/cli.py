@@ -1,0 +1,100 @@
+"""Command line: `sslcells <command>`, also as `accelerate launch -m sslcells.train`."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sslcells import __version__, distributed
+from sslcells.config import ConfigError, Run, dump, load
+from sslcells.data import DataError
+from sslcells.plan import TrainingError, consequences
+from sslcells.train import train
+
+DEBUG = {"name": "debug", "train": {"steps": 5, "workers": 0, "compile": False}, "log": {"every": 1, "tracker": "none"}}
+"""What --debug changes: few steps, one process, nothing in the background."""
+
+_TRAIN = """\
+Train an encoder. With no argument: SimCLR on synthetic blood cells, small enough for a laptop.
+
+  accelerate launch -m sslcells.train --config configs/simclr_bloodcells.yaml data.path=my/cells
+  sslcells train --config configs/simclr_bloodcells.yaml --check
+  sslcells train --debug method.name=triplet
+"""
+
+
+def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status: 0 done, 1 could not go on, 2 a mistake in what was asked for."""
+    parser = argparse.ArgumentParser(prog="sslcells", description="Self-supervised learning for cell images.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    raw = argparse.RawDescriptionHelpFormatter
+    sub = commands.add_parser("train", help="train an encoder", description=_TRAIN, formatter_class=raw)
+    sub.add_argument("--config", metavar="FILE", help="a recipe; see configs/")
+    sub.add_argument("--check", action="store_true", help="print the whole configuration, what follows from it; stop")
+    sub.add_argument("--debug", action="store_true", help="five steps in one process, checked and shown in detail")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args([command, *argv] if command else argv)
+    return _guarded(lambda: _train(args))
+
+
+def _train(args: argparse.Namespace) -> None:
+    overrides = list(args.overrides)
+    if args.debug:
+        overrides = [*_dotted(DEBUG), f"out={tempfile.mkdtemp(prefix='sslcells-')}", *overrides]
+    run = load(args.config, overrides)
+    if args.check:
+        report = f"{dump(run)}\n{consequences(run, distributed.launched_world())}"
+        print(report if distributed.launched_rank() == 0 else "", end="")
+    elif args.debug:
+        _debug(run)
+    else:
+        train(run)
+
+
+def _debug(run: Run) -> None:
+    """One process, deterministic, with anomaly detection, saying the shape of what passes each station."""
+    if distributed.launched_world() > 1:
+        raise ConfigError(f"--debug is for one process; {distributed.launched_world()} were launched")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def watch(station: str, x: Tensor) -> None:
+        low, high = x.min().item(), x.max().item()
+        print(f"  {station:8} {tuple(x.shape)!s:22} {x.dtype} on {x.device}, {low:.4g} to {high:.4g}")
+
+    with torch.autograd.set_detect_anomaly(True):
+        train(run, watch)
+
+
+def _guarded(command: Callable[[], None]) -> int:
+    """The exit status of a command; a mistake of the user's is told once, without a traceback."""
+    try:
+        command()
+    except ConfigError as error:
+        return _told(error, 2)
+    except (TrainingError, DataError) as error:
+        return _told(error, 1)
+    finally:
+        distributed.close()
+    return 0
+
+
+def _told(error: Exception, status: int) -> int:
+    """Print what every rank knows once, and what one rank knows with its number."""
+    rank = distributed.launched_rank()
+    if isinstance(error, DataError) and distributed.launched_world() > 1:
+        print(f"sslcells: rank {rank}: {error}", file=sys.stderr)
+    elif rank == 0:
+        print(f"sslcells: {error}", file=sys.stderr)
+    return status
+
+
+def _dotted(tree: Mapping[str, object], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for key, value in tree.items():
+        lines += _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}={value}"]
+    return lines

@@ -1,0 +1,300 @@
+"""The configuration of a run: one frozen typed tree, from YAML and `section.key=value` arguments.
+
+OmegaConf reads, merges and interpolates; pydantic checks. Every mistake is collected into one ConfigError that
+names the offending key and value and the nearest right one. Nothing here touches a device or a process group.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from yaml import YAMLError
+
+
+class ConfigError(Exception):
+    """A mistake of the user's in the configuration or the data it names; the message is all there is to show."""
+
+
+class Section(BaseModel):
+    """Base of every part of the tree: frozen, unknown keys refused, defaults checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class Plugin(NamedTuple):
+    """A section whose fields depend on a choice: `key` names a module of `package`, whose Config is the section."""
+
+    package: str
+    key: str
+    default: str
+
+    def names(self) -> list[str]:
+        """The choices: the modules of the package that declare a Config."""
+        folder = Path(next(iter(importlib.import_module(self.package).__path__)))
+        names = (module.name for module in pkgutil.iter_modules([str(folder)]))
+        return sorted(n for n in names if "\nclass Config(" in (folder / f"{n}.py").read_text(encoding="utf-8"))
+
+    def config(self, name: str) -> type[Section]:
+        """The Config of one choice."""
+        config: type[Section] = importlib.import_module(f"{self.package}.{name}").Config
+        return config
+
+
+PLUGINS = {
+    "data": Plugin("sslcells.data", "kind", "synthetic"),
+    "augment": Plugin("sslcells.augment", "recipe", "cells"),
+    "method": Plugin("sslcells.methods", "name", "simclr"),
+}
+
+
+def chosen(section: str) -> BeforeValidator:
+    """Validator of a plugin's section: looks the choice up, and lets its Config check the rest."""
+    plugin = PLUGINS[section]
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        name, names = str(value.get(plugin.key, plugin.default)), plugin.names()
+        if name not in names:
+            near = nearest(name, names)
+            raise ValueError(f"{plugin.key}={name!r} is not known{near}; there are: {', '.join(names)}")
+        return plugin.config(name).model_validate({plugin.key: name, **value})
+
+    return BeforeValidator(check)
+
+
+class Recipe(Section):
+    """What every augmentation recipe has."""
+
+    size: int = Field(48, ge=8)
+    """Height and width of the views, and of the images that are evaluated, in pixels."""
+
+
+class Model(Section):
+    """The encoder: a backbone from timm."""
+
+    backbone: str = "test_resnet"
+    """timm's name of the backbone, or `small_cnn` for MNIST-like images."""
+    args: dict[str, Any] = {}
+    """Further keyword arguments of timm.create_model, such as {drop_path_rate: 0.1}."""
+    stem: Literal["timm", "small"] = "timm"
+    """`small` replaces a ResNet's stem by a 3×3 convolution with stride 1 and no max-pool: for images under 64 px."""
+    pretrained: bool = False
+    """Start from timm's published weights."""
+    mean: tuple[float, ...] = (0.5,)
+    """Per channel, of pixels in 0..1; one value stands for all channels."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.25,)
+    """Per channel, of pixels in 0..1; one value stands for all channels."""
+
+
+class Optim(Section):
+    """The optimizer, from timm, and its schedule: linear warm-up, then cosine, both in global steps."""
+
+    name: str = "adamw"
+    """timm's name of the optimizer: adamw, sgd, lars, lamb, …"""
+    lr: float = Field(2e-3, gt=0)
+    """Peak learning rate, for the global batch as it is: nothing rescales it."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the last step."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Not applied to biases and normalisation parameters."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD and LARS; first beta of Adam-like optimizers is set by args."""
+    args: dict[str, Any] = {}
+    """Further keyword arguments of the optimizer."""
+    warmup_epochs: float = Field(1.0, ge=0)
+    """Length of the linear warm-up."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Gradients are scaled down to this global norm; none for no clipping."""
+
+
+class Train(Section):
+    """Size and numerics of the optimisation."""
+
+    global_batch: int = Field(256, ge=2)
+    """Images per optimizer step over all ranks."""
+    epochs: float = Field(16.0, gt=0)
+    """Passes over the training images."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; when given, it takes the place of `epochs`."""
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    """Mixed precision of the networks; losses are always computed in float32."""
+    channels_last: bool = True
+    """Memory format of images and convolutions."""
+    compile: bool = False
+    """torch.compile the encoder."""
+    sync_batchnorm: bool = True
+    """BatchNorm statistics over all ranks, where the device has it (CUDA)."""
+    workers: int = Field(1, ge=0)
+    """Data loader processes per rank."""
+    device: Literal["auto", "cpu"] = "auto"
+    """`cpu` trains on the CPU even where there is an accelerator."""
+
+
+class Checkpoint(Section):
+    """Saved states to go on from."""
+
+    every: int = Field(100, ge=1)
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = Field(2, ge=1)
+    """How many of the newest are kept."""
+
+
+class Log(Section):
+    """What is written while it trains."""
+
+    every: int = Field(10, ge=1)
+    """Steps between lines."""
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    """Besides the console and metrics.jsonl, which are always written."""
+    project: str = "sslcells"
+    """W&B project."""
+    entity: str | None = None
+    """W&B entity (user or team)."""
+    tags: tuple[str, ...] = ()
+    """W&B tags."""
+
+
+class Evaluate(Section):
+    """Figures about the encoder: before training, while it trains, and at the end."""
+
+    every: float = Field(4.0, gt=0)
+    """Epochs between evaluations."""
+    k: int = Field(20, ge=1)
+    """Neighbours that vote in the weighted kNN."""
+    temperature: float = Field(0.07, gt=0)
+    """Of the votes: weight exp(cosine / temperature), as in arXiv 1805.01978."""
+    batch: int = Field(256, ge=1)
+    """Images per rank and forward pass."""
+    max_images: int | None = Field(None, ge=2)
+    """At most this many images of each split, evenly spread; none for all."""
+    split: Literal["val", "test"] = "test"
+    """The labelled split that is asked for its neighbours in `train`; without one, train itself, leave-one-out."""
+
+
+class Run(Section):
+    """Everything that decides a run; equal trees give equal runs."""
+
+    name: str = Field("quickstart", pattern=r"^[\w.\-]+$")
+    """Name of the run, and of its folder."""
+    out: str = "runs"
+    """The run's folder is out/name."""
+    seed: int = Field(0, ge=0)
+    """Of the weights, the order of the images, and every augmentation."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest whole checkpoint of the run's folder; `never` refuses a folder that has one."""
+    data: Annotated[SerializeAsAny[Section], chosen("data")]
+    augment: Annotated[SerializeAsAny[Recipe], chosen("augment")]
+    model: Model = Model()
+    method: Annotated[SerializeAsAny[Section], chosen("method")]
+    optim: Optim = Optim()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    evaluate: Evaluate = Evaluate()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.out) / self.name
+
+    @model_validator(mode="after")
+    def _min_lr_below_lr(self) -> Self:
+        if self.optim.min_lr > self.optim.lr:
+            raise ValueError(f"optim.min_lr={self.optim.min_lr} is above optim.lr={self.optim.lr}")
+        return self
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """` (did you mean x?)`, or nothing where no name is near."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def load(file: str | None = None, overrides: Sequence[str] = ()) -> Run:
+    """The run that a YAML file and `section.key=value` overrides describe.
+
+    Raises:
+        ConfigError: with every mistake in one message.
+    """
+    tree = _merge(file, overrides)
+    try:
+        return Run.model_validate(tree)
+    except ValidationError as error:
+        mistakes = sorted({_explain(e, tree) for e in error.errors()})
+        where = f" in {file}" if file else ""
+        title = f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)} in the configuration{where}:"
+        raise ConfigError("\n".join([title, *(f"  {m}" for m in mistakes)])) from None
+
+
+def dump(run: Run) -> str:
+    """The whole tree as YAML; `load` reads it back equal."""
+    return OmegaConf.to_yaml(OmegaConf.create(run.model_dump(mode="json")))
+
+
+def _merge(file: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    parts: list[Any] = []
+    if file is not None:
+        if not Path(file).is_file():
+            near = [str(p) for p in sorted(Path(file).parent.glob("*.yaml"))] if Path(file).parent.is_dir() else []
+            raise ConfigError(f"--config {file}: no such file{nearest(file, near)}")
+        try:
+            parts.append(OmegaConf.load(file))
+        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config {file} is not readable YAML: {error}") from None
+        if not isinstance(parts[0], DictConfig):
+            raise ConfigError(f"--config {file} holds no sections: expected lines such as `data:` and `train:`")
+    wrong = [o for o in overrides if "=" not in o or o.startswith("=")]
+    if wrong:
+        raise ConfigError(f"not section.key=value: {', '.join(map(repr, wrong))}")
+    try:
+        merged = OmegaConf.merge(*parts, OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"the configuration cannot be read: {str(error).splitlines()[0]}") from None
+    assert isinstance(tree, dict)
+    for section in PLUGINS:
+        tree.setdefault(section, {})
+    return {str(k): v for k, v in tree.items()}
+
+
+def _explain(error: Any, tree: dict[str, Any]) -> str:
+    """One line for one of pydantic's errors, with the nearest right name where a name is wrong."""
+    path = [p for p in error["loc"] if p != "function-wrap"]
+    key = ".".join(map(str, path))
+    value = error["input"]
+    if error["type"] == "extra_forbidden":
+        fields = list(_fields(path[:-1], tree))
+        elsewhere = [".".join([*map(str, path[:-1]), f]) for f in fields]
+        return f"{key}={value!r}: no such key{nearest(key, elsewhere) or f'; there are: {chr(44).join(fields)}'}"
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(value, dict):
+        return f"{key}: {message}" if key else message
+    return f"{key}={value!r}: {message}"
+
+
+def _fields(path: Sequence[Any], tree: dict[str, Any]) -> dict[str, FieldInfo]:
+    """The known keys of the section at `path`."""
+    if not path:
+        return Run.model_fields
+    section = str(path[0])
+    if section in PLUGINS:
+        plugin = PLUGINS[section]
+        return plugin.config(tree[section].get(plugin.key, plugin.default)).model_fields
+    annotation = Run.model_fields[section].annotation
+    return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}

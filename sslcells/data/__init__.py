@@ -1,0 +1,92 @@
+"""Images as uint8, with their labels and sources; one file per kind of data set.
+
+A kind is a module with a `Config` and `open_split(config, split) -> ImageSet | None`.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslcells.config import ConfigError, Section
+
+SPLITS = ("train", "val", "test")
+
+
+class Batch(NamedTuple):
+    """Images of one rank and step."""
+
+    pixels: Tensor
+    """(B, C, H, W) uint8"""
+    label: Tensor
+    """(B,) int64 class; -1 where unknown"""
+    image: Tensor
+    """(B,) int64: the image's index in its split"""
+    source: Tensor
+    """(B,) int64: what the image was made from; the image's own index where unknown"""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with every tensor on `device`."""
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+
+class ImageSet(ABC):
+    """One split: images read by index, their labels and sources known beforehand."""
+
+    channels: int
+    """C"""
+    classes: tuple[str, ...]
+    """names of the K classes; empty where there are no labels"""
+    labels: Tensor
+    """(N,) int64 class; -1 where unknown"""
+    sources: Tensor
+    """(N,) int64: what each image was made from; equal numbers in any split of one data set are the same source"""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether at least two classes are known."""
+        return len(self.classes) > 1 and bool((self.labels >= 0).any())
+
+    @abstractmethod
+    def pixels(self, index: int) -> Tensor:
+        """Image `index`: (C, H, W) uint8, of the same size for every index.
+
+        Raises:
+            DataError: naming the image, where it cannot be read.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What a person would call image `index`: its path, or its place in the file."""
+
+
+class DataError(Exception):
+    """An image cannot be read; the message names it."""
+
+
+def open_splits(config: Section) -> dict[str, ImageSet]:
+    """The splits "train", "val" and "test" that the data set has.
+
+    Raises:
+        ConfigError: where the data set is not there, is not what the configuration says, or has no train split.
+    """
+    splits = {name: images for name in SPLITS if (images := open_split(config, name)) is not None}
+    if "train" not in splits:
+        raise ConfigError(f"data: there is no train split to learn from, only {', '.join(splits) or 'nothing'}")
+    return splits
+
+
+def open_split(config: Section, split: str) -> ImageSet | None:
+    """The split "train", "val" or "test" of the data set that `config` describes; None where it has no such split.
+
+    Raises:
+        ConfigError: where the data set is not there, or is not what the configuration says.
+    """
+    module = importlib.import_module(f"sslcells.data.{config.kind}")  # type: ignore[attr-defined]
+    images: ImageSet | None = module.open_split(config, split)
+    return images

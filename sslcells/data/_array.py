@@ -1,0 +1,32 @@
+"""A split that lies in memory as one array."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sslcells.data import SPLITS, ImageSet
+
+
+class ArrayImages(ImageSet):
+    """Images of one (N, H, W, C) uint8 array, which forked data loader workers share; each is its own source."""
+
+    def __init__(
+        self, images: NDArray[np.uint8], labels: NDArray[Any], classes: tuple[str, ...], split: str, origin: str
+    ) -> None:
+        self._images = images
+        self._origin = origin
+        self.channels = images.shape[-1]
+        self.classes = classes
+        self.labels = torch.from_numpy(labels.astype(np.int64))
+        self.sources = torch.arange(len(images)) + (SPLITS.index(split) << 32)  # apart from other splits' numbers
+
+    def pixels(self, index: int) -> Tensor:
+        """Image `index`: (C, H, W) uint8."""
+        return torch.from_numpy(self._images[index].transpose(2, 0, 1).copy())
+
+    def name(self, index: int) -> str:
+        """The image's place in its file."""
+        return f"{self._origin}[{index}]"

@@ -1,0 +1,258 @@
+"""A folder of image files: sub-folders may be splits, and below them classes."""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BeforeValidator, Field, field_validator
+from torch import Tensor
+
+from sslcells.config import ConfigError, Section, nearest
+from sslcells.data import DataError, ImageSet
+from sslcells.data._decode import Decoder, Fit, Intensity, Size, Unreadable, header_size
+from sslcells.data._scan import SUFFIXES, find_root, find_splits, subfolders, walk
+from sslcells.data._sources import find_sources, read_table, source_ids
+
+_SHOWN = 10  # broken images in one message
+_THREADS = 16  # that look at images; at most one per core
+_BLOCK = 64  # images that a thread looks at in one go
+
+_log = logging.getLogger(__name__)
+
+
+def _height_width(value: Any) -> Any:
+    if isinstance(value, int):
+        return value, value
+    if value is None or isinstance(value, (list, tuple)):
+        return value
+    raise ValueError("should be pixels, such as 128, or [height, width]")
+
+
+class Config(Section):
+    """Images as files: PATH/[split/][class/]…/image.png, found at any depth; hidden ones and other files ignored."""
+
+    kind: Literal["folder"] = "folder"
+    """JPEG, PNG, TIFF (its first page), BMP and WebP files in a folder."""
+    path: str = Field(min_length=1)
+    """The folder that holds the images."""
+    train: str | None = None
+    """Sub-folder of the training images; none looks for train/, in any case, and without any split takes all images."""
+    val: str | None = None
+    """Sub-folder of the validation images; none looks for val/, valid/ or validation/."""
+    test: str | None = None
+    """Sub-folder of the test images; none looks for test/."""
+    size: Annotated[
+        tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None, BeforeValidator(_height_width)
+    ] = None
+    """Pixels that images are brought to: one number, or [height, width]; none where all files have one size."""
+    fit: Fit = "crop"
+    """`crop` cuts the longer side's ends off, `pad` goes on with the border's pixels, `stretch` changes the aspect."""
+    channels: Literal[1, 3] = 3
+    """Images are converted to grey or RGB; transparency becomes white."""
+    intensity: Intensity = "percentile"
+    """Grey images deeper than 8 bit: their 0.1 to 99.9 percentiles become 0..255, or the number type's `full` range."""
+    labels: Literal["folder", "none"] = "folder"
+    """`folder`: the first sub-folder below the split is the class; images beside it have none."""
+    sources: str | None = None
+    """CSV file, as given or below `path`, that lists the source (slide, donor, photograph) of each image."""
+    sources_path_column: str = "path"
+    """Its column with the image's path below `path`."""
+    sources_column: str = "source"
+    """Its column with the source."""
+    source_pattern: str | None = None
+    """Regular expression whose one group, searched in an image's path below `path`, is its source."""
+    verify: Literal["full", "header", "none"] = "full"
+    """At the start, every image is decoded once, or only its header is read, or it is believed."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What broken images do at the start: stop the run, or are left out with a warning."""
+
+    @field_validator("source_pattern")
+    @classmethod
+    def _one_group(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"needs one group in parentheses, the source; it has {groups}")
+        return pattern
+
+
+class FolderImages(ImageSet):
+    """One split of a folder; only paths, labels and sources are kept in memory."""
+
+    skipped: dict[str, str]
+    """path below data.path → reason, of the images that were left out"""
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        decoder: Decoder,
+        classes: tuple[str, ...],
+        labels: Tensor,
+        sources: Tensor,
+        skipped: dict[str, str],
+    ) -> None:
+        self._root = str(root)
+        self._names = _Packed(names)
+        self._decoder = decoder
+        self.channels = decoder.channels
+        self.classes = classes
+        self.labels = labels
+        self.sources = sources
+        self.skipped = skipped
+
+    def pixels(self, index: int) -> Tensor:
+        """Image `index`: (C, H, W) uint8.
+
+        Raises:
+            DataError: naming the file, where it has become unreadable.
+        """
+        file = f"{self._root}/{self._names[index]}"
+        try:
+            return self._decoder(file)
+        except Unreadable as error:
+            raise DataError(f"{file}: {error}") from None
+
+    def name(self, index: int) -> str:
+        """The image's path below data.path."""
+        return self._names[index]
+
+
+def open_split(config: Config, split: str) -> FolderImages | None:
+    """The images of one split in the order of their paths; None where the folder has no such split.
+
+    Raises:
+        ConfigError: where folders, images or sources are not what the configuration says.
+    """
+    root = find_root(config.path)
+    folders = find_splits(root, {"train": config.train, "val": config.val, "test": config.test})
+    if split not in folders:
+        return None
+    prefix = f"{folders[split]}/" if folders[split] else ""
+    names = sorted(prefix + name for name in walk(root / folders[split]))
+    if not names:
+        raise ConfigError(f"{root / folders[split]} holds no images ({', '.join(SUFFIXES)}) at any depth")
+    decoder = Decoder(config.channels, config.size, config.fit, config.intensity)
+    broken = _verify(config, root, names, decoder)
+    names = [name for name in names if name not in broken]
+    classes = _classes(root, folders) if config.labels == "folder" else ()
+    labels = _labels(names, len(prefix), classes)
+    return FolderImages(root, names, decoder, classes, labels, _sources(config, root, names), broken)
+
+
+def _verify(config: Config, root: Path, names: Sequence[str], decoder: Decoder) -> dict[str, str]:
+    """Look at the images as `verify` says; name → reason of the broken ones, which `on_error` allowed to skip."""
+    if config.verify == "none" and config.size is not None:
+        return {}
+
+    def look(file: str) -> Size:
+        if config.verify != "full":
+            return header_size(file)
+        _, height, width = decoder(file).shape
+        return height, width
+
+    broken, sizes = _look_at_all(root, names, look)
+    if broken and (config.on_error == "stop" or len(broken) == len(names)):
+        shown = [f"  {root / name}: {reason}" for name, reason in list(broken.items())[:_SHOWN]]
+        more = ["  …"] if len(broken) > _SHOWN else []
+        advice = "; data.on_error=skip leaves them out" if len(broken) < len(names) else ""
+        title = f"{len(broken)} of {len(names)} images are broken{advice}:"
+        raise ConfigError("\n".join([title, *shown, *more]))
+    if broken:
+        name, reason = next(iter(broken.items()))
+        _log.warning("%d of %d images are left out, such as %s: %s", len(broken), len(names), root / name, reason)
+    if config.size is None and len(sizes) > 1:
+        one, other = [f"{root / name} is {h}×{w}" for (h, w), name in list(sizes.items())[:2]]
+        raise ConfigError(f"images have several sizes (height × width): {one}, {other}; give data.size=")
+    return broken
+
+
+def _look_at_all(
+    root: Path, names: Sequence[str], look: Callable[[str], Size]
+) -> tuple[dict[str, str], dict[Size, str]]:
+    """The reason of each unreadable image, and the first image of each size."""
+
+    def look_at(block: Sequence[str]) -> tuple[dict[str, str], dict[Size, str]]:
+        broken: dict[str, str] = {}
+        sizes: dict[Size, str] = {}
+        for name in block:
+            try:
+                sizes.setdefault(look(f"{root}/{name}"), name)
+            except Unreadable as error:
+                broken[name] = str(error)
+        return broken, sizes
+
+    broken: dict[str, str] = {}
+    sizes: dict[Size, str] = {}
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for some_broken, some_sizes in pool.map(look_at, (names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK))):
+            broken |= some_broken
+            sizes = some_sizes | sizes
+    return broken, sizes
+
+
+def _classes(root: Path, folders: dict[str, str]) -> tuple[str, ...]:
+    """Names of the classes of all splits, so that a number means one class in each of them."""
+    names: set[str] = set()
+    for folder in folders.values():
+        below = root / folder
+        names |= {name for name in subfolders(below) if next(walk(below / name), None) is not None}
+    return tuple(sorted(names))
+
+
+def _labels(names: Sequence[str], start: int, classes: tuple[str, ...]) -> Tensor:
+    """(N,) int64: the number of the class that the path goes on with at `start`; -1 without one."""
+    number = {name: k for k, name in enumerate(classes)}
+    labels = (number.get(name[start:].partition("/")[0], -1) for name in names)
+    return torch.from_numpy(np.fromiter(labels, np.int64, len(names)))
+
+
+def _sources(config: Config, root: Path, names: Sequence[str]) -> Tensor:
+    """(N,) int64; at least half of the images must have a known source, if any is to be known."""
+    if config.sources is None and config.source_pattern is None:
+        return source_ids(names, [None] * len(names))
+    table: dict[str, str] = {}
+    if config.sources is not None:
+        table = read_table(_sources_file(config.sources, root), config.sources_path_column, config.sources_column)
+    found = find_sources(names, table, config.source_pattern)
+    known = sum(source is not None for source in found)
+    if 2 * known < len(names):
+        example = names[found.index(None)]
+        ways = [f"data.sources lists paths such as {next(iter(table), 'none')!r}"] if config.sources else []
+        ways += [f"data.source_pattern={config.source_pattern!r}"] if config.source_pattern else []
+        raise ConfigError(
+            f"only {known} of {len(names)} images get a source: {example!r} (below {root}) has none; "
+            f"{' and '.join(ways)}"
+        )
+    return source_ids(names, found)
+
+
+def _sources_file(given: str, root: Path) -> Path:
+    for file in (Path(given).expanduser(), root / given):
+        if file.is_file():
+            return file
+    near = nearest(Path(given).name, sorted(file.name for file in root.glob("*.csv")))
+    raise ConfigError(f"data.sources={given!r}: no such file, neither here nor in {root}{near}")
+
+
+class _Packed:
+    """Strings in one bytes object: cheap to send to workers, and not copied by forked ones that count references."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        encoded = [os.fsencode(s) for s in strings]
+        self._bytes = b"".join(encoded)
+        self._ends = np.fromiter(accumulate(map(len, encoded), initial=0), np.int64, len(encoded) + 1)
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])

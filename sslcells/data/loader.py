@@ -1,0 +1,112 @@
+"""Which images a rank sees at a step, and how they are read: a function of (seed, step), so any step can be gone to."""
+
+import signal
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sslcells.data import Batch, DataError, ImageSet
+
+
+class Steps(Sampler[list[int]]):
+    """Indices of one rank's part of the global batches of steps start..stop-1.
+
+    Every epoch is a permutation of the images by (seed, epoch); a global batch is the next G of it, the rest of an
+    epoch that fills no batch is dropped, and rank r of W takes the r-th part. The global batch is the same for any W.
+    """
+
+    def __init__(self, images: int, global_batch: int, seed: int, rank: int, world: int, start: int, stop: int) -> None:
+        self._images, self._global_batch, self._seed = images, global_batch, seed
+        self._start, self._stop = start, stop
+        part = global_batch // world
+        self._part = slice(rank * part, (rank + 1) * part)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_epoch = self._images // self._global_batch
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        for step in range(self._start, self._stop):
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = permutation(self._images, self._seed, epoch)
+            first = step % per_epoch * self._global_batch
+            yield order[first : first + self._global_batch][self._part].tolist()
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+
+def permutation(count: int, seed: int, epoch: int) -> Tensor:
+    """(count,) int64: the order of the images in an epoch."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(count, generator=generator)
+
+
+Sample = tuple[Tensor, int, int, int]
+
+
+class _Samples(Dataset[Sample | DataError]):
+    """An image set as the data loader reads it: an unreadable image is handed over, to be raised where it is seen."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Sample | DataError:
+        try:
+            pixels = self._images.pixels(index)
+        except DataError as error:
+            return error
+        return pixels, int(self._images.labels[index]), index, int(self._images.sources[index])
+
+
+def _collate(samples: Sequence[Sample | DataError]) -> Batch | DataError:
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    pixels, *ids = zip(*samples, strict=True)
+    return Batch(torch.stack(pixels), *(torch.tensor(i, dtype=torch.int64) for i in ids))
+
+
+def _quiet(worker: int) -> None:
+    """A worker leaves signals to its parent, and takes one core."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def read(images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """The batches of images that a sampler names, in its order, read ahead by `workers` processes.
+
+    Raises:
+        DataError: where an image cannot be read, naming it.
+    """
+    loader: DataLoader[Sample | DataError] = DataLoader(
+        _Samples(images),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_quiet,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield Batch(*batch)
+
+
+class InOrder(Sampler[list[int]]):
+    """The given indices, `size` at a time."""
+
+    def __init__(self, indices: Sequence[int], size: int) -> None:
+        self._indices, self._size = list(indices), size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self._indices[i : i + self._size] for i in range(0, len(self._indices), self._size))
+
+    def __len__(self) -> int:
+        return -(-len(self._indices) // self._size)

@@ -1,0 +1,189 @@
+"""MedMNIST's .npz files, its own sets and any other in their layout: {train,val,test}_{images,labels}."""
+
+import importlib
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import field_validator, model_validator
+
+from sslcells.config import ConfigError, Section, nearest
+from sslcells.data import SPLITS
+from sslcells.data._array import ArrayImages
+
+_SETS = (
+    "pathmnist",
+    "chestmnist",
+    "dermamnist",
+    "octmnist",
+    "pneumoniamnist",
+    "retinamnist",
+    "breastmnist",
+    "bloodmnist",
+    "tissuemnist",
+    "organamnist",
+    "organcmnist",
+    "organsmnist",
+)
+
+
+class Config(Section):
+    """A .npz file in MedMNIST's layout, named by `path`, or one of MedMNIST's own sets, named by `set`."""
+
+    kind: Literal["medmnist"] = "medmnist"
+    """One .npz file that holds train, val and test as arrays."""
+    path: str | None = None
+    """The .npz file; or give `set`."""
+    set: str | None = None
+    """One of MedMNIST's 2D sets, such as bloodmnist; or give `path`."""
+    resolution: Literal[28, 64, 128, 224] = 28
+    """Pixels on each side of the images of `set`."""
+    root: str = "~/.medmnist"
+    """Folder in which the file of `set` lies, or to which it is downloaded."""
+    download: bool = False
+    """Download `set` where it is missing; needs the medmnist package."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes 0, 1, …; none takes MedMNIST's own where it knows the set, else the numbers."""
+
+    @field_validator("set")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is None or name in _SETS:
+            return name
+        if name.endswith("3d"):
+            raise ValueError("is a set of volumes; only the 2D sets can be read")
+        raise ValueError(f"is not one of MedMNIST's sets{nearest(name, _SETS)}; there are: {', '.join(_SETS)}")
+
+    @model_validator(mode="after")
+    def _one_of_path_and_set(self) -> Self:
+        if (self.path is None) == (self.set is None):
+            raise ValueError("give either path, a .npz file, or set, the name of one of MedMNIST's")
+        return self
+
+
+def open_split(config: Config, split: str) -> ArrayImages | None:
+    """One split, its images in memory; None where the file has neither images nor labels of it.
+
+    A set whose images have several labels each, such as chestmnist, counts as unlabelled.
+
+    Raises:
+        ConfigError: where the file is missing, or is not in MedMNIST's layout.
+    """
+    file = _file(config)
+    try:
+        with np.load(file) as arrays:
+            if split != "train" and not {f"{split}_images", f"{split}_labels"} & {*arrays.files}:
+                return None
+            return _read(config, file, arrays, split)
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+
+
+def _read(config: Config, file: Path, arrays: Any, split: str) -> ArrayImages:
+    images = _images(file, arrays, f"{split}_images")
+    labels = {s: _labels(file, arrays, f"{s}_labels") for s in SPLITS if s == split or f"{s}_labels" in arrays.files}
+    if len(labels[split]) != len(images):
+        raise ConfigError(f"{file}: {split} has {len(images)} images but {len(labels[split])} labels")
+    origin = f"{file.name} {split}_images"
+    if any(given.shape[1] > 1 for given in labels.values()):
+        return ArrayImages(images, np.full(len(images), -1), (), split, origin)
+    count = 1 + max(int(given.max(initial=-1)) for given in labels.values())
+    return ArrayImages(images, labels[split][:, 0], _class_names(config, file, count), split, origin)
+
+
+def _file(config: Config) -> Path:
+    """The .npz file, downloaded where it is missing and may be."""
+    if config.set is not None:
+        suffix = "" if config.resolution == 28 else f"_{config.resolution}"
+        file = Path(config.root).expanduser() / f"{config.set}{suffix}.npz"
+        if not file.is_file() and config.download:
+            _download(config.set, config.resolution, file)
+        if not file.is_file():
+            raise ConfigError(f"data.set={config.set!r}: there is no {file}; data.download=true fetches it")
+    else:
+        assert config.path is not None
+        file = Path(config.path).expanduser()
+        if not file.is_file():
+            near = nearest(file.name, sorted(path.name for path in file.parent.glob("*.npz")))
+            what = "is a folder, not a .npz file" if file.is_dir() else f"no such file{near}"
+            raise ConfigError(f"data.path={config.path!r}: {what}")
+    if not zipfile.is_zipfile(file):
+        raise ConfigError(f"{file} is no .npz archive")
+    return file
+
+
+def _download(name: str, resolution: int, file: Path) -> None:
+    """Fetch a set through the medmnist package, so that `file` appears whole or not at all."""
+    try:
+        package = importlib.import_module("medmnist")
+    except ImportError:
+        raise ConfigError("data.download=true needs the medmnist package: pip install 'sslcells[medmnist]'") from None
+    info = package.INFO[name]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            getattr(package, info["python_class"])("val", download=True, root=folder, size=resolution)
+            os.replace(Path(folder) / file.name, file)
+    except (RuntimeError, OSError) as error:  # medmnist hides what went wrong behind its own RuntimeError
+        url = info.get("url" if resolution == 28 else f"url_{resolution}")
+        raise ConfigError(
+            f"data.set={name!r} cannot be downloaded: {error.__context__ or error}; put {url} at {file} by hand"
+        ) from None
+
+
+def _images(file: Path, arrays: Any, key: str) -> NDArray[np.uint8]:
+    """The images as (N, H, W, C)."""
+    images: NDArray[np.uint8] = _array(file, arrays, key)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        volumes = "; volumes cannot be read" if images.ndim > 3 else ""
+        raise ConfigError(
+            f"{file}: {key} has the shape {images.shape}, not (images, height, width) or with 3 colours last{volumes}"
+        )
+    if images.dtype != np.uint8:
+        raise ConfigError(f"{file}: {key} is {images.dtype}, not uint8")
+    if not len(images):
+        raise ConfigError(f"{file}: {key} is empty")
+    return images
+
+
+def _labels(file: Path, arrays: Any, key: str) -> NDArray[np.int64]:
+    """The labels as (N, labels per image)."""
+    labels = _array(file, arrays, key)
+    if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2):
+        raise ConfigError(f"{file}: {key} is {labels.dtype} of shape {labels.shape}, not whole numbers of (images, 1)")
+    return labels.astype(np.int64).reshape(len(labels), -1)
+
+
+def _array(file: Path, arrays: Any, key: str) -> NDArray[Any]:
+    if key not in arrays.files:
+        raise ConfigError(f"{file} has no {key}{nearest(key, arrays.files)}; it has: {', '.join(arrays.files)}")
+    array: NDArray[Any] = arrays[key]
+    return array
+
+
+def _class_names(config: Config, file: Path, count: int) -> tuple[str, ...]:
+    if config.class_names:
+        if len(config.class_names) < count:
+            raise ConfigError(
+                f"data.class_names has {len(config.class_names)} names; the labels of {file} go up to {count - 1}"
+            )
+        return config.class_names
+    names = _published_names(config.set or file.stem.partition("_")[0])
+    return tuple(names) if len(names) >= count else tuple(map(str, range(count)))
+
+
+def _published_names(name: str) -> Sequence[str]:
+    """What the medmnist package, where it is installed, calls the classes of one of its sets."""
+    with suppress(ImportError):
+        info: dict[str, Any] = importlib.import_module("medmnist").INFO
+        return list(info.get(name, {"label": {}})["label"].values())
+    return []

@@ -1,0 +1,59 @@
+"""Stained blood smears drawn by the project itself: any number, any size, no download; for trying out and for tests."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sslcells.config import Section
+from sslcells.data import ImageSet
+from sslcells.data._smear import CLASSES, draw_smear
+
+_SPLITS = {"train": 0, "val": 1, "test": 2}
+
+
+class Config(Section):
+    """How many, and how large."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    size: int = Field(48, ge=16, le=1024)
+    """Height and width in pixels of an image, which shows 24 µm."""
+    train: int = Field(2560, ge=2)
+    """Images of the train split."""
+    val: int = Field(512, ge=0)
+    """Images of the val split."""
+    test: int = Field(512, ge=0)
+    """Images of the test split."""
+    classes: int = Field(5, ge=2, le=5)
+    """How many kinds of white cell: neutrophil, eosinophil, basophil, lymphocyte, monocyte."""
+    seed: int = Field(0, ge=0)
+    """Of the drawings; the run's own seed does not change the images."""
+
+
+class Smears(ImageSet):
+    """Images drawn when they are asked for."""
+
+    channels = 3
+
+    def __init__(self, config: Config, split: str) -> None:
+        self._config, self._split = config, split
+        self.classes = CLASSES[: config.classes]
+        count = getattr(config, split)
+        self.labels = torch.arange(count) % config.classes
+        self.sources = torch.arange(count) + (_SPLITS[split] << 32)
+
+    def pixels(self, index: int) -> Tensor:
+        """Image `index`: (3, H, W) uint8, the same at every call."""
+        scene = (self._config.seed << 2) + _SPLITS[self._split]
+        drawn = draw_smear(scene, index, int(self.labels[index]), self._config.size)
+        return torch.from_numpy(drawn).permute(2, 0, 1).contiguous()
+
+    def name(self, index: int) -> str:
+        """Its place in the series."""
+        return f"synthetic/{self._split}/{index}"
+
+
+def open_split(config: Config, split: str) -> ImageSet | None:
+    """The split, or None where it has no images."""
+    return Smears(config, split) if getattr(config, split) else None

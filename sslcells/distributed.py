@@ -1,0 +1,166 @@
+"""Ranks: the one file that knows them. Everything here also works in a process that was never initialised."""
+
+import os
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from sslcells.config import Run
+
+T = TypeVar("T")
+
+# Renamed in torch 2.13; the old name warns from then on.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def accelerator(run: Run) -> Accelerator:
+    """Start the process group that the launcher described, if any, and bind this process to its device.
+
+    Numerics come from the run's configuration alone: the launcher's mixed precision is overruled.
+    """
+    return Accelerator(
+        mixed_precision=run.train.precision,
+        cpu=run.train.device == "cpu",
+        log_with=None if run.log.tracker == "none" else run.log.tracker,
+        project_dir=run.folder,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
+        ],
+    )
+
+
+def launched_rank() -> int:
+    """This process's rank as the launcher says it, known before any process group is."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world() -> int:
+    """Number of processes that the launcher started, known before any process group is."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def world() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, without gradient: (A, ...) on every rank → (A·world, ...).
+
+    Every rank must bring the same shape; `same_count` finds out where that is not sure.
+    """
+    x = x.detach().contiguous()
+    if world() == 1:
+        return x
+    out = x.new_empty((world() * x.shape[0], *x.shape[1:]))
+    _all_gather(out, x)
+    return out
+
+
+def same_count(count: int, what: str) -> None:
+    """Raise the same ValueError on every rank where the ranks' counts differ, instead of a hang in a gather.
+
+    The counts travel between CPUs, so that no device is waited for.
+    """
+    if world() == 1:
+        return
+    counts = torch.empty(world(), dtype=torch.int64)
+    dist.all_gather(list(torch.split(counts, 1)), torch.tensor([count]), group=_cpu_group())
+    if (counts != count).any():
+        raise ValueError(f"every rank must bring the same number of {what}; the ranks brought {counts.tolist()}")
+
+
+def all_ranks(x: T) -> list[T]:
+    """The object of every rank, in rank order, on every rank."""
+    if world() == 1:
+        return [x]
+    out: list[T | None] = [None] * world()
+    dist.all_gather_object(out, x, group=_cpu_group())
+    return out  # type: ignore[return-value]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns, or raises, on rank 0; on every rank."""
+    if world() == 1:
+        return make()
+    answer: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if rank() == 0:
+        try:
+            answer = [(make(), None)]
+        except Exception as error:  # handed to every rank, and raised there
+            answer = [(None, _portable(error))]
+    dist.broadcast_object_list(answer, src=0, group=_cpu_group())
+    value, failure = answer[0]
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]
+
+
+def together(make: Callable[[], T]) -> T:
+    """What `make` returns on this rank; where it raises on any rank, every rank raises the first of the errors."""
+    value, failure = None, None
+    try:
+        value = make()
+    except Exception as error:  # handed to every rank, and raised there
+        failure = _portable(error)
+    failures = all_ranks(failure)
+    for failure in failures:
+        if failure is not None:
+            raise failure
+    return value  # type: ignore[return-value]
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world() > 1:
+        dist.barrier(group=_cpu_group())
+
+
+def close() -> None:
+    """Leave the process group, so that no rank is waited for any more."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sync_batchnorm(module: nn.Module) -> nn.Module:
+    """BatchNorm statistics over all ranks."""
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    return converted
+
+
+_cpu_groups: dict[int, dist.ProcessGroup] = {}
+
+
+def _cpu_group() -> dist.ProcessGroup:
+    """A group over all ranks that carries CPU tensors: the default one, or gloo beside a bare NCCL."""
+    default = dist.group.WORLD
+    assert default is not None
+    if "cpu:gloo" in dist.get_backend_config(default):
+        return default
+    if id(default) not in _cpu_groups:
+        _cpu_groups.clear()
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        _cpu_groups[id(default)] = group
+    return _cpu_groups[id(default)]
+
+
+def _portable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception that cannot travel still must be told
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

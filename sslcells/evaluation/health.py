@@ -1,0 +1,83 @@
+"""Figures about rows that need no labels, and tell rows that use their dimensions from rows that collapsed.
+
+Everything is computed on unit rows, in float64, on the CPU (MPS has no float64). Of large sets the
+same random rows are taken every time, so that a figure's cost is bounded and two calls agree.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_SPECTRUM_ROWS = 25_600
+"""As many as in the RankMe paper."""
+_PAIR_ROWS = 4_096
+"""Rows of which uniformity takes every pair: 8.4 million."""
+_CHUNK = 1_024
+
+
+def _unit(z: Tensor, most: int) -> Tensor:
+    """At most `most` rows of z (N, D), of norm 1; the same choice for equal N."""
+    if len(z) > most:
+        # At random: every n-th row would miss whole classes where plates or slides are listed in turn.
+        z = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:most].to(z.device)]
+    return F.normalize(z.detach().cpu().double(), dim=1)
+
+
+def effective_rank(z: Tensor) -> float:
+    """RankMe, arXiv 2210.02885 section 3: exp of the entropy of z's (N, D) singular values divided by their sum.
+
+    1 for rows on one line, min(N, D) for rows that use every dimension alike. As in the paper the matrix is
+    not centred, so rows with a large common mean count as of low rank. Unlike the paper there is no ε = 1e-7
+    (0·log 0 is 0), and rows are unit rows, as the losses and the neighbours see them. NaN for rows with NaN.
+    """
+    unit = _unit(z, _SPECTRUM_ROWS)
+    gram = unit.T @ unit
+    if not gram.isfinite().all():  # eigvalsh would raise, and end a run for a figure
+        return math.nan
+    # The eigenvalues are the squared singular values; rounding leaves tiny negative ones.
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    share = singular / singular.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float(torch.special.entr(share).sum().exp())
+
+
+def row_std(z: Tensor) -> float:
+    """√D times the standard deviation over the unit rows of z (N, D), mean over dimensions.
+
+    1 for rows spread over the sphere, 0 where all are the same (arXiv 2011.10566 section 4.1).
+    """
+    return _unit(z, _SPECTRUM_ROWS).std(0, correction=0).mean().item() * math.sqrt(z.shape[1])
+
+
+def alignment(z0: Tensor, z1: Tensor) -> float:
+    """Mean squared distance between z0 and z1 (N, D), two views of each image, as unit rows: 0 is best, 4 worst.
+
+    ArXiv 2005.10242 section 4.1.1 with α = 2.
+    """
+    return (_unit(z0, _SPECTRUM_ROWS) - _unit(z1, _SPECTRUM_ROWS)).square().sum(1).mean().item()
+
+
+def uniformity(z: Tensor) -> float:
+    """Log of the mean Gaussian potential exp(−2·|a − b|²) over the pairs of unit rows of z (N, D), N ≥ 2.
+
+    ArXiv 2005.10242 section 4.1.2 with t = 2: 0 where all rows are the same, about −4 for rows spread over the
+    sphere in many dimensions.
+    """
+    unit = _unit(z, _PAIR_ROWS)
+    square = unit.square().sum(1)  # (N,): 1, or 0 for a zero row
+    total = 0.0
+    for start in range(0, len(unit), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        distance = square[part, None] + square - 2 * unit[part] @ unit.T
+        total += distance.mul(-2).exp().sum().item()
+    # Each row's pair with itself has potential 1.
+    return math.log((total - len(unit)) / (len(unit) * (len(unit) - 1)))
+
+
+def health(z: Tensor, z0: Tensor | None = None, z1: Tensor | None = None) -> dict[str, float]:
+    """All figures of z (N, D), and the alignment of two views z0, z1 (B, D) where both are given."""
+    figures = {"effective_rank": effective_rank(z), "row_std": row_std(z), "uniformity": uniformity(z)}
+    if z0 is not None and z1 is not None:
+        figures["alignment"] = alignment(z0, z1)
+    return figures

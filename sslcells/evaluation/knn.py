@@ -1,0 +1,109 @@
+"""Weighted k-nearest-neighbour classification by cosine: how good the rows are with nothing trained on them."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_TILE = 2**24
+"""Cosines held at a time: 64 MiB in float32, whatever the number of queries."""
+
+
+@torch.no_grad()
+def neighbours(
+    query: Tensor,
+    bank: Tensor,
+    k: int,
+    query_source: Tensor | None = None,
+    bank_source: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k nearest bank rows of every query by cosine, nearest first.
+
+    query (M, F) and bank (N, F) may have any norm. With sources, (M,) and (N,) int64, bank rows of the query's own
+    source are left out: in leave-one-out that is the query itself, and every other picture of the same cell,
+    slide or donor, which would be recognised rather than classified.
+
+    Returns cosines (M, k) float32, −inf where fewer rows were left, and bank indices (M, k) int64, with
+    k = min(k, N). Among equal cosines the lowest index comes first.
+    """
+    if (query_source is None) != (bank_source is None):
+        raise ValueError("sources of the queries and of the bank: give both or neither")
+    query, bank = (F.normalize(x.float(), dim=1) for x in (query, bank))
+    k, rows = min(k, len(bank)), max(1, _TILE // max(1, len(bank)))
+    nearest = []
+    for start in range(0, max(1, len(query)), rows):
+        part = slice(start, start + rows)
+        # A diverged encoder's NaN rows are nobody's neighbours.
+        cosine = (query[part] @ bank.T).nan_to_num_(nan=-math.inf)  # (m, N)
+        if query_source is not None and bank_source is not None:
+            cosine.masked_fill_(query_source[part, None] == bank_source, -math.inf)
+        nearest.append(_largest(cosine, k))
+    return torch.cat([c for c, _ in nearest]), torch.cat([i for _, i in nearest])
+
+
+def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of x (m, N) with their indices, in order, equal ones by index.
+
+    topk alone leaves open which of equal values it takes, and a stable sort of whole rows is far slower.
+    """
+    least = x.topk(k).values[:, -1:]
+    above, tied = x > least, x == least
+    missing = k - above.sum(1, keepdim=True)
+    taken = above | (tied & (tied.cumsum(1, dtype=torch.int32) <= missing))
+    index = taken.nonzero()[:, 1].view(len(x), k)
+    value, order = x.gather(1, index).sort(dim=1, descending=True, stable=True)
+    return value, index.gather(1, order)
+
+
+def knn_scores(
+    query: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    classes: int,
+    k: int,
+    temperature: float | None,
+    query_source: Tensor | None = None,
+    bank_source: Tensor | None = None,
+) -> Tensor:
+    """Votes of the k nearest labelled bank rows for each class: (M, K) float32.
+
+    query (M, F), bank (N, F), bank_labels (N,) int64 with K = `classes`, unknown ones below 0. A neighbour's vote
+    weighs exp(cosine / temperature) as in arXiv 1805.01978 section 3.4, relative to the nearest neighbour's (one
+    factor per query, which no ranking sees, so that no temperature overflows); without a temperature it weighs 1.
+    Unlabelled rows are no neighbours, nor with sources are rows of the query's own source; where fewer than k are
+    left these vote, and where none is the scores are 0.
+    """
+    known = bank_labels >= 0
+    source = None if bank_source is None else bank_source[known]
+    cosine, index = neighbours(query, bank[known], k, query_source, source)
+    if temperature is None:
+        weight = cosine.isfinite().float()
+    else:
+        # The clamp keeps −inf − (−inf) out of rows without any neighbour.
+        weight = ((cosine - cosine[:, :1].clamp_min(-1)) / temperature).exp()
+    label = bank_labels[known][index]  # (M, k)
+    # One sum per class instead of scatter_add, whose order of summation varies on CUDA.
+    return torch.stack([(weight * (label == c)).sum(1) for c in range(classes)], dim=1)
+
+
+def knn_predictions(scores: Tensor) -> Tensor:
+    """The class with the highest score, (M,) int64 from (M, K); −1 where no neighbour voted."""
+    best, label = scores.max(1)
+    return label.where(best > 0, -1)
+
+
+def knn_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Fractions in 0..1 of scores (M, K) against labels (M,) int64; empty where no label is known.
+
+    `top1` is the share of right queries, `balanced` the mean of that share over the classes present in `labels`.
+    Labels below 0 are ignored; a query without neighbours is wrong.
+    """
+    known = labels >= 0
+    if not known.any():
+        return {}
+    labels, right = labels[known], (knn_predictions(scores) == labels)[known]
+    images = labels.bincount(minlength=scores.shape[1])
+    hits = labels[right].bincount(minlength=scores.shape[1])
+    recall = (hits / images)[images > 0]
+    return {"top1": right.float().mean().item(), "balanced": recall.mean().item()}

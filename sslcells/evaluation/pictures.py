@@ -1,0 +1,221 @@
+"""Pictures of a run as PNG files: curves, embedding map, confusion. Those made of images are in `sheets.py`.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. Figures are objects of their own: pyplot's
+global state is never touched, so that a picture can be drawn anywhere, in any thread.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
+from sklearn.manifold import TSNE
+from torch import Tensor
+from torch.nn import functional as F
+
+BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+OKABE_ITO = (BLUE, ORANGE, GREEN, VERMILION, "#56B4E9", "#CC79A7", "#F0E442", "#000000")
+MARKERS = "os^Dv"
+GREY = "#8C8C8C"
+DPI = 150
+Floats = NDArray[np.floating[Any]]
+
+_HEALTH = {
+    "effective_rank": "effective rank (dimensions)\nhigher: more are used",
+    "row_std": "row std × √D\n1: spread, 0: collapsed",
+    "uniformity": "uniformity\nlower: more even",
+    "alignment": "alignment |z0 − z1|²\nlower: views agree",
+}
+_MAP_POINTS = 2_000
+_SAME = 1e-5
+"""Deviation of unit rows below which they differ by rounding alone."""
+_LEGEND_ROWS = 22
+_NUMBERED_CLASSES = 16
+
+
+def short(name: str, most: int = 24) -> str:
+    """A name that fits, and that matplotlib does not read as a formula."""
+    return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
+
+
+def save(figure: Figure, out: Path) -> Path:
+    """Write the figure as PNG, and its folder where there is none."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=DPI, format="png", bbox_inches="tight")
+    return out
+
+
+def curves(metrics: Sequence[dict[str, Any]], out: Path) -> Path | None:
+    """How a run went, from the rows of its metrics.jsonl: a panel for each figure that there is.
+
+    Loss and learning rate against the step; kNN accuracies (keys `knn…/…`) with the untrained encoder's, that of
+    step 0, as a dashed line; label-free figures (keys `health/…`). None, and no file, where there is none of them.
+    """
+    keys = dict.fromkeys(key for row in metrics for key in row)  # in the order in which they were logged
+    knn = [key for key in keys if key.startswith("knn")]
+    health = [key for key in keys if key.startswith("health/")]
+    left = [key for key in ("loss", "loss", "loss", "lr") if key in keys]
+    right = ["knn"] * len(left or "rows") if knn else left
+    half = max(1, len(health))
+    grid: list[Any] = [[one] * half + [other] * half for one, other in zip(left or right, right, strict=True)]
+    grid += [[key for key in health for _ in range(2)]] * 2 if health else []
+    if not grid:
+        return None
+    width = 12 if (left and knn) or len(health) > 1 else 7
+    figure = Figure(figsize=(width, 1.25 * len(grid) + 0.4), layout="constrained")
+    for name, ax in figure.subplot_mosaic(grid).items():
+        if name == "knn":
+            _draw_knn(ax, {key: _series(metrics, key) for key in knn})
+        else:
+            {"loss": _draw_loss, "lr": _draw_rate}.get(name, _draw_health)(ax, name, *_series(metrics, name))
+        ax.set_xlabel("optimizer step")
+        ax.grid(alpha=0.25)
+    return save(figure, out)
+
+
+def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[Floats, Floats]:
+    """Steps and values of a key; a step that was logged again after a resume counts once, as logged last."""
+    value = {row["step"]: row[key] for row in metrics if key in row}
+    steps = sorted(value)
+    return np.array(steps, float), np.array([value[step] for step in steps], float)
+
+
+def _draw_loss(ax: Axes, _: str, step: Floats, loss: Floats) -> None:
+    window = max(1, len(loss) // 25) | 1
+    ones = np.ones(window)
+    # At the ends the mean is over the points that there are.
+    smooth = np.convolve(loss, ones, "same") / np.convolve(np.ones_like(loss), ones, "same")
+    ax.plot(step, loss, color=BLUE, alpha=0.3, linewidth=0.8, marker=".", markersize=3, label="as logged")
+    if window > 1:
+        ax.plot(step, smooth, color=BLUE, linewidth=1.8, label=f"mean of {window} points")
+    ax.set(title="Training loss", ylabel="loss")
+    ax.legend(frameon=False)
+
+
+def _draw_rate(ax: Axes, _: str, step: Floats, rate: Floats) -> None:
+    ax.plot(step, rate, color="black", linewidth=1.2)
+    ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    ax.set(ylabel="learning\nrate", ylim=(0, None))
+
+
+def _draw_knn(ax: Axes, series: dict[str, tuple[Floats, Floats]]) -> None:
+    for (key, (step, value)), color, marker in zip(series.items(), OKABE_ITO, "os^Dv<>p", strict=False):
+        ax.plot(step, value, color=color, marker=marker, markersize=5, label=f"{key}: {value[-1]:.1%} at the last step")
+        if step[0] == 0:
+            label = f"untrained encoder: {value[0]:.1%}"
+            ax.axhline(value[0], color=color, linestyle="--", linewidth=1, label=label)
+    ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    ax.set(title="kNN accuracy of the frozen encoder", ylabel="accuracy")
+    ax.legend(frameon=False, fontsize="small")
+
+
+def _draw_health(ax: Axes, key: str, step: Floats, value: Floats) -> None:
+    ax.plot(step, value, color=GREEN, marker="o", markersize=4)
+    ax.set_title(_HEALTH.get(key.removeprefix("health/"), key), fontsize="medium")
+
+
+def embedding_map(z: Tensor, labels: Tensor, classes: Sequence[str], out: Path, seed: int, title: str) -> Path | None:
+    """A t-SNE map of unit rows z (N, F), coloured by true label (N,) int64; unknown ones, below 0, are grey.
+
+    At most 2,000 rows, drawn at random. The 40 commonest classes have a look of their own, the others share one.
+    None, and no file, for fewer than 5 rows.
+    """
+    if len(z) < 5:
+        return None
+    # Drawn at random: every n-th row would miss whole classes where plates or slides are listed in turn.
+    shown = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:_MAP_POINTS]
+    rows = F.normalize(z.detach().cpu().double()[shown], dim=1).numpy()
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    if rows.std(0).max() < _SAME:
+        # t-SNE would tear equal rows apart into clusters that are not there.
+        place, how = np.zeros((len(rows), 2)), "all rows are the same: collapsed"
+    else:
+        tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
+        place, how = tsne.fit_transform(rows), f"t-SNE of unit rows, perplexity {perplexity:.0f}"
+    figure = Figure(layout="constrained")
+    ax = figure.subplots()
+    columns = _scatter(ax, place, labels.cpu()[shown].numpy(), classes)
+    figure.set_size_inches(6.2 + 2.6 * columns, 6.6)
+    ax.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_box_aspect(1)
+    ax.set_title(f"{short(title, 70)}\n{len(rows):,} of {len(z):,} images; {how}", fontsize="medium")
+    return save(figure, out)
+
+
+def _scatter(ax: Axes, place: Floats, labels: NDArray[np.int64], classes: Sequence[str]) -> int:
+    """Points (N, 2) with a legend of classes and how many points each has; returns the legend's columns."""
+    images = np.bincount(labels[labels >= 0], minlength=len(classes))
+    looks = [(color, marker) for marker in MARKERS for color in OKABE_ITO]
+    distinct = sorted(np.argsort(-images, kind="stable")[: len(looks)].tolist())
+    other = (labels >= 0) & ~np.isin(labels, distinct)
+    groups = [("unlabelled", labels < 0, (GREY, "o")), ("other classes", other, (GREY, "P"))]
+    groups += [(classes[c], labels == c, look) for c, look in zip(distinct, looks, strict=False)]
+    size = float(np.clip(12_000 / len(place), 12, 60))  # points²
+    for name, chosen, (color, marker) in groups:
+        if chosen.any():
+            ax.scatter(
+                place[chosen, 0],
+                place[chosen, 1],
+                s=size / 2 if color == GREY else size,
+                c=color,
+                marker=marker,
+                linewidths=0 if color == GREY else 0.3,
+                edgecolors="white" if color == "#000000" else "black",
+                alpha=0.85,
+                label=f"{short(name)} ({chosen.sum():,})",
+            )
+    columns = -(-len(ax.collections) // _LEGEND_ROWS)
+    scale = (40 / size) ** 0.5
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, ncols=columns, markerscale=scale)
+    return columns
+
+
+def confusion(labels: Tensor, predicted: Tensor, classes: Sequence[str], out: Path) -> Path | None:
+    """Which true class (rows) is taken for which (columns), from (N,) int64 each: shares of the true class, counts.
+
+    Labels below 0 are ignored. Predictions below 0, of queries without a neighbour, get a column of their own
+    where there are any. None, and no file, where no label is known.
+    """
+    known = (labels >= 0).cpu().numpy()
+    if not known.any():
+        return None
+    true, guess = labels.cpu().numpy()[known], predicted.cpu().numpy()[known]
+    names = [short(name) for name in classes]
+    columns = [*names, "no neighbour"] if (guess < 0).any() else names
+    count = np.zeros((len(names), len(columns)), int)
+    np.add.at(count, (true, np.where(guess < 0, len(names), guess)), 1)
+    images = count.sum(1, keepdims=True)
+    share = count / np.maximum(images, 1)
+    side = float(np.clip(0.62 * len(columns), 4, 14))
+    figure = Figure(figsize=(side + 3, side + 1.8), layout="constrained")
+    ax = figure.subplots()
+    picture = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=ax, label="share of the true class", shrink=0.8, format=PercentFormatter(xmax=1))
+    totals = [f"{name} ({n:,})" for name, n in zip(names, images[:, 0], strict=True)]
+    ax.set_yticks(range(len(totals)), totals)
+    ax.set_xticks(range(len(columns)), columns)
+    few = len(names) <= _NUMBERED_CLASSES
+    ax.tick_params(labelsize="medium" if few else "x-small")
+    ax.tick_params(axis="x", labelrotation=45 if few else 90)
+    for label in ax.get_xticklabels() if few else []:
+        label.set(ha="right", rotation_mode="anchor")
+    if few:
+        _write_numbers(ax, share, count)
+    recall = (np.diagonal(share)[images[:, 0] > 0]).mean()
+    ax.set(xlabel="predicted class", ylabel="true class (images)")
+    ax.set_title(f"Confusion: {(true == guess).mean():.1%} right, {recall:.1%} balanced over classes")
+    return save(figure, out)
+
+
+def _write_numbers(ax: Axes, share: Floats, count: NDArray[np.int64]) -> None:
+    for (row, column), images in np.ndenumerate(count):
+        if images:
+            color = "white" if share[row, column] > 0.5 else "black"
+            text = f"{share[row, column]:.0%}\n{images:,}"
+            ax.text(column, row, text, color=color, ha="center", va="center", fontsize=7)

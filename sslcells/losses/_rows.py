@@ -1,0 +1,108 @@
+"""What the losses share about rows: unit length, ids as small codes, and means over positives."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sslcells import distributed
+
+
+def unit(z: Tensor) -> Tensor:
+    """Rows of length 1 in float32 (float64 stays): (N, D) → (N, D). A zero row stays zero, with a finite gradient."""
+    z = z if z.dtype == torch.float64 else z.float()
+    norm = z.norm(dim=1, keepdim=True)
+    return z / torch.where(norm > 0, norm, 1.0)
+
+
+def log1p_exp(x: Tensor) -> Tensor:
+    """log(1 + e^x), exact in both tails: torch's softplus is linear from x = 20 on."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def check_ids(ids: Tensor | None, count: int, name: str) -> None:
+    """Raise a ValueError unless ids are None or (count,) integers."""
+    if ids is not None and (ids.shape != (count,) or ids.dtype.is_floating_point):
+        raise ValueError(f"{name} must be ({count},) integers; it is {tuple(ids.shape)} {ids.dtype}")
+
+
+def codes(ids: Tensor) -> Tensor:
+    """Equal int64 ids → equal int32 codes in 0..N-1: (N,) → (N,). A negative id is unknown and equal to no other."""
+    unique = torch.where(ids < 0, -1 - torch.arange(len(ids), device=ids.device), ids)
+    ordered, order = unique.sort(stable=True)
+    step = torch.zeros_like(ordered)
+    step[1:] = (ordered[1:] != ordered[:-1]).long().cumsum(0)
+    return torch.empty_like(step).scatter_(0, order, step).int()
+
+
+class Gathered(NamedTuple):
+    """The rows of all ranks in rank order, and where this rank's are."""
+
+    refs: Tensor
+    """(R, D), without gradient"""
+    offset: int
+    rows: int
+
+    @property
+    def own(self) -> slice:
+        """This rank's part of anything that has one entry a reference."""
+        return slice(self.offset, self.offset + self.rows)
+
+
+def gather_rows(z: Tensor) -> Gathered:
+    """Gather the rows of all ranks: (A, D) on every rank → (R, D).
+
+    Raises:
+        ValueError: on every rank, where the ranks bring different numbers of rows.
+    """
+    distributed.same_count(len(z), "rows")
+    return Gathered(distributed.gather(z), distributed.rank() * len(z), len(z))
+
+
+class Positives(Protocol):
+    """Who is whose positive, as a symmetric relation over the references."""
+
+    def mean(self, x: Tensor, own: slice) -> Tensor:
+        """Mean of x over the positives of this rank's rows: (R, D) → (A, D); 0 for a row without positives."""
+        ...
+
+    def known(self) -> Tensor:
+        """Which references have a positive: (R,) bool."""
+        ...
+
+
+class Pairs(NamedTuple):
+    """Every row has one positive, its partner."""
+
+    partner: Tensor
+    """(R,) int64 global index"""
+
+    def mean(self, x: Tensor, own: slice) -> Tensor:
+        """The partner's x."""
+        return x[self.partner[own]]
+
+    def known(self) -> Tensor:
+        """Every row."""
+        return torch.ones_like(self.partner, dtype=torch.bool)
+
+
+class Groups(NamedTuple):
+    """Rows of equal code are each other's positives."""
+
+    code: Tensor
+    """(R,) int32"""
+
+    def mean(self, x: Tensor, own: slice) -> Tensor:
+        """Mean over the group without the row itself, from the group's sum: no (A, R) matrix."""
+        code = self.code.long()
+        total = torch.zeros_like(x).index_add_(0, code, x)
+        others = (self._size()[code[own]] - 1).to(x.dtype)[:, None]
+        return torch.where(others > 0, (total[code[own]] - x[own]) / others.clamp_min(1), 0.0)
+
+    def known(self) -> Tensor:
+        """Rows whose group has another row."""
+        return self._size()[self.code.long()] > 1
+
+    def _size(self) -> Tensor:
+        code = self.code.long()
+        return torch.zeros_like(code).scatter_add_(0, code, torch.ones_like(code))

@@ -1,0 +1,139 @@
+"""The tiled engine in torch operations: CPUs, and any device without the fused kernels.
+
+Similarities are computed tile by tile, masked, reduced and dropped; no (A, R) matrix is ever kept. Shape letters: A
+anchors of this rank; R references, the rows of all ranks, this rank's anchors being refs[offset : offset + A]; D width.
+Between a rank's own rows the similarity is symmetric, so there each pair of tiles is computed once.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Exclude(NamedTuple):
+    """Pairs that count neither as positive nor as negative, besides a row and itself."""
+
+    partner: Tensor | None = None
+    """(R,) int64 global index of the one row that is left out for each row (symmetric), or None"""
+    positive: Tensor | None = None
+    """(R,) int32 codes; needed with `source`"""
+    source: Tensor | None = None
+    """(R,) int32 codes: pairs of equal source and different positive code are left out, or None"""
+
+
+class _Tile(NamedTuple):
+    rows: slice
+    columns: slice
+    mirrored: bool
+    """the tile also stands for its transpose, which is not visited"""
+
+
+def row_sums(refs: Tensor, offset: int, count: int, inv_t: float, exclude: Exclude) -> Tensor:
+    """Σ_j exp(inv_t · (z_i·z_j − 1)) over the references that are not excluded: (R, D) unit rows → (A,)."""
+    sums = refs.new_zeros(refs.shape[0])
+    for tile, e in _exponentials(refs, offset, count, inv_t, exclude):
+        sums[tile.rows] += e.sum(1)
+        if tile.mirrored:
+            sums[tile.columns] += e.sum(0)
+    return sums[offset : offset + count].clone()
+
+
+def weighted_rows(refs: Tensor, offset: int, count: int, inv_t: float, weight: Tensor, exclude: Exclude) -> Tensor:
+    """Σ_j E_ij (weight_i + weight_j) z_j with E as in `row_sums`: (R, D) unit rows, (R,) weights → (A, D)."""
+    out = refs.new_zeros(count, refs.shape[1])
+    for tile, e in _exponentials(refs, offset, count, inv_t, exclude):
+        e.mul_(weight[tile.rows, None] + weight[tile.columns])
+        own = slice(tile.rows.start - offset, tile.rows.stop - offset)
+        out[own].addmm_(e, refs[tile.columns])
+        if tile.mirrored:
+            own = slice(tile.columns.start - offset, tile.columns.stop - offset)
+            out[own].addmm_(e.T, refs[tile.rows])
+    return out
+
+
+def hardest(refs: Tensor, offset: int, count: int, positive: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Index of each anchor's least similar positive and most similar negative, -1 where there is none.
+
+    Positives have the anchor's code, negatives another code (and another source, where sources are given); the lowest
+    index wins ties. refs (R, D), positive and source (R,) int32 codes → two (A,) int64.
+    """
+    far = torch.full((refs.shape[0],), torch.inf, dtype=refs.dtype, device=refs.device)
+    near = -far
+    far_index = torch.full_like(far, -1, dtype=torch.int64)
+    near_index = far_index.clone()
+    for tile in _tiles(offset, count, refs.shape[0], _tile_size(refs)):
+        s = refs[tile.rows] @ refs[tile.columns].T
+        same = positive[tile.rows, None] == positive[tile.columns]
+        other = ~same
+        if source is not None:
+            other &= source[tile.rows, None] != source[tile.columns]
+        if tile.rows.start == tile.columns.start:
+            same.fill_diagonal_(False)
+        negatives = s.masked_fill(~other, -torch.inf)
+        positives = s.masked_fill_(~same, torch.inf)
+        for axis, (into, of) in enumerate(((tile.rows, tile.columns), (tile.columns, tile.rows))):
+            if axis == 0 or tile.mirrored:
+                _keep(near, near_index, into, *negatives.max(1 - axis), of.start, closer=True)
+                _keep(far, far_index, into, *positives.min(1 - axis), of.start, closer=False)
+    own = slice(offset, offset + count)
+    return far_index[own].clone(), near_index[own].clone()
+
+
+def _keep(best: Tensor, index: Tensor, into: slice, value: Tensor, at: Tensor, start: int, closer: bool) -> None:
+    """Update the running extreme and its index with those of one tile; the lowest index wins ties."""
+    at = at + start
+    better = value > best[into] if closer else value < best[into]
+    tied = (value == best[into]) & value.isfinite() & (at < index[into])
+    take = better | tied
+    best[into] = torch.where(take, value, best[into])
+    index[into] = torch.where(take, at, index[into])
+
+
+def _exponentials(
+    refs: Tensor, offset: int, count: int, inv_t: float, exclude: Exclude
+) -> Iterator[tuple[_Tile, Tensor]]:
+    """Tiles of exp(inv_t · (cos − 1)), zero where excluded; each is valid until the next is asked for."""
+    size = _tile_size(refs)
+    buffer = refs.new_empty(size * size)
+    scaled = refs * inv_t
+    for tile in _tiles(offset, count, refs.shape[0], size):
+        left, right = scaled[tile.rows], refs[tile.columns]
+        e = buffer[: len(left) * len(right)].view(len(left), len(right))
+        torch.mm(left, right.T, out=e)
+        e.sub_(inv_t).exp_()
+        _exclude(e, tile, exclude)
+        yield tile, e
+
+
+def _exclude(e: Tensor, tile: _Tile, exclude: Exclude) -> None:
+    if tile.rows.start == tile.columns.start:
+        e.fill_diagonal_(0.0)
+    if exclude.partner is not None:
+        column = exclude.partner[tile.rows, None] - tile.columns.start
+        inside = (column >= 0) & (column < e.shape[1])
+        column = column.clamp(0, e.shape[1] - 1)
+        e.scatter_(1, column, e.gather(1, column).masked_fill_(inside, 0.0))
+    if exclude.source is not None:
+        assert exclude.positive is not None
+        same_source = exclude.source[tile.rows, None] == exclude.source[tile.columns]
+        same_source &= exclude.positive[tile.rows, None] != exclude.positive[tile.columns]
+        e.masked_fill_(same_source, 0.0)
+
+
+def _tiles(offset: int, count: int, total: int, size: int) -> Iterator[_Tile]:
+    """All pairs of an own row and a reference, once; pairs of own rows by the upper triangle of tiles."""
+    end = offset + count
+    for start in range(offset, end, size):
+        rows = slice(start, min(start + size, end))
+        for left in range(start, end, size):
+            yield _Tile(rows, slice(left, min(left + size, end)), mirrored=left > start)
+        for first, last in ((0, offset), (end, total)):
+            for left in range(first, last, size):
+                yield _Tile(rows, slice(left, min(left + size, last)), mirrored=False)
+
+
+def _tile_size(refs: Tensor) -> int:
+    """Rows and columns of a tile: small enough for the cache of a CPU core, large enough to fill a GPU."""
+    return 1024 if refs.device.type == "cpu" else 8192

@@ -1,0 +1,131 @@
+"""Batch-hard triplet loss over the global batch, mined tile by tile."""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sslcells import distributed
+from sslcells.losses._rows import Gathered, check_ids, codes, gather_rows, log1p_exp, unit
+from sslcells.losses.torch_engine import hardest
+
+Distance = Literal["euclidean", "sqeuclidean", "cosine"]
+
+
+class BatchHardTripletLoss(nn.Module):
+    """Batch-hard triplet loss over the global batch (arXiv 1703.07737, eq. 5).
+
+    Each row is an anchor; its positive is the least similar row of its own id, its negative the most similar row of
+    another id, in the whole world; ties go to the lowest global index, so that the choice is the same for any number of
+    ranks. Pairs are mined on dot products of unit rows and measured as differences. An anchor without a positive or a
+    negative is left out. Ranks as in NTXentLoss: the value is the sum over this rank's valid anchors × world / valid
+    anchors in the world. Only the chosen pairs carry gradient, O(A·D), and backward needs no collective.
+
+    `stats` holds detached scalars of this rank after each call: `active` (fraction of valid anchors with a loss above
+    0; with `soft`, with the negative nearer than the positive), `positive_distance`, `negative_distance`.
+
+    When every row is the same the loss is exactly the margin and its gradient 0, from where there is no way back:
+    watch `active` and the distances.
+    """
+
+    def __init__(self, margin: float = 0.2, distance: Distance = "euclidean", soft: bool = False) -> None:
+        super().__init__()
+        if margin < 0:
+            raise ValueError(f"margin={margin} is negative")
+        if distance not in get_args(Distance):
+            raise ValueError(f"distance={distance!r} is none of {', '.join(get_args(Distance))}")
+        self.margin, self.distance, self.soft = margin, distance, soft
+        self.stats: dict[str, Tensor] = {}
+
+    def forward(self, z: Tensor, positive: Tensor, source: Tensor | None = None) -> Tensor:
+        """Loss of rows with ids.
+
+        Args:
+            z: (A, D) rows of any norm.
+            positive: (A,) int64 ids; a negative id has no positives and is a negative of every row.
+            source: (A,) int64; rows of equal source that are not positives are no negatives either.
+
+        Raises:
+            ValueError: for shapes that do not fit, or numbers of rows that differ between ranks.
+        """
+        if z.ndim != 2:
+            raise ValueError(f"z must be (A, D); it is {tuple(z.shape)}")
+        check_ids(positive, len(z), "positive")
+        check_ids(source, len(z), "source")
+        rows = unit(z)
+        batch = gather_rows(rows)
+        group = codes(distributed.gather(positive))
+        sources = codes(distributed.gather(source)) if source is not None else None
+        with torch.autocast(rows.device.type, enabled=False):
+            far, near = hardest(batch.refs, batch.offset, batch.rows, group, sources)
+            chosen = distributed.gather(torch.stack([far, near], 1))
+            loss: Tensor
+            loss, active, to_positive, to_negative = _Triplets.apply(rows, batch, chosen, self._anchor_loss)
+        self.stats = {"active": active, "positive_distance": to_positive, "negative_distance": to_negative}
+        return loss
+
+    def _anchor_loss(self, rows: Tensor, positives: Tensor, negatives: Tensor) -> tuple[Tensor, ...]:
+        """(T, D) each → of each triplet the loss, whether it is active, and the two distances, (T,) each."""
+        to_positive = _distance(rows, positives, self.distance)
+        to_negative = _distance(rows, negatives, self.distance)
+        gap = to_positive - to_negative + (0.0 if self.soft else self.margin)
+        return log1p_exp(gap) if self.soft else gap.clamp_min(0), gap > 0, to_positive, to_negative
+
+
+def _distance(a: Tensor, b: Tensor, kind: Distance) -> Tensor:
+    """Row-wise distance of unit rows, (T, D) twice → (T,), from differences: exact near zero, and 0 has gradient 0."""
+    squared = (a - b).square().sum(1)
+    if kind == "cosine":
+        return squared / 2
+    if kind == "sqeuclidean":
+        return squared
+    apart = squared > 0
+    return torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), 0.0)
+
+
+class _Triplets(torch.autograd.Function):
+    """Loss of this rank's anchors; backward gives own rows their gradient in every triplet of the world."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        batch: Gathered,
+        chosen: Tensor,
+        anchor_loss: Callable[..., tuple[Tensor, ...]],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        valid = (chosen >= 0).all(1)
+        scale = distributed.world() / valid.sum().clamp_min(1).to(rows.dtype)
+        far, near = chosen[batch.own].clamp_min(0).unbind(1)
+        own = valid[batch.own]
+        each, active, to_positive, to_negative = anchor_loss(batch.refs[batch.own], batch.refs[far], batch.refs[near])
+        ctx.save_for_backward(batch.refs, chosen, valid, scale)
+        ctx.rest = batch.offset, batch.rows, anchor_loss
+        count = own.sum().clamp_min(1)
+        stats = (
+            (active & own).sum() / count,
+            (to_positive * own).sum() / count,
+            (to_negative * own).sum() / count,
+        )
+        ctx.mark_non_differentiable(*stats)
+        return (each * own).sum() * scale, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+        refs, chosen, valid, scale = ctx.saved_tensors
+        offset, count, anchor_loss = ctx.rest
+        triplets = torch.cat([torch.arange(len(refs), device=refs.device)[:, None], chosen], 1)
+        ours = ((triplets >= offset) & (triplets < offset + count)).any(1) & valid
+        triplets = triplets[ours]
+        corners = [refs[triplets[:, k]].requires_grad_() for k in range(3)]
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            loss = anchor_loss(*corners)[0].sum()
+        dz = torch.zeros_like(refs[:count])
+        for k, by in enumerate(torch.autograd.grad(loss, corners)):
+            at = triplets[:, k] - offset
+            here = (at >= 0) & (at < count)
+            dz.index_add_(0, at[here], by[here])
+        return dz * (scale * grad), None, None, None

@@ -1,0 +1,501 @@
+"""The tiled engine as fused GPU kernels, one Triton program for a block of anchors.
+
+The interface is `torch_engine`'s. Shape letters: A anchors of this rank, R references (the rows of all ranks, this rank's
+anchors being refs[offset : offset + A]), D width. A program keeps its anchors on the chip, walks over the references in
+tiles and reduces each tile of similarities where it was made; backward makes the tile again from the rows instead of
+reading it (FlashAttention-2, arXiv 2307.08691, algorithm 2). cos ≤ 1 bounds the logits, so unlike there no running maximum
+is needed and partial sums simply add.
+
+No atomics: where the anchors are too few to fill the device, a second grid axis splits the references, and its partial
+results are reduced in a fixed order. The same bits from run to run, on the same kind of device.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslcells.losses.torch_engine import Exclude
+
+Precision = Literal["bf16", "fp16", "tf32", "fp32"]
+"""Of the products' inputs; sums, logits and exponentials are float32 always. fp16 is for weights around one only."""
+
+WIDEST = 512
+"""Widest rows whose sums still fit a program's registers."""
+
+_INTERPRETED: bool = triton.knobs.runtime.interpret
+_LOG2_E = 1.4426950408889634
+_PARTIAL_BYTES = 64 * 2**20
+_PROGRAMS_PER_PROCESSOR = 8  # several waves, so that the last one, not full, costs little
+_TILES_PER_PROGRAM = 8  # fewer, and loading the anchors costs more than filling the device gains
+_SPLIT_SCALE = 4096.0
+_NOWHERE = tl.constexpr(2**31 - 1)
+_SIZES = ["offset", "count", "total", "span"]  # no kernel of its own for each value that 16 divides
+
+
+class _Tiling(NamedTuple):
+    rows: int
+    """anchors of a program"""
+    columns: int
+    """references of a tile"""
+    warps: int
+    stages: int
+    """tiles in flight"""
+    registers: int | None = None
+    """a thread's, where fewer let two programs share a processor: one multiplies while the other exponentiates"""
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels run there: CUDA of compute capability 8.0 or newer, or Triton's interpreter."""
+    if _INTERPRETED:
+        return True
+    on_cuda = device.type == "cuda" and torch.version.cuda is not None
+    return on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def row_sums(
+    refs: Tensor,
+    offset: int,
+    count: int,
+    inv_t: float,
+    exclude: Exclude,
+    *,
+    precision: Precision = "bf16",
+    splits: int | None = None,
+) -> Tensor:
+    """Σ_j exp(inv_t · (z_i·z_j − 1)) over the references that are not excluded: (R, D) unit rows → (A,) float32."""
+    tiling = _tiling("sums", refs, precision)
+    rows, dot = _operand(refs, tiling, precision)
+    splits = splits or _splits(refs, count, tiling, bytes_per_anchor=4)
+    partial = refs.new_empty(splits, count, dtype=torch.float32)
+    _row_sums_kernel[_grid(count, splits, tiling)](
+        rows,
+        exclude.partner,
+        *_codes(exclude),
+        partial,
+        offset,
+        count,
+        refs.shape[0],
+        _span(refs, splits, tiling),
+        inv_t * _LOG2_E,
+        WIDTH=rows.shape[1],
+        ROWS=tiling.rows,
+        COLUMNS=tiling.columns,
+        DOT=dot,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        maxnreg=tiling.registers,
+    )
+    return partial.sum(0)
+
+
+def weighted_rows(
+    refs: Tensor,
+    offset: int,
+    count: int,
+    inv_t: float,
+    weight: Tensor,
+    exclude: Exclude,
+    *,
+    precision: Precision = "bf16",
+    splits: int | None = None,
+) -> Tensor:
+    """Σ_j E_ij (weight_i + weight_j) z_j with E as in `row_sums`: (R, D) unit rows, (R,) weights → (A, D) float32.
+
+    The weights may be of any magnitude of which E·weight is a moderate number: the two meet in float32.
+    """
+    tiling = _tiling("rows", refs, precision)
+    rows, dot = _operand(refs, tiling, precision)
+    width = rows.shape[1]
+    splits = splits or _splits(refs, count, tiling, bytes_per_anchor=4 * width)
+    partial = refs.new_empty(splits, count, width, dtype=torch.float32)
+    _weighted_rows_kernel[_grid(count, splits, tiling)](
+        rows,
+        weight.float().contiguous(),
+        exclude.partner,
+        *_codes(exclude),
+        partial,
+        offset,
+        count,
+        refs.shape[0],
+        _span(refs, splits, tiling),
+        inv_t * _LOG2_E,
+        WIDTH=width,
+        ROWS=tiling.rows,
+        COLUMNS=tiling.columns,
+        DOT=dot,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        maxnreg=tiling.registers,
+    )
+    out = partial[0] if splits == 1 else partial.sum(0)
+    return out[:, : refs.shape[1]]
+
+
+def hardest(
+    refs: Tensor,
+    offset: int,
+    count: int,
+    positive: Tensor,
+    source: Tensor | None,
+    *,
+    precision: Precision | Literal["exact"] = "exact",
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Index of each anchor's least similar positive and most similar negative, -1 where there is none.
+
+    Positives have the anchor's code, negatives another code (and another source, where sources are given); a code below
+    zero has no positives and is everyone's negative; the lowest index wins ties. refs (R, D), positive and source (R,)
+    int32 codes → two (A,) int64.
+
+    "exact" stands for float32 rows by a high and a low float16 half and three products of them, 22 bits: as good as
+    float32's own rounding at several times its speed, where bf16 alone picks another row for a third of the anchors
+    of tight classes, and two halves in bf16 (16 bits) still for one in a thousand.
+    """
+    tiling = _tiling("hardest", refs, precision)
+    if precision == "exact":
+        # Scaled away from float16's subnormals; unit rows cannot overflow, and order is all that matters here.
+        scaled = refs.float() * _SPLIT_SCALE
+        highs, dot = _operand(scaled, tiling, "fp16")
+        lows: Tensor | None = _operand(scaled - scaled.half(), tiling, "fp16")[0]
+    else:
+        highs, dot = _operand(refs, tiling, precision)
+        lows = None
+    splits = splits or _splits(refs, count, tiling, bytes_per_anchor=16)
+    value = refs.new_empty(2, splits, count, dtype=torch.float32)
+    index = refs.new_empty(2, splits, count, dtype=torch.int32)
+    _hardest_kernel[_grid(count, splits, tiling)](
+        highs,
+        lows,
+        positive,
+        source,
+        value,
+        index,
+        offset,
+        count,
+        refs.shape[0],
+        _span(refs, splits, tiling),
+        WIDTH=highs.shape[1],
+        ROWS=tiling.rows,
+        COLUMNS=tiling.columns,
+        DOT=dot,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        maxnreg=tiling.registers,
+    )
+    nowhere = _NOWHERE.value
+    best = index.masked_fill(value != value.amax(1, keepdim=True), nowhere).amin(1).long()
+    far, near = best.masked_fill(best == nowhere, -1)
+    return far, near
+
+
+def _tiling(kernel: Literal["sums", "rows", "hardest"], width: int, precision: str, room: int) -> _Tiling:
+    """Preferred tiles, cut down until the anchors and the tiles in flight fit `room` bytes of shared memory."""
+    if precision == "fp32":  # multiply-adds of single lanes, which keep whole rows in registers
+        return _Tiling(rows=32, columns=32, warps=4, stages=1)
+    if kernel == "sums":
+        tiling = _Tiling(rows=256, columns=64, warps=8, stages=2, registers=128)
+    elif kernel == "hardest" and precision == "exact":
+        tiling = _Tiling(rows=128, columns=128, warps=8, stages=2)
+    elif kernel == "hardest" or width <= 64:
+        tiling = _Tiling(rows=128, columns=64, warps=8, stages=3, registers=128)
+    elif width == 128:
+        tiling = _Tiling(rows=128, columns=32, warps=8, stages=4, registers=128)
+    else:
+        tiling = _Tiling(rows=128 if width == 256 else 64, columns=64, warps=8, stages=3)
+    row_bytes = width * {"bf16": 2, "fp16": 2, "tf32": 4, "exact": 4}[precision]
+    while (tiling.rows + tiling.stages * tiling.columns) * row_bytes > room:
+        if tiling.stages > 2:
+            tiling = tiling._replace(stages=tiling.stages - 1)
+        elif tiling.columns > 32:
+            tiling = tiling._replace(columns=tiling.columns // 2)
+        else:
+            tiling = tiling._replace(rows=tiling.rows // 2)
+    return tiling
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may fill with rows, less what Triton needs for reductions and changes of layout."""
+    if device.type != "cuda":
+        return 200 * 2**10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 24 * 2**10
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _operand(refs: Tensor, tiling: _Tiling, precision: Precision) -> tuple[Tensor, str]:
+    """The rows as the products take them, zero-padded to whole tiles and a power of two, and the products' mode.
+
+    One copy of R rows makes every load in the kernels whole and aligned, without a mask.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    height = triton.cdiv(refs.shape[0], tiling.columns) * tiling.columns
+    width = _padded(refs.shape[1])
+    dot = "tf32" if precision == "tf32" else "ieee"
+    if refs.shape == (height, width):
+        return refs.to(dtype).contiguous(), dot
+    rows = refs.new_zeros(height, width, dtype=dtype)
+    rows[: refs.shape[0], : refs.shape[1]] = refs
+    return rows, dot
+
+
+def _codes(exclude: Exclude) -> tuple[Tensor | None, Tensor | None]:
+    """Positive and source codes where sources are to be left out, else none of them."""
+    if exclude.source is None:
+        return None, None
+    assert exclude.positive is not None
+    return exclude.positive, exclude.source
+
+
+def _grid(count: int, splits: int, tiling: _Tiling) -> tuple[int, int]:
+    """Blocks of anchors run fastest, so that programs on the chip together read the same references out of L2."""
+    return triton.cdiv(count, tiling.rows), splits
+
+
+def _span(refs: Tensor, splits: int, tiling: _Tiling) -> int:
+    """References of one split, whole tiles; the last splits may get fewer or none."""
+    tiles = triton.cdiv(refs.shape[0], tiling.columns)
+    return triton.cdiv(tiles, splits) * tiling.columns
+
+
+def _splits(refs: Tensor, count: int, tiling: _Tiling, bytes_per_anchor: int) -> int:
+    """How many programs share the references of one block of anchors."""
+    if refs.device.type != "cuda":
+        return 1
+    processors = torch.cuda.get_device_properties(refs.device).multi_processor_count
+    wanted = _PROGRAMS_PER_PROCESSOR * processors // triton.cdiv(count, tiling.rows)
+    worthwhile = refs.shape[0] // (tiling.columns * _TILES_PER_PROGRAM)
+    affordable = _PARTIAL_BYTES // (count * bytes_per_anchor)
+    return max(1, min(wanted, worthwhile, affordable))
+
+
+@triton.jit
+def _block(offset, count, span, total, ROWS: tl.constexpr):
+    """This program's rows of the output and what they are among the references; its range of references.
+
+    Rows past the end stand for the last one: loads need no mask, and the mask of the store drops them.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    begin = tl.program_id(1) * span
+    return row, offset + tl.minimum(row, count - 1), begin, tl.minimum(begin + span, total)
+
+
+@triton.jit
+def _load_anchors(rows, anchor, WIDTH: tl.constexpr):
+    """(n, WIDTH) rows by their index; the offset in 64 bits, as R·D may pass 2³¹."""
+    return tl.load(rows + anchor.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
+
+
+@triton.jit
+def _load_tile(rows, start, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """(COLUMNS, WIDTH) rows from `start` on, through one 64-bit address and constant offsets from it."""
+    tile = rows + tl.cast(start, tl.int64) * WIDTH
+    return tl.load(tile + tl.arange(0, COLUMNS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
+
+
+@triton.jit
+def _load_column(vector, start, total, COLUMNS: tl.constexpr):
+    """(COLUMNS,) values of the references of a tile, 0 past their end.
+
+    Call it ahead of the product, which hides its latency. The branch is always taken; without it Triton 3.6 stages what
+    goes into a second product through shared memory, in copies of four bytes by every thread.
+    """
+    values = tl.zeros([COLUMNS], vector.dtype.element_ty)
+    if start < total:
+        column = start + tl.arange(0, COLUMNS)
+        values = tl.load(vector + column, mask=column < total, other=0)
+    return values
+
+
+@triton.jit
+def _anchors(offset, count, ROWS: tl.constexpr):
+    """This program's rows of the output and their index among the references.
+
+    Rows past the end stand for the last one: their loads need no mask, and the mask of the store drops them.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    return row, offset + tl.minimum(row, count - 1)
+
+
+@triton.jit
+def _on_diagonal(start, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Whether the tile of references from `start` on may hold one of this program's anchors."""
+    first = offset + tl.program_id(0) * ROWS
+    return (start < first + ROWS) & (start + COLUMNS > first)
+
+
+@triton.jit
+def _tile_exponentials(
+    q, k, start, anchor, mate, own_positive, own_source, positive, source, offset, total, scale, DOT: tl.constexpr
+):
+    """exp(inv_t · (q·k − 1)), (ROWS, COLUMNS), zero where excluded; scale is log2(e) · inv_t.
+
+    A mask costs as much as the exponential, and few tiles need the one for the row itself, its partner and the end of
+    the references: ranges tell which. Partners are a range as a rule, the other views of the same images.
+    """
+    ROWS: tl.constexpr = q.shape[0]
+    COLUMNS: tl.constexpr = k.shape[0]
+    if source is not None:
+        left_out = own_source[:, None] == _load_column(source, start, total, COLUMNS)[None, :]
+        left_out &= own_positive[:, None] != _load_column(positive, start, total, COLUMNS)[None, :]
+    s = tl.dot(q, tl.trans(k), input_precision=DOT)
+    e = tl.exp2(s * scale - scale)
+    edge = _on_diagonal(start, offset, ROWS, COLUMNS) | (start + COLUMNS > total)
+    if mate is not None:
+        edge |= (start <= tl.max(mate)) & (start + COLUMNS > tl.min(mate))
+    if edge:
+        column = start + tl.arange(0, COLUMNS)
+        kept = (column[None, :] != anchor[:, None]) & (column < total)[None, :]
+        if mate is not None:
+            kept &= column[None, :] != mate[:, None]
+        e = tl.where(kept, e, 0.0)
+    if source is not None:
+        e = tl.where(left_out, 0.0, e)
+    return e
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _row_sums_kernel(
+    rows,
+    partner,
+    positive,
+    source,
+    out,
+    offset,
+    count,
+    total,
+    span,
+    scale,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    row, anchor = _anchors(offset, count, ROWS)
+    mate = None if partner is None else tl.load(partner + anchor).to(tl.int32)
+    own_positive = None if source is None else tl.load(positive + anchor)
+    own_source = None if source is None else tl.load(source + anchor)
+    q = _load_anchors(rows, anchor, WIDTH)
+    begin = tl.program_id(1) * span
+    sums = tl.zeros([ROWS], tl.float32)
+    for start in tl.range(begin, tl.minimum(begin + span, total), COLUMNS):
+        k = _load_tile(rows, start, WIDTH, COLUMNS)
+        e = _tile_exponentials(
+            q, k, start, anchor, mate, own_positive, own_source, positive, source, offset, total, scale, DOT
+        )
+        sums += tl.sum(e, 1)
+    tl.store(out + tl.program_id(1).to(tl.int64) * count + row, sums, mask=row < count)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _weighted_rows_kernel(
+    rows,
+    weight,
+    partner,
+    positive,
+    source,
+    out,
+    offset,
+    count,
+    total,
+    span,
+    scale,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    row, anchor = _anchors(offset, count, ROWS)
+    mate = None if partner is None else tl.load(partner + anchor).to(tl.int32)
+    own_positive = None if source is None else tl.load(positive + anchor)
+    own_source = None if source is None else tl.load(source + anchor)
+    own_weight = tl.load(weight + anchor)
+    q = _load_anchors(rows, anchor, WIDTH)
+    begin = tl.program_id(1) * span
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in tl.range(begin, tl.minimum(begin + span, total), COLUMNS):
+        k = _load_tile(rows, start, WIDTH, COLUMNS)
+        w = _load_column(weight, start, total, COLUMNS)
+        e = _tile_exponentials(
+            q, k, start, anchor, mate, own_positive, own_source, positive, source, offset, total, scale, DOT
+        )
+        p = e * (own_weight[:, None] + w[None, :])
+        sums = tl.dot(p.to(k.dtype), k, sums, input_precision=DOT)
+    at = (tl.program_id(1).to(tl.int64) * count + row)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(out + at, sums, mask=(row < count)[:, None])
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _hardest_kernel(
+    highs,
+    lows,
+    positive,
+    source,
+    value,
+    index,
+    offset,
+    count,
+    total,
+    span,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """value, index (2, splits, count): the largest −s of a positive and the largest s of a negative, and where.
+
+    The places are looked for only in the tiles, fewer and fewer, that improve on any row.
+    """
+    row, anchor = _anchors(offset, count, ROWS)
+    own_positive = tl.load(positive + anchor)
+    own_positive = tl.where(own_positive < 0, _NOWHERE, own_positive)  # unknown: no code equals it
+    own_source = None if source is None else tl.load(source + anchor)
+    q = _load_anchors(highs, anchor, WIDTH)
+    q_low = None if lows is None else _load_anchors(lows, anchor, WIDTH)
+    begin = tl.program_id(1) * span
+    far = tl.full([ROWS], float("-inf"), tl.float32)
+    near = tl.full([ROWS], float("-inf"), tl.float32)
+    far_at = tl.full([ROWS], _NOWHERE, tl.int32)
+    near_at = tl.full([ROWS], _NOWHERE, tl.int32)
+    for start in tl.range(begin, tl.minimum(begin + span, total), COLUMNS):
+        same = own_positive[:, None] == _load_column(positive, start, total, COLUMNS)[None, :]
+        ignored = same
+        if source is not None:
+            ignored |= own_source[:, None] == _load_column(source, start, total, COLUMNS)[None, :]
+        k = _load_tile(highs, start, WIDTH, COLUMNS)
+        if lows is None:
+            s = tl.dot(q, tl.trans(k), input_precision=DOT)
+        else:  # the small products first; that of the two low halves is below float32's rounding
+            s = tl.dot(q_low, tl.trans(k))
+            s = tl.dot(q, tl.trans(_load_tile(lows, start, WIDTH, COLUMNS)), s)
+            s = tl.dot(q, tl.trans(k), s)
+        positives = tl.where(same, -s, float("-inf"))
+        negatives = tl.where(ignored, float("-inf"), s)
+        column = start + tl.arange(0, COLUMNS)
+        if _on_diagonal(start, offset, ROWS, COLUMNS) | (start + COLUMNS > total):
+            kept = (column[None, :] != anchor[:, None]) & (column < total)[None, :]
+            positives = tl.where(kept, positives, float("-inf"))
+            negatives = tl.where(kept, negatives, float("-inf"))
+        farther = tl.max(positives, 1)
+        nearer = tl.max(negatives, 1)
+        if tl.max(((farther > far) | (nearer > near)).to(tl.int32)) > 0:
+            far, far_at = _improved(far, far_at, farther, positives, column)
+            near, near_at = _improved(near, near_at, nearer, negatives, column)
+    at = tl.program_id(1).to(tl.int64) * count + row
+    negative = tl.num_programs(1).to(tl.int64) * count
+    tl.store(value + at, far, mask=row < count)
+    tl.store(index + at, far_at, mask=row < count)
+    tl.store(value + negative + at, near, mask=row < count)
+    tl.store(index + negative + at, near_at, mask=row < count)
+
+
+@triton.jit
+def _improved(best, at, largest, values, column):
+    """The running largest value of each row and its lowest column, with those of one tile."""
+    found = tl.min(tl.where(values == largest[:, None], column[None, :], _NOWHERE), 1)
+    at = tl.where(largest > best, found, at)
+    return tl.maximum(largest, best), at

@@ -1,0 +1,49 @@
+"""Methods: what is learned from a batch; one file each.
+
+A method is a module with a `Config(MethodConfig)` and a `Method(config, features)`; the folder is the registry. It
+turns features into rows inside the network that DDP wraps, and rows into a loss outside of it.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from sslcells.config import Section
+from sslcells.data import Batch
+
+
+class Method(nn.Module, ABC):
+    """Head and loss of a method; V = `views` augmented views of each image."""
+
+    views: int
+    head: nn.Module
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Tensor:
+        """(A, F) features, view-major → (A, D) rows."""
+
+    @abstractmethod
+    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(A, D) rows and the batch they came from → the loss, a scalar, and detached figures for the log."""
+
+
+class Learner(nn.Module):
+    """Backbone and method's head: what is trained."""
+
+    def __init__(self, backbone: nn.Module, method: Method) -> None:
+        super().__init__()
+        self.backbone, self.method = backbone, method
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(A, C, S, S) → rows (A, D)."""
+        rows: Tensor = self.method(self.backbone(x))
+        return rows
+
+
+def build(config: Section, features: int) -> Method:
+    """The method that `config` is the section of, on F features."""
+    module: Any = importlib.import_module(f"sslcells.methods.{config.name}")  # type: ignore[attr-defined]
+    method: Method = module.Method(config, features)
+    return method

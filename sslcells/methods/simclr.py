@@ -1,0 +1,58 @@
+"""SimCLR, arXiv 2002.05709: two views of an image attract, all other images of the global batch repel."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sslcells import methods
+from sslcells.config import Section
+from sslcells.data import Batch
+from sslcells.losses import NTXentLoss, SupConLoss
+from sslcells.models.heads import Norm, projection
+
+
+class Config(Section):
+    """Loss and projection head."""
+
+    name: Literal["simclr"] = "simclr"
+    temperature: float = Field(0.2, ge=0.003, le=100)
+    """Of the similarities."""
+    same_source: Literal["negative", "ignore", "positive"] = "negative"
+    """What another image of the same source is: a negative, left out of the negatives, or a positive."""
+    hidden: int = Field(256, ge=1)
+    """Width of the head's hidden layers."""
+    dimension: int = Field(128, ge=2)
+    """D, the width of a row."""
+    layers: int = Field(2, ge=1)
+    """Linear maps in the head."""
+    norm: Norm = "batch"
+    """Normalisation in the head."""
+
+
+class Method(methods.Method):
+    """A projection head and NT-Xent."""
+
+    views = 2
+
+    def __init__(self, config: Config, features: int) -> None:
+        super().__init__()
+        self.head = projection(features, config.hidden, config.dimension, config.layers, config.norm)
+        self._same_source = config.same_source
+        self._pairs = NTXentLoss(config.temperature)
+        self._groups = SupConLoss(config.temperature)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(2B, F) → (2B, D)."""
+        rows: Tensor = self.head(features)
+        return rows
+
+    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """NT-Xent of the two views; SupCon's loss by source where images of one source are positives."""
+        if self._same_source == "positive":
+            loss = self._groups(rows, torch.cat([batch.source, batch.source]))
+            return loss, self._groups.stats
+        source = batch.source if self._same_source == "ignore" else None
+        loss = self._pairs(*rows.chunk(2), source)
+        return loss, self._pairs.stats

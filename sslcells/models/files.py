@@ -1,0 +1,52 @@
+"""The encoder's file: weights as safetensors, and a JSON that says how timm makes the network they fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sslcells.config import ConfigError, Model
+from sslcells.models import create, normalisation, small_stem
+
+WEIGHTS, SPEC = "encoder.safetensors", "encoder.json"
+
+
+def export(encoder: nn.Module, config: Model, channels: int, size: int, folder: Path) -> None:
+    """Write encoder.safetensors and encoder.json: what images it takes, and how to make it again.
+
+    `timm.create_model(**spec["timm"], checkpoint_path="encoder.safetensors")` loads it; with stem "small", which timm
+    has no argument for, the stem is replaced first, as `load` does.
+    """
+    mean, std = normalisation(config, channels)
+    spec = {
+        "timm": {"model_name": config.backbone, "in_chans": channels, "num_classes": 0, **config.args},
+        "stem": config.stem,
+        "channels": channels,
+        "size": size,
+        "mean": mean,
+        "std": std,
+        "timm_version": timm.__version__,
+    }
+    weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / SPEC).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The encoder of a run's folder, in eval mode, and its encoder.json.
+
+    Raises:
+        ConfigError: where the folder holds no encoder.
+    """
+    if not (folder / SPEC).is_file():
+        raise ConfigError(f"{folder} holds no {SPEC}: is it the folder of a finished run?")
+    spec: dict[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+    args = dict(spec["timm"])
+    encoder = create(args.pop("model_name"), args.pop("in_chans"), args)
+    if spec["stem"] == "small":
+        small_stem(encoder, spec["channels"])
+    encoder.load_state_dict(load_file(folder / WEIGHTS))
+    return encoder.eval(), spec

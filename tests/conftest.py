@@ -1,0 +1,16 @@
+"""Fixtures that several folders of tests use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """The development images: SSLCELLS_TEST_DATA, or shared/data beside the checkout."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SSLCELLS_TEST_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no development images at {folder}; SSLCELLS_TEST_DATA names their folder")
+    return folder

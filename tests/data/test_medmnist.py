@@ -1,0 +1,227 @@
+"""Files in MedMNIST's layout, written on the fly; the medmnist package is played by a stand-in."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from sslcells.config import ConfigError
+from sslcells.data import ImageSet, medmnist, open_split
+
+RANDOM = np.random.default_rng(0)
+
+
+def arrays(shape=(28, 28, 3), classes=4, counts=(9, 5, 7), labels_shape=(1,)) -> dict[str, np.ndarray]:
+    """The six arrays of a file; the test split lacks the last class."""
+    out = {}
+    for split, count in zip(("train", "val", "test"), counts, strict=True):
+        out[f"{split}_images"] = RANDOM.integers(0, 255, (count, *shape), np.uint8)
+        labels = np.arange(count) % (classes - (split == "test"))
+        out[f"{split}_labels"] = np.broadcast_to(labels[:, None], (count, *labels_shape)).astype(np.uint8)
+    return out
+
+
+def saved(file: Path, **changes) -> Path:
+    kept = {key: value for key, value in {**arrays(), **changes}.items() if value is not None}
+    np.savez_compressed(file, **kept)
+    return file
+
+
+def opened(file: Path, split="train", **fields) -> ImageSet:
+    images = open_split(medmnist.Config(path=str(file), **fields), split)
+    assert images is not None
+    return images
+
+
+def mistake(split="train", **fields) -> str:
+    with pytest.raises(ConfigError) as error:
+        open_split(medmnist.Config(**fields), split)
+    return str(error.value)
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "medmnist", None)
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """A medmnist package that "downloads" by writing the file, and a list of what was asked of it."""
+    asked = []
+
+    def blood(split, download, root, size):
+        asked.append((split, download, size))
+        saved(Path(root) / ("bloodmnist.npz" if size == 28 else f"bloodmnist_{size}.npz"))
+
+    def path(split, download, root, size):
+        try:
+            raise OSError("no route to host")
+        except OSError:
+            raise RuntimeError("Automatic download failed!")  # noqa: B904 (as medmnist does)
+
+    info = {
+        "bloodmnist": {"python_class": "BloodMNIST", "label": {str(k): name for k, name in enumerate("wxyz")}},
+        "pathmnist": {"python_class": "PathMNIST", "label": {"0": "a"}, "url_64": "https://example.org/64"},
+    }
+    monkeypatch.setitem(sys.modules, "medmnist", SimpleNamespace(INFO=info, BloodMNIST=blood, PathMNIST=path))
+    return asked
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((28, 28, 3), 3), ((64, 64), 1), ((28, 20, 1), 1)])
+def test_every_split_of_colour_and_grey(tmp_path, no_package, shape, channels):
+    content = arrays(shape)
+    np.savez(tmp_path / "x.npz", **content)
+    for split, count in (("train", 9), ("val", 5), ("test", 7)):
+        images = opened(tmp_path / "x.npz", split)
+        assert (len(images), images.channels, images.classes) == (count, channels, ("0", "1", "2", "3"))
+        pixels = images.pixels(2)
+        assert (pixels.shape, pixels.dtype) == ((channels, *shape[:2]), torch.uint8)
+        raw = content[f"{split}_images"][2].reshape(*shape[:2], channels)
+        assert torch.equal(pixels.permute(1, 2, 0), torch.from_numpy(raw))
+        assert images.labels.tolist() == content[f"{split}_labels"][:, 0].tolist()
+        assert images.name(2) == f"x.npz {split}_images[2]"
+
+
+def test_images_are_their_own_source_in_all_splits(tmp_path, no_package):
+    file = saved(tmp_path / "x.npz")
+    ids = torch.cat([opened(file, split).sources for split in ("train", "val", "test")])
+    assert ids.unique().numel() == 9 + 5 + 7
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (28, 28, 3)])
+def test_what_is_done_to_pixels_stays_out_of_the_set(tmp_path, no_package, shape):
+    np.savez(tmp_path / "x.npz", **arrays(shape))
+    images = opened(tmp_path / "x.npz")
+    before = images.pixels(0).clone()
+    images.pixels(0).add_(1)
+    assert torch.equal(images.pixels(0), before)
+    assert images.pixels(0).is_contiguous()
+
+
+def test_several_labels_per_image_are_none(tmp_path, no_package):
+    np.savez(tmp_path / "chest.npz", **arrays((28, 28), classes=2, labels_shape=(14,)))
+    images = opened(tmp_path / "chest.npz")
+    assert (images.classes, images.labels.tolist(), images.labelled) == ((), [-1] * 9, False)
+
+
+def test_flat_labels(tmp_path, no_package):
+    file = saved(tmp_path / "x.npz", **{f"{s}_labels": arrays()[f"{s}_labels"][:, 0] for s in ("train", "test")})
+    assert opened(file).labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+
+
+def test_a_file_without_val(tmp_path, no_package):
+    file = saved(tmp_path / "x.npz", val_images=None, val_labels=None)
+    assert open_split(medmnist.Config(path=str(file)), "val") is None
+    assert len(opened(file)) == 9
+
+
+def test_names_of_the_classes(tmp_path, package):
+    own = saved(tmp_path / "mine.npz")
+    known = saved(tmp_path / "bloodmnist_64.npz")
+    larger = saved(tmp_path / "pathmnist.npz")
+    assert opened(own).classes == ("0", "1", "2", "3")
+    assert opened(own, class_names=tuple("abcd")).classes == tuple("abcd")
+    assert opened(known).classes == tuple("wxyz")
+    assert opened(known, class_names=tuple("abcd")).classes == tuple("abcd")
+    assert opened(larger).classes == ("0", "1", "2", "3")  # more classes than the published one
+    assert "has 2 names; the labels of" in mistake(path=str(own), class_names=("a", "b"))
+
+
+def test_a_set_by_name(tmp_path, package):
+    saved(tmp_path / "bloodmnist_64.npz")
+    fields = {"set": "bloodmnist", "resolution": 64, "root": str(tmp_path)}
+    images = open_split(medmnist.Config(**fields, download=True), "test")
+    assert (len(images), images.classes, package) == (7, tuple("wxyz"), [])
+    message = mistake(**{**fields, "resolution": 28})
+    assert str(tmp_path / "bloodmnist.npz") in message
+    assert "download=true" in message
+
+
+def test_download(tmp_path, package):
+    root = tmp_path / "new"
+    images = open_split(medmnist.Config(set="bloodmnist", resolution=128, root=str(root), download=True), "train")
+    assert len(images) == 9
+    assert package == [("val", True, 128)]
+    assert [file.name for file in root.iterdir()] == ["bloodmnist_128.npz"]
+
+
+def test_download_fails(tmp_path, package):
+    message = mistake(set="pathmnist", resolution=64, root=str(tmp_path), download=True)
+    assert "no route to host" in message
+    assert f"put https://example.org/64 at {tmp_path / 'pathmnist_64.npz'}" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_download_needs_the_package(tmp_path, no_package):
+    assert "sslcells[medmnist]" in mistake(set="pathmnist", root=str(tmp_path), download=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train_images": None}, "has no train_images (did you mean train_labels?); it has: train_labels, val_images"),
+        ({"train_labels": None}, "has no train_labels"),
+        ({"train_images": np.zeros((9, 28, 28, 28), np.uint8)}, "volumes cannot be read"),
+        ({"train_images": np.zeros((9, 28, 28, 28, 3), np.uint8)}, "volumes cannot be read"),
+        ({"train_images": np.zeros((9, 784), np.uint8)}, "train_images has the shape (9, 784)"),
+        ({"train_images": np.zeros((9, 28, 28))}, "train_images is float64, not uint8"),
+        ({"train_images": np.zeros((0, 28, 28), np.uint8), "train_labels": np.zeros((0, 1), int)}, "is empty"),
+        ({"train_labels": np.zeros((8, 1), int)}, "train has 9 images but 8 labels"),
+        ({"train_labels": np.zeros((9, 1))}, "train_labels is float64"),
+        ({"train_images": np.array([{}], object)}, "cannot be read"),
+    ],
+)
+def test_other_layouts(tmp_path, no_package, changes, expected):
+    file = saved(tmp_path / "x.npz", **changes)
+    message = mistake(path=str(file))
+    assert expected in message
+    assert str(file) in message
+
+
+def test_a_split_by_halves(tmp_path, no_package):
+    file = saved(tmp_path / "x.npz", val_labels=None)
+    assert "has no val_labels" in mistake("val", path=str(file))
+
+
+def test_no_npz(tmp_path):
+    file = saved(tmp_path / "data.npz")
+    assert "no such file (did you mean data.npz?)" in mistake(path=str(tmp_path / "dat.npz"))
+    assert "is a folder" in mistake(path=str(tmp_path))
+    (tmp_path / "text.npz").write_text("no archive")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    assert "is no .npz archive" in mistake(path=str(tmp_path / "text.npz"))
+    assert "is no .npz archive" in mistake(path=str(tmp_path / "one.npy"))
+    content = bytearray(file.read_bytes())
+    content[300:2000] = bytes(1700)
+    file.write_bytes(content)
+    assert "data.npz cannot be read" in mistake(path=str(file))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"set": "bloodmnst"}, "did you mean bloodmnist"),
+        ({"set": "organmnist3d"}, "volumes"),
+        ({"set": "bloodmnist", "resolution": 32}, "28, 64, 128 or 224"),
+        ({}, "give either path"),
+        ({"set": "bloodmnist", "path": "x.npz"}, "give either path"),
+    ],
+)
+def test_wrong_fields(fields, expected):
+    with pytest.raises(ValidationError, match=expected):
+        medmnist.Config(**fields)
+
+
+@pytest.mark.realdata
+def test_pbc28(realdata):
+    if not (realdata / "pbc28.npz").is_file():
+        pytest.skip(f"no pbc28.npz in {realdata}")
+    counts = [len(opened(realdata / "pbc28.npz", split)) for split in ("train", "val", "test")]
+    assert counts == [11961, 1712, 3419]
+    images = opened(realdata / "pbc28.npz", "val")
+    assert images.pixels(0).shape == (3, 28, 28)
+    assert len(images.classes) == 8

@@ -1,0 +1,69 @@
+"""Functions run on gloo ranks: real processes, started once and lent to every test."""
+
+import atexit
+import itertools
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+_RANKS = 4
+_counter = itertools.count()
+_workers: list[tuple[Any, Any]] = []
+
+
+def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(*args)` returns on each of `world` ranks; an error on any rank is raised here with its traceback."""
+    if not _workers:
+        _start()
+    store = f"{tempfile.gettempdir()}/sslcells-gloo-{next(_counter)}-{id(_workers)}"
+    connections = [connection for _, connection in _workers[:world]]
+    for rank, connection in enumerate(connections):
+        connection.send((function, args, rank, world, store))
+    answers = []
+    for rank, connection in enumerate(connections):
+        if not connection.poll(120):
+            _stop()
+            raise TimeoutError(f"rank {rank} of {world} did not answer in 120 s")
+        answers.append(connection.recv())
+    for rank, (_, error) in enumerate(answers):
+        if error is not None:
+            raise AssertionError(f"rank {rank} of {world} failed:\n{error}")
+    return [value for value, _ in answers]
+
+
+def _start() -> None:
+    context = mp.get_context("spawn")
+    for _ in range(_RANKS):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        _workers.append((process, ours))
+    atexit.register(_stop)
+
+
+def _stop() -> None:
+    for process, _ in _workers:
+        process.kill()
+    _workers.clear()
+
+
+def _serve(connection: Any) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, rank, world, store = connection.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+            answer = function(*args), None
+        except BaseException:
+            answer = None, traceback.format_exc()
+        finally:
+            dist.destroy_process_group()
+        connection.send(answer)

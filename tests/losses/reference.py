@@ -1,0 +1,73 @@
+"""The losses as their papers print them: float64, one process, double loops. Slow, and independent of the package."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def unit(z: Tensor) -> Tensor:
+    return z / z.norm(dim=1, keepdim=True)
+
+
+def contrastive(z: Tensor, positive: list[int], temperature: float, source: list[int] | None = None) -> Tensor:
+    """SupCon's L_out, arXiv 2004.11362 eq. 2; with two views an image and its index as id it is NT-Xent."""
+    z = unit(z)
+    losses = []
+    for i in range(len(z)):
+        same = [j for j in range(len(z)) if j != i and positive[j] == positive[i] >= 0]
+        counted = [
+            j for j in range(len(z)) if j != i and (j in same or source is None or source[j] != source[i])
+        ]
+        if not same:
+            continue
+        logits = {j: z[i] @ z[j] / temperature for j in counted}
+        total = torch.logsumexp(torch.stack(list(logits.values())), 0)
+        losses.append(torch.stack([total - logits[p] for p in same]).mean())
+    return torch.stack(losses).mean() if losses else z.sum() * 0
+
+
+def batch_hard(
+    z: Tensor,
+    positive: list[int],
+    margin: float,
+    distance: str,
+    soft: bool = False,
+    source: list[int] | None = None,
+) -> Tensor:
+    """arXiv 1703.07737 eq. 5, the mean over the valid anchors instead of the sum."""
+    z = unit(z)
+    losses = []
+    for i in range(len(z)):
+        same = [j for j in range(len(z)) if j != i and positive[j] == positive[i] >= 0]
+        other = [
+            j
+            for j in range(len(z))
+            if j != i
+            and not (positive[j] == positive[i] >= 0)
+            and (source is None or source[j] != source[i])
+        ]
+        if not same or not other:
+            continue
+        far = max(same, key=lambda j: (apart(z[i], z[j], "sqeuclidean").item(), -j))
+        near = min(other, key=lambda j: (apart(z[i], z[j], "sqeuclidean").item(), j))
+        gap = apart(z[i], z[far], distance) - apart(z[i], z[near], distance)
+        losses.append(torch.log1p(gap.exp()) if soft else (gap + margin).clamp_min(0))
+    return torch.stack(losses).mean() if losses else z.sum() * 0
+
+
+def apart(a: Tensor, b: Tensor, distance: str) -> Tensor:
+    if distance == "cosine":
+        return 1 - a @ b
+    squared = ((a - b) ** 2).sum()
+    return squared if distance == "sqeuclidean" or squared.item() == 0 else squared ** 0.5
+
+
+def nt_xent(z0: Tensor, z1: Tensor, temperature: float, source: list[int] | None = None) -> Tensor:
+    images = list(range(len(z0)))
+    return contrastive(torch.cat([z0, z1]), images * 2, temperature, source and source * 2)
+
+
+def uniform_nt_xent(rows: int, temperature: float) -> float:
+    """The loss when all rows coincide: the log of the number of other rows."""
+    return math.log(rows - 1) + 0 * temperature
