@@ -221,9 +221,10 @@ class Run(Section):
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """` (did you mean x?)`, or nothing where no name is near."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
+    """` (did you mean x?)`, whatever its case, or nothing where no name is near."""
+    spelt = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.5)
+    return f" (did you mean {spelt[close[0]]}?)" if close else ""
 
 
 def load(file: str | None = None, overrides: Sequence[str] = ()) -> Run:
@@ -285,7 +286,7 @@ def _explain(error: Any, tree: dict[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if isinstance(value, dict):
         return f"{key}: {message}" if key else message
-    return f"{key}={value!r}: {message}"
+    return f"{key}={value!r} {message}" if message.startswith("is ") else f"{key}={value!r}: {message}"
 
 
 def _fields(path: Sequence[Any], tree: dict[str, Any]) -> dict[str, FieldInfo]:

@@ -34,7 +34,7 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
     """
     accelerator = distributed.accelerator(run)
     device, rank, world = accelerator.device, distributed.rank(), distributed.world()
-    splits = distributed.together(lambda: open_splits(run.data))
+    splits = open_splits(run.data)
     images = splits["train"]
     plan = Plan(run, len(images), world)
     whole = distributed.from_main(lambda: start_folder(run))

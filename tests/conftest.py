@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +15,11 @@ def realdata() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no development images at {folder}; SSLCELLS_TEST_DATA names their folder")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Each test may start accelerate anew, with numerics of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

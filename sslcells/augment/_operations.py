@@ -72,8 +72,8 @@ def linear_colour(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: T
     turn = torch.zeros(len(x), 3, 3)
     turn[:, 0, 0] = 1
     turn[:, 1, 1] = turn[:, 2, 2] = saturation * hue.cos()
-    turn[:, 2, 1] = saturation * hue.sin()
-    turn[:, 1, 2] = -turn[:, 2, 1]
+    turn[:, 1, 2] = saturation * hue.sin()  # from red towards yellow, as in HSV
+    turn[:, 2, 1] = -turn[:, 1, 2]
     matrix = (to_yiq.inverse() @ turn @ to_yiq).to(x.device, non_blocking=True) * gain[:, None, None]
     return torch.baddbmm(offset[:, None, None], matrix, x.flatten(2)).view_as(x).clamp(0, 1)
 

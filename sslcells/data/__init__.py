@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sslcells import distributed
 from sslcells.config import ConfigError, Section
 
 SPLITS = ("train", "val", "test")
@@ -25,7 +26,7 @@ class Batch(NamedTuple):
     image: Tensor
     """(B,) int64: the image's index in its split"""
     source: Tensor
-    """(B,) int64: what the image was made from; the image's own index where unknown"""
+    """(B,) int64: what the image was made from; a number of the image's own where unknown"""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with every tensor on `device`."""
@@ -35,6 +36,8 @@ class Batch(NamedTuple):
 class ImageSet(ABC):
     """One split: images read by index, their labels and sources known beforehand."""
 
+    light: bool = True
+    """whether the set is small when pickled, so that one rank opens it for all"""
     channels: int
     """C"""
     classes: tuple[str, ...]
@@ -70,11 +73,22 @@ class DataError(Exception):
 
 
 def open_splits(config: Section) -> dict[str, ImageSet]:
-    """The splits "train", "val" and "test" that the data set has.
+    """The splits "train", "val" and "test" that the data set has; every rank takes part, rank 0 looks first.
 
     Raises:
         ConfigError: where the data set is not there, is not what the configuration says, or has no train split.
     """
+    opened: dict[str, ImageSet] = {}
+
+    def first() -> dict[str, ImageSet] | None:
+        opened.update(_open_splits(config))
+        return opened if all(images.light for images in opened.values()) else None
+
+    shared = distributed.from_main(first)
+    return shared if shared is not None else distributed.together(lambda: opened or _open_splits(config))
+
+
+def _open_splits(config: Section) -> dict[str, ImageSet]:
     splits = {name: images for name in SPLITS if (images := open_split(config, name)) is not None}
     if "train" not in splits:
         raise ConfigError(f"data: there is no train split to learn from, only {', '.join(splits) or 'nothing'}")

@@ -13,6 +13,8 @@ from sslcells.data import SPLITS, ImageSet
 class ArrayImages(ImageSet):
     """Images of one (N, H, W, C) uint8 array, which forked data loader workers share; each is its own source."""
 
+    light = False
+
     def __init__(
         self, images: NDArray[np.uint8], labels: NDArray[Any], classes: tuple[str, ...], split: str, origin: str
     ) -> None:

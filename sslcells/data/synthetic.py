@@ -32,12 +32,13 @@ class Config(Section):
 
 
 class Smears(ImageSet):
-    """Images drawn when they are asked for."""
+    """Images drawn when they are first asked for, and kept."""
 
     channels = 3
 
     def __init__(self, config: Config, split: str) -> None:
         self._config, self._split = config, split
+        self._drawn: dict[int, Tensor] = {}
         self.classes = CLASSES[: config.classes]
         count = getattr(config, split)
         self.labels = torch.arange(count) % config.classes
@@ -45,9 +46,11 @@ class Smears(ImageSet):
 
     def pixels(self, index: int) -> Tensor:
         """Image `index`: (3, H, W) uint8, the same at every call."""
-        scene = (self._config.seed << 2) + _SPLITS[self._split]
-        drawn = draw_smear(scene, index, int(self.labels[index]), self._config.size)
-        return torch.from_numpy(drawn).permute(2, 0, 1).contiguous()
+        if index not in self._drawn:
+            scene = (self._config.seed << 2) + _SPLITS[self._split]
+            drawn = draw_smear(scene, index, int(self.labels[index]), self._config.size)
+            self._drawn[index] = torch.from_numpy(drawn).permute(2, 0, 1).contiguous()
+        return self._drawn[index]
 
     def name(self, index: int) -> str:
         """Its place in the series."""

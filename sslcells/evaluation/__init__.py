@@ -22,6 +22,8 @@ from sslcells.evaluation.sheets import neighbour_sheet, view_sheet
 
 Prepare = Callable[[Tensor, Tensor], Tensor]
 
+SHOWN = 1000
+"""Images in the embedding map, and behind the nearest neighbours."""
 VIEWED = 512
 """Images whose two views give the alignment."""
 
@@ -60,14 +62,14 @@ class Evaluation:
     def pictures(self, encoder: nn.Module, metrics: Sequence[dict[str, Any]]) -> dict[str, Path]:
         """Draw curves, embedding map and nearest neighbours; every rank takes part, rank 0 draws."""
         shown = self._asked if self._asked is not None else self._bank
-        index = spread(len(shown), min(2000, self._run.evaluate.max_images or 2000))
+        index = spread(len(shown), min(SHOWN, self._run.evaluate.max_images or SHOWN))
         z = self._features(encoder, shown, index)
         if distributed.rank() > 0:
             return {}
         labels, sources = shown.labels[index], shown.sources[index]
         split = self._run.evaluate.split if self._asked is not None else "train"
         folder = self._folder
-        title = f"Features of {len(index)} {split} images, t-SNE"
+        title = f"Features of the {split} split"
         drawn = {
             "curves": curves(metrics, folder / "curves.png"),
             "embedding": embedding_map(z, labels, shown.classes, folder / "embedding.png", self._run.seed, title),

@@ -7,14 +7,17 @@ from torch import Tensor, nn
 
 from sslcells import distributed
 from sslcells.data import ImageSet
-from sslcells.data.loader import InOrder, read
+from sslcells.data.loader import InOrder, permutation, read
 
 
 def spread(count: int, most: int | None) -> list[int]:
-    """At most `most` indices of `count`, evenly spread; all where `most` is None."""
+    """At most `most` indices of `count`, drawn once for all; all where `most` is None.
+
+    Drawn, not every n-th: in a split whose classes take turns that would leave classes out.
+    """
     if most is None or count <= most:
         return list(range(count))
-    return [i * count // most for i in range(most)]
+    return sorted(permutation(count, 0, 0)[:most].tolist())
 
 
 @torch.no_grad()

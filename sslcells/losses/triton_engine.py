@@ -1,16 +1,19 @@
 """The tiled engine as fused GPU kernels, one Triton program for a block of anchors.
 
-The interface is `torch_engine`'s. Shape letters: A anchors of this rank, R references (the rows of all ranks, this rank's
-anchors being refs[offset : offset + A]), D width. A program keeps its anchors on the chip, walks over the references in
-tiles and reduces each tile of similarities where it was made; backward makes the tile again from the rows instead of
-reading it (FlashAttention-2, arXiv 2307.08691, algorithm 2). cos ≤ 1 bounds the logits, so unlike there no running maximum
-is needed and partial sums simply add.
+The interface is `torch_engine`'s. Shape letters: A anchors of this rank, R references (the rows of all ranks, this
+rank's anchors being refs[offset : offset + A]), D width. A program keeps its anchors on the chip, walks over the
+references in tiles and reduces each tile of similarities where it was made; backward makes the tile again from the rows
+instead of reading it (FlashAttention-2, arXiv 2307.08691, algorithm 2). cos ≤ 1 bounds the logits, so unlike there no
+running maximum is needed, and partial sums simply add.
 
 No atomics: where the anchors are too few to fill the device, a second grid axis splits the references, and its partial
-results are reduced in a fixed order. The same bits from run to run, on the same kind of device.
+results are reduced in a fixed order. The same bits from run to run on the same kind of device.
 """
 
-from typing import Literal, NamedTuple
+# mypy: allow-incomplete-defs
+# Triton takes the annotation of constants alone.
+
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -66,28 +69,12 @@ def row_sums(
     splits: int | None = None,
 ) -> Tensor:
     """Σ_j exp(inv_t · (z_i·z_j − 1)) over the references that are not excluded: (R, D) unit rows → (A,) float32."""
-    tiling = _tiling("sums", refs, precision)
-    rows, dot = _operand(refs, tiling, precision)
+    width = _padded(refs.shape[1])
+    tiling = _tiling("sums", width, precision, _shared_memory(refs.device))
     splits = splits or _splits(refs, count, tiling, bytes_per_anchor=4)
     partial = refs.new_empty(splits, count, dtype=torch.float32)
-    _row_sums_kernel[_grid(count, splits, tiling)](
-        rows,
-        exclude.partner,
-        *_codes(exclude),
-        partial,
-        offset,
-        count,
-        refs.shape[0],
-        _span(refs, splits, tiling),
-        inv_t * _LOG2_E,
-        WIDTH=rows.shape[1],
-        ROWS=tiling.rows,
-        COLUMNS=tiling.columns,
-        DOT=dot,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-        maxnreg=tiling.registers,
-    )
+    arrays = (_operand(refs, tiling, precision), exclude.partner, *_codes(exclude), partial)
+    _launch(_row_sums_kernel, tiling, precision, refs, splits, arrays, offset, count, inv_t * _LOG2_E)
     return partial.sum(0)
 
 
@@ -106,30 +93,12 @@ def weighted_rows(
 
     The weights may be of any magnitude of which E·weight is a moderate number: the two meet in float32.
     """
-    tiling = _tiling("rows", refs, precision)
-    rows, dot = _operand(refs, tiling, precision)
-    width = rows.shape[1]
+    width = _padded(refs.shape[1])
+    tiling = _tiling("rows", width, precision, _shared_memory(refs.device))
     splits = splits or _splits(refs, count, tiling, bytes_per_anchor=4 * width)
     partial = refs.new_empty(splits, count, width, dtype=torch.float32)
-    _weighted_rows_kernel[_grid(count, splits, tiling)](
-        rows,
-        weight.float().contiguous(),
-        exclude.partner,
-        *_codes(exclude),
-        partial,
-        offset,
-        count,
-        refs.shape[0],
-        _span(refs, splits, tiling),
-        inv_t * _LOG2_E,
-        WIDTH=width,
-        ROWS=tiling.rows,
-        COLUMNS=tiling.columns,
-        DOT=dot,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-        maxnreg=tiling.registers,
-    )
+    arrays = (_operand(refs, tiling, precision), weight.float(), exclude.partner, *_codes(exclude), partial)
+    _launch(_weighted_rows_kernel, tiling, precision, refs, splits, arrays, offset, count, inv_t * _LOG2_E)
     out = partial[0] if splits == 1 else partial.sum(0)
     return out[:, : refs.shape[1]]
 
@@ -154,37 +123,19 @@ def hardest(
     float32's own rounding at several times its speed, where bf16 alone picks another row for a third of the anchors
     of tight classes, and two halves in bf16 (16 bits) still for one in a thousand.
     """
-    tiling = _tiling("hardest", refs, precision)
+    tiling = _tiling("hardest", _padded(refs.shape[1]), precision, _shared_memory(refs.device))
     if precision == "exact":
-        # Scaled away from float16's subnormals; unit rows cannot overflow, and order is all that matters here.
+        # Scaled away from float16's subnormals; unit rows cannot overflow, and only the order of products matters.
         scaled = refs.float() * _SPLIT_SCALE
-        highs, dot = _operand(scaled, tiling, "fp16")
-        lows: Tensor | None = _operand(scaled - scaled.half(), tiling, "fp16")[0]
+        highs = _operand(scaled, tiling, "fp16")
+        lows = _operand(scaled.sub_(scaled.half()), tiling, "fp16")
     else:
-        highs, dot = _operand(refs, tiling, precision)
-        lows = None
+        highs, lows = _operand(refs, tiling, precision), None
     splits = splits or _splits(refs, count, tiling, bytes_per_anchor=16)
     value = refs.new_empty(2, splits, count, dtype=torch.float32)
-    index = refs.new_empty(2, splits, count, dtype=torch.int32)
-    _hardest_kernel[_grid(count, splits, tiling)](
-        highs,
-        lows,
-        positive,
-        source,
-        value,
-        index,
-        offset,
-        count,
-        refs.shape[0],
-        _span(refs, splits, tiling),
-        WIDTH=highs.shape[1],
-        ROWS=tiling.rows,
-        COLUMNS=tiling.columns,
-        DOT=dot,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-        maxnreg=tiling.registers,
-    )
+    index = torch.empty_like(value, dtype=torch.int32)
+    arrays = (highs, lows, positive, source, value, index)
+    _launch(_hardest_kernel, tiling, precision, refs, splits, arrays, offset, count)
     nowhere = _NOWHERE.value
     best = index.masked_fill(value != value.amax(1, keepdim=True), nowhere).amin(1).long()
     far, near = best.masked_fill(best == nowhere, -1)
@@ -192,27 +143,33 @@ def hardest(
 
 
 def _tiling(kernel: Literal["sums", "rows", "hardest"], width: int, precision: str, room: int) -> _Tiling:
-    """Preferred tiles, cut down until the anchors and the tiles in flight fit `room` bytes of shared memory."""
-    if precision == "fp32":  # multiply-adds of single lanes, which keep whole rows in registers
-        return _Tiling(rows=32, columns=32, warps=4, stages=1)
+    """Preferred tiles, cut down until the anchors and the tiles in flight fit `room` bytes of shared memory.
+
+    Compiled for Hopper none of these spills registers or makes ptxas wait after each product (its notice C7512), which
+    64 columns, or tf32's 128 rows, do in the second kernel at width 128.
+    """
+    if precision == "fp32":  # single multiply-adds, their operands in registers: exact, and slower than torch's
+        return _Tiling(rows=32 if width <= 128 else 16, columns=16, warps=4, stages=1)
+    shared = 128 if width <= 128 else None
     if kernel == "sums":
         tiling = _Tiling(rows=256, columns=64, warps=8, stages=2, registers=128)
-    elif kernel == "hardest" and precision == "exact":
-        tiling = _Tiling(rows=128, columns=128, warps=8, stages=2)
-    elif kernel == "hardest" or width <= 64:
-        tiling = _Tiling(rows=128, columns=64, warps=8, stages=3, registers=128)
-    elif width == 128:
-        tiling = _Tiling(rows=128, columns=32, warps=8, stages=4, registers=128)
+    elif kernel == "hardest":
+        wide = precision == "exact"
+        tiling = _Tiling(128, columns=128 if wide else 64, warps=8, stages=3, registers=None if wide else 128)
+    elif precision == "tf32":
+        tiling = _Tiling(rows=64, columns=32, warps=8, stages=2, registers=shared)
     else:
-        tiling = _Tiling(rows=128 if width == 256 else 64, columns=64, warps=8, stages=3)
+        tiling = _Tiling(64 if width == WIDEST else 128, 32 if width == 128 else 64, 8, stages=4, registers=shared)
     row_bytes = width * {"bf16": 2, "fp16": 2, "tf32": 4, "exact": 4}[precision]
     while (tiling.rows + tiling.stages * tiling.columns) * row_bytes > room:
         if tiling.stages > 2:
             tiling = tiling._replace(stages=tiling.stages - 1)
-        elif tiling.columns > 32:
+        elif tiling.columns > (32 if tiling.rows > 64 else 16):
             tiling = tiling._replace(columns=tiling.columns // 2)
-        else:
+        elif tiling.rows > 16:
             tiling = tiling._replace(rows=tiling.rows // 2)
+        else:
+            tiling = tiling._replace(stages=1)
     return tiling
 
 
@@ -220,27 +177,34 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes that a program may fill with rows, less what Triton needs for reductions and changes of layout."""
     if device.type != "cuda":
         return 200 * 2**10
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 24 * 2**10
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the attribute
+    return int(properties.shared_memory_per_block_optin) - 24 * 2**10
 
 
 def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    """Width as the kernels see it: a power of two that tensor cores take."""
+    if width > WIDEST:
+        raise ValueError(
+            f"rows are {width} wide; the fused kernels end at {WIDEST}, and the torch engine takes any width"
+        )
+    return max(16, 1 << (width - 1).bit_length())
 
 
-def _operand(refs: Tensor, tiling: _Tiling, precision: Precision) -> tuple[Tensor, str]:
-    """The rows as the products take them, zero-padded to whole tiles and a power of two, and the products' mode.
+def _operand(refs: Tensor, tiling: _Tiling, precision: Precision) -> Tensor:
+    """The rows as the products take them, zero-padded to whole tiles and to a power of two in width.
 
-    One copy of R rows makes every load in the kernels whole and aligned, without a mask.
+    One copy of R rows makes every load of the kernels whole, aligned and without a mask.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    height = triton.cdiv(refs.shape[0], tiling.columns) * tiling.columns
-    width = _padded(refs.shape[1])
-    dot = "tf32" if precision == "tf32" else "ieee"
-    if refs.shape == (height, width):
-        return refs.to(dtype).contiguous(), dot
-    rows = refs.new_zeros(height, width, dtype=dtype)
+    if precision == "tf32":
+        # To the nearest of 10 bits: tensor cores cut off the other 13, a bias of 20 errors at temperature 0.05.
+        refs = (refs.float().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+    shape = _ceil_div(refs.shape[0], tiling.columns) * tiling.columns, _padded(refs.shape[1])
+    if refs.shape == shape:
+        return refs.to(dtype)
+    rows = refs.new_zeros(shape, dtype=dtype)
     rows[: refs.shape[0], : refs.shape[1]] = refs
-    return rows, dot
+    return rows
 
 
 def _codes(exclude: Exclude) -> tuple[Tensor | None, Tensor | None]:
@@ -251,37 +215,55 @@ def _codes(exclude: Exclude) -> tuple[Tensor | None, Tensor | None]:
     return exclude.positive, exclude.source
 
 
-def _grid(count: int, splits: int, tiling: _Tiling) -> tuple[int, int]:
-    """Blocks of anchors run fastest, so that programs on the chip together read the same references out of L2."""
-    return triton.cdiv(count, tiling.rows), splits
-
-
-def _span(refs: Tensor, splits: int, tiling: _Tiling) -> int:
-    """References of one split, whole tiles; the last splits may get fewer or none."""
-    tiles = triton.cdiv(refs.shape[0], tiling.columns)
-    return triton.cdiv(tiles, splits) * tiling.columns
-
-
 def _splits(refs: Tensor, count: int, tiling: _Tiling, bytes_per_anchor: int) -> int:
     """How many programs share the references of one block of anchors."""
     if refs.device.type != "cuda":
         return 1
     processors = torch.cuda.get_device_properties(refs.device).multi_processor_count
-    wanted = _PROGRAMS_PER_PROCESSOR * processors // triton.cdiv(count, tiling.rows)
+    wanted = _PROGRAMS_PER_PROCESSOR * processors // _ceil_div(count, tiling.rows)
     worthwhile = refs.shape[0] // (tiling.columns * _TILES_PER_PROGRAM)
     affordable = _PARTIAL_BYTES // (count * bytes_per_anchor)
     return max(1, min(wanted, worthwhile, affordable))
 
 
-@triton.jit
-def _block(offset, count, span, total, ROWS: tl.constexpr):
-    """This program's rows of the output and what they are among the references; its range of references.
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
-    Rows past the end stand for the last one: loads need no mask, and the mask of the store drops them.
+
+def _launch(
+    kernel: Any,
+    tiling: _Tiling,
+    precision: Precision | Literal["exact"],
+    refs: Tensor,
+    splits: int,
+    arrays: tuple[Tensor | None, ...],
+    offset: int,
+    count: int,
+    *numbers: float,
+) -> None:
+    """Run a kernel for every block of anchors and every split of the references.
+
+    Blocks run fastest, so that the programs on the chip at one time read the same references out of L2.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    begin = tl.program_id(1) * span
-    return row, offset + tl.minimum(row, count - 1), begin, tl.minimum(begin + span, total)
+    total, width = refs.shape
+    tiles = _ceil_div(total, tiling.columns)
+    span = _ceil_div(tiles, splits) * tiling.columns  # the last splits may get less, or nothing
+    with torch.cuda.device_of(refs):  # type: ignore[no-untyped-call]
+        kernel[(_ceil_div(count, tiling.rows), splits)](
+            *(array if array is None else array.contiguous() for array in arrays),
+            offset,
+            count,
+            total,
+            span,
+            *numbers,
+            WIDTH=_padded(width),
+            ROWS=tiling.rows,
+            COLUMNS=tiling.columns,
+            DOT="tf32" if precision == "tf32" else "ieee",
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            maxnreg=tiling.registers,
+        )
 
 
 @triton.jit
@@ -453,9 +435,11 @@ def _hardest_kernel(
     row, anchor = _anchors(offset, count, ROWS)
     own_positive = tl.load(positive + anchor)
     own_positive = tl.where(own_positive < 0, _NOWHERE, own_positive)  # unknown: no code equals it
-    own_source = None if source is None else tl.load(source + anchor)
+    if source is not None:
+        own_source = tl.load(source + anchor)
     q = _load_anchors(highs, anchor, WIDTH)
-    q_low = None if lows is None else _load_anchors(lows, anchor, WIDTH)
+    if lows is not None:
+        q_low = _load_anchors(lows, anchor, WIDTH)
     begin = tl.program_id(1) * span
     far = tl.full([ROWS], float("-inf"), tl.float32)
     near = tl.full([ROWS], float("-inf"), tl.float32)

@@ -204,6 +204,13 @@ def test_shrinking_does_not_alias(tmp_path, suffix):
     assert pixels[:, 4:-4, 4:-4].sub(127.5).abs().max() < 6
 
 
+def test_jpeg_is_not_decoded_too_small(tmp_path):
+    stripes = np.zeros((256, 256), np.uint8)
+    stripes[:, np.arange(256) // 8 % 2 == 1] = 255
+    Image.fromarray(stripes).save(tmp_path / "1.jpg", quality=95)
+    assert only(tmp_path / "1.jpg", size=64, channels=1).float().std() > 110
+
+
 def test_own_size_must_be_one_size(tmp_path):
     image(tmp_path / "a/1.png", (8, 6))
     assert opened(tmp_path).pixels(0).shape == (3, 6, 8)
@@ -458,6 +465,16 @@ def test_a_table_of_other_images(blood):
     assert "only 0 of 4 images" in message
     assert "'TRAIN/a/deep/er/1.png'" in message
     assert "'b/2.png'" in message
+
+
+def test_half_of_the_sources_must_be_known(tmp_path):
+    for name in ("d1.png", "d2.png", "x.png", "y.png"):
+        image(tmp_path / name)
+    assert len(opened(tmp_path, source_pattern=r"(d\d)")) == 4
+    image(tmp_path / "z.png")
+    message = mistake(tmp_path, source_pattern=r"(d\d)")
+    assert "only 2 of 5 images get a source: 'x.png'" in message
+    assert "data.source_pattern=" in message
 
 
 @pytest.mark.parametrize(

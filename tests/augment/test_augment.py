@@ -1,0 +1,140 @@
+"""The recipes: every view its own, replayable, true to the geometry and colours that they claim to change."""
+
+import math
+
+import pytest
+import torch
+from kornia.enhance import adjust_hue
+
+from sslcells.augment import Augment, cells, none, simclr
+from sslcells.augment import _operations as op
+
+RECIPES = {"simclr": simclr, "cells": cells, "none": none}
+
+
+def pixels(count=6, channels=3, size=40):
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randint(0, 256, (count, channels, 8, 8), generator=generator, dtype=torch.uint8).float()
+    return torch.nn.functional.interpolate(small, (size, size), mode="bilinear").byte()
+
+
+def augment(recipe, size=32, **options):
+    return Augment(RECIPES[recipe].Config(size=size, **options), (0.5,), (0.25,))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_shape_range_and_dtype(recipe, channels):
+    x = augment(recipe)(pixels(channels=channels), torch.arange(6), seed=0, step=0, views=2)
+    assert x.shape == (12, channels, 32, 32)
+    assert x.dtype == torch.float32
+    assert x.min() >= -2.0001
+    assert x.max() <= 2.0001
+
+
+@pytest.mark.parametrize("recipe", ["simclr", "cells"])
+def test_every_image_and_view_has_its_own(recipe):
+    same = pixels(1).expand(8, -1, -1, -1)
+    x = augment(recipe)(same, torch.arange(8), seed=0, step=0, views=2).flatten(1)
+    distance = torch.cdist(x, x) + torch.eye(16) * 1e9
+    assert distance.min() > 0.1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_replay_is_exact_and_free_of_the_batch(recipe):
+    make, images = augment(recipe), torch.tensor([4, 99, 7, 0, 3, 8])
+    whole = make(pixels(), images, seed=3, step=5, views=2).unflatten(0, (2, 6))
+    part = make(pixels()[2:4], images[2:4], seed=3, step=5, views=2).unflatten(0, (2, 2))
+    torch.testing.assert_close(whole[:, 2:4], part, rtol=0, atol=1e-5)
+    again = make(pixels(), images, seed=3, step=5, views=2).unflatten(0, (2, 6))
+    assert torch.equal(whole, again)
+    if recipe != "none":
+        other = make(pixels(), images, seed=3, step=6, views=2).unflatten(0, (2, 6))
+        assert not torch.allclose(whole, other, atol=0.1)
+
+
+def test_plain_resizes_and_normalises():
+    x = augment("cells", size=40).plain(pixels())
+    torch.testing.assert_close(x, (pixels().float() / 255 - 0.5) / 0.25)
+
+
+def identity(count=1):
+    return torch.zeros(count, 2), torch.ones(count, 2), torch.zeros(count), torch.zeros(count, 2, dtype=torch.bool)
+
+
+def test_warp_without_change_is_the_image():
+    x = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(op.warp(x, 16, *identity(2)), x, rtol=0, atol=1e-5)
+
+
+def test_warp_flips_crops_and_turns():
+    x = torch.rand(1, 1, 16, 16)
+    centre, half, angle, flip = identity()
+    torch.testing.assert_close(op.warp(x, 16, centre, half, angle, torch.tensor([[True, False]])), x.flip(3))
+    torch.testing.assert_close(op.warp(x, 16, centre, half, angle, torch.tensor([[False, True]])), x.flip(2))
+    corner = op.warp(x, 8, torch.tensor([[0.5, -0.5]]), half / 2, angle, flip)
+    torch.testing.assert_close(corner, x[..., :8, 8:])
+    turned = op.warp(x, 16, centre, half, torch.tensor([math.pi / 2]), flip)
+    torch.testing.assert_close(turned, x.rot90(1, (2, 3)), rtol=0, atol=1e-5)
+
+
+def test_warp_turns_without_distortion_in_a_wide_image():
+    """A disc in a 2:1 image stays a disc at any angle."""
+    row, column = torch.meshgrid(torch.arange(64.0), torch.arange(128.0), indexing="ij")
+    disc = ((row - 31.5) ** 2 + (column - 63.5) ** 2 < 20**2).float()[None, None]
+    half = torch.tensor([[0.5, 1.0]])
+    views = [op.warp(disc, 64, torch.zeros(1, 2), half, torch.tensor([a]), identity()[3]) for a in (0.0, 0.7, 1.5)]
+    for view in views[1:]:
+        assert (view - views[0]).abs().mean() < 0.02
+
+
+def test_colour_jitter_takes_each_rows_own_order():
+    x = torch.rand(24, 3, 4, 4)
+    order = torch.tensor([[a, b, c, 6 - a - b - c] for a in range(4) for b in range(4) for c in range(4)
+                          if len({a, b, c}) == 3])
+    factors = [torch.full((24,), v) for v in (1.2, 0.7, 1.3, 0.4)]
+    together = op.colour_jitter(x, torch.ones(24, dtype=torch.bool), order, factors)
+    for i in range(24):
+        alone = op.colour_jitter(x[i : i + 1], torch.ones(1, dtype=torch.bool), order[i : i + 1], [f[:1] for f in factors])
+        torch.testing.assert_close(together[i : i + 1], alone)
+    assert (together[0] - op.colour_jitter(x, torch.ones(24, dtype=torch.bool), order[[23]].expand(24, 4), factors)[0]).abs().max() > 0.01
+
+
+def test_linear_colour_is_near_the_conversion_to_hsv():
+    x = torch.rand(8, 3, 16, 16) * 0.4 + 0.3
+    one = torch.ones(8)
+    torch.testing.assert_close(op.linear_colour(x, one, one, one, one * 0), x, rtol=0, atol=2e-3)
+    grey = op.linear_colour(x, one, one, one * 0, one * 0)
+    assert grey.std(1).max() < 2e-3
+    torch.testing.assert_close(op.linear_colour(x, one * 1.2, one, one, one * 0), x * 1.2, rtol=0, atol=2e-3)
+    red = torch.tensor([0.8, 0.3, 0.3])[None, :, None, None].expand(1, 3, 2, 2)
+    ours = op.linear_colour(red, one[:1], one[:1], one[:1], torch.tensor([0.5]))[0, :, 0, 0]
+    theirs = adjust_hue(red, torch.tensor([0.5]))[0, :, 0, 0]
+    assert torch.dot(ours - ours.mean(), theirs - theirs.mean()) > 0
+    assert torch.equal(ours.argsort(), theirs.argsort())
+
+
+@pytest.mark.parametrize("stain", op.STAINS)
+def test_stain_jitter_changes_only_the_dye_it_should(stain):
+    dyes = torch.nn.functional.normalize(torch.tensor(op.STAINS[stain]), dim=1)
+    one_dye = (-0.4 * dyes[0]).exp()[None, :, None, None].expand(1, 3, 4, 4)
+    kept = op.stain_jitter(one_dye, stain, torch.tensor([[1.0, 1.7, 0.3]]), torch.zeros(1, 3))
+    torch.testing.assert_close(kept, one_dye, rtol=0, atol=1e-4)
+    doubled = op.stain_jitter(one_dye, stain, torch.tensor([[2.0, 1.0, 1.0]]), torch.zeros(1, 3))
+    torch.testing.assert_close(doubled, one_dye**2, rtol=0, atol=1e-4)
+
+
+def test_on_some_leaves_the_others():
+    x = torch.rand(4, 1, 2, 2)
+    chosen = torch.tensor([True, False, True, False])
+    out = op.on_some(x, chosen, lambda y, f: y * f[:, None, None, None], torch.tensor([2.0, 3, 4, 5]))
+    torch.testing.assert_close(out, x * torch.tensor([2.0, 1, 4, 1])[:, None, None, None])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_same_views_on_a_gpu(recipe):
+    args = torch.arange(6), 0, 0, 2
+    here, there = (augment(recipe)(pixels().to(d), args[0], seed=0, step=0, views=2).cpu() for d in ("cpu", "cuda"))
+    torch.testing.assert_close(here, there, rtol=0, atol=2e-3)

@@ -1,0 +1,87 @@
+"""Which images a rank sees at a step: every one once an epoch, the same global batch for any world."""
+
+import pytest
+import torch
+
+from sslcells.config import load
+from sslcells.data import DataError, ImageSet, open_splits
+from sslcells.data.loader import InOrder, Steps, read
+
+
+def steps(rank=0, world=1, start=0, stop=10, images=50, seed=1):
+    return list(Steps(images, 12, seed, rank, world, start, stop))
+
+
+def test_an_epoch_holds_every_image_at_most_once():
+    epoch = sum(steps(stop=4), [])
+    assert len(set(epoch)) == 48
+    assert sum(steps(start=4, stop=8), []) != epoch
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_global_batch_is_the_same_for_any_world(world):
+    parts = [steps(rank, world) for rank in range(world)]
+    assert [sum(p, []) for p in zip(*parts, strict=True)] == steps()
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 7])
+def test_starting_later_continues_the_same_order(start):
+    assert steps(start=start) == steps()[start:]
+
+
+def test_seeds_differ():
+    assert steps(seed=1) != steps(seed=2)
+    assert steps(seed=1) == steps(seed=1)
+
+
+def test_epochs_of_neighbouring_seeds_differ():
+    """Epoch 1 of seed 0 is not epoch 0 of seed 1."""
+    assert steps(seed=0, start=4, stop=8) != steps(seed=1, start=0, stop=4)
+
+
+class Numbers(ImageSet):
+    channels = 1
+    classes = ("even", "odd")
+
+    def __init__(self, broken=()):
+        self.labels = torch.arange(20) % 2
+        self.sources = torch.arange(20) // 2
+        self.broken = broken
+
+    def pixels(self, index):
+        if index in self.broken:
+            raise DataError(f"image {index} is broken")
+        return torch.full((1, 2, 2), index, dtype=torch.uint8)
+
+    def name(self, index):
+        return str(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_with_their_ids(workers):
+    batches = list(read(Numbers(), InOrder(range(19, 0, -2), 4), workers, pin_memory=False))
+    assert torch.cat([b.image for b in batches]).tolist() == list(range(19, 0, -2))
+    for b in batches:
+        assert torch.equal(b.pixels[:, 0, 0, 0].long(), b.image)
+        assert torch.equal(b.label, b.image % 2)
+        assert torch.equal(b.source, b.image // 2)
+    assert len(batches[-1].image) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named(workers):
+    with pytest.raises(DataError, match=r"^image 7 is broken$"):
+        list(read(Numbers(broken={7}), InOrder(range(20), 4), workers, pin_memory=False))
+
+
+def test_synthetic_splits():
+    run = load(None, ["data.train=20", "data.val=0", "data.test=10", "data.size=32", "data.classes=4"])
+    splits = open_splits(run.data)
+    assert list(splits) == ["train", "test"]
+    train, test = splits["train"], splits["test"]
+    assert train.pixels(3).shape == (3, 32, 32)
+    assert torch.equal(train.pixels(3), open_splits(run.data)["train"].pixels(3))
+    assert not torch.equal(train.pixels(3), test.pixels(3))
+    assert len(set(train.sources.tolist()) | set(test.sources.tolist())) == 30
+    assert train.labels.bincount().tolist() == [5, 5, 5, 5]
+    assert test.classes == ("neutrophil", "eosinophil", "basophil", "lymphocyte")

@@ -1,0 +1,332 @@
+"""The fused engine against whole matrices in float64: in Triton's interpreter, and on a GPU where there is one.
+
+Whether kernels are interpreted is settled when Triton is imported, which another test may have done already: the
+interpreter gets a process of its own, and this module imports the engine inside the checks alone.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslcells.losses.torch_engine import Exclude
+
+Run = Callable[..., None]
+
+TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3}
+TIE = 3e-7  # of float32 dot products of unit rows
+
+
+class Case(NamedTuple):
+    refs: int
+    offset: int
+    count: int
+    width: int
+    temperature: float = 0.1
+    partner: bool = False
+    source: bool = False
+
+
+CASES = [
+    Case(2, 0, 2, 16, 1.0),
+    Case(64, 0, 64, 64),
+    Case(150, 0, 150, 48, 0.5, partner=True),
+    Case(201, 67, 67, 100, 0.05),
+    Case(140, 70, 35, 128, 0.1, partner=True, source=True),
+    Case(131, 130, 1, 5, 0.2, source=True),
+]
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            pool.submit(int).result()  # the process starts here
+        yield pool
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Runs a check, a function of the device and more, in the interpreter or on the GPU."""
+    if request.param == "cuda":
+        return _cuda_run()
+    pool: ProcessPoolExecutor = request.getfixturevalue("interpreter")
+    return lambda check, *args: pool.submit(check, "cpu", *args).result()
+
+
+@pytest.fixture
+def gpu() -> Run:
+    return _cuda_run()
+
+
+def _cuda_run() -> Run:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return lambda check, *args: check("cuda", *args)
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sums(run: Run, case: Case, precision: str) -> None:
+    run(check_sums, case, precision)
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_weighted_rows(run: Run, case: Case, precision: str) -> None:
+    run(check_weighted_rows, case, precision)
+
+
+@pytest.mark.parametrize("width", [16, 64, 256])
+def test_weights_beyond_float16(run: Run, width: int) -> None:
+    run(check_large_weights, width)
+
+
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("classes", ["some", "one", "singletons", "unknown"])
+def test_hardest(run: Run, classes: str, source: bool) -> None:
+    run(check_hardest, classes, source)
+
+
+def test_hardest_of_tight_classes(run: Run) -> None:
+    run(check_tight_classes)
+
+
+def test_lowest_index_of_equals(run: Run) -> None:
+    run(check_ties)
+
+
+def test_splits_and_repeats(run: Run) -> None:
+    run(check_splits)
+
+
+def test_limits(run: Run) -> None:
+    run(check_limits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-3), ("tf32", 3e-4)])
+@pytest.mark.parametrize("temperature", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize("width", [128, 512])
+def test_gradient_on_tensor_cores(gpu: Run, precision: str, tolerance: float, temperature: float, width: int) -> None:
+    gpu(check_nt_xent_gradient, precision, tolerance, temperature, width)
+
+
+def check_sums(device: str, case: Case, precision: str) -> None:
+    from sslcells.losses import triton_engine
+
+    refs, exclude = _batch(case)
+    expected = _exponentials(refs, exclude, case.temperature).sum(1)[case.offset :][: case.count]
+    sums = triton_engine.row_sums(*_at(device, case, refs, exclude), precision=precision)
+    assert sums.shape == (case.count,)
+    assert sums.dtype == torch.float32
+    _close(sums, expected, TOLERANCE[precision])
+
+
+def check_weighted_rows(device: str, case: Case, precision: str) -> None:
+    from sslcells.losses import triton_engine
+
+    refs, exclude = _batch(case)
+    weight = torch.rand(case.refs, generator=torch.Generator().manual_seed(1))
+    expected = _weighted(_exponentials(refs, exclude, case.temperature), weight, refs)[case.offset :][: case.count]
+    at = _at(device, case, refs, exclude)
+    out = triton_engine.weighted_rows(*at[:4], weight.to(device), at[4], precision=precision)
+    assert out.shape == (case.count, case.width)
+    assert out.dtype == torch.float32
+    _close(out, expected, TOLERANCE[precision])
+
+
+def check_large_weights(device: str, width: int) -> None:
+    """Opposite rows, one's own side left out: E = e⁻⁸⁰ and 1 / ΣE = 10³³, far beyond float16, but not their product.
+
+    The widths are those whose unit rows float16 holds exactly.
+    """
+    from sslcells.losses import triton_engine
+
+    side = torch.tensor([1.0, -1.0]).repeat(20)
+    refs = side[:, None] * torch.nn.functional.normalize(torch.ones(1, width))
+    image = torch.arange(40, dtype=torch.int32)
+    exclude = Exclude(None, image, (side > 0).int())
+    weight = 1 / _exponentials(refs, exclude, 0.025).sum(1)
+    assert weight.min() > 1e33
+    out = triton_engine.weighted_rows(
+        refs.to(device), 0, 40, 40.0, weight.float().to(device), _to(device, exclude), precision="fp16"
+    )
+    _close(out, -2 * refs, 2e-3)
+
+
+def check_hardest(device: str, classes: str, source: bool) -> None:
+    case = Case(150, 50, 50, 40)
+    refs, _ = _batch(case)
+    positive = {
+        "some": torch.arange(150) % 7,
+        "one": torch.zeros(150),
+        "singletons": torch.arange(150),
+        "unknown": torch.arange(150) % 5 - 2,
+    }[classes].int()
+    sources = (torch.arange(150) // 3 % 9).int() if source else None
+    _check_chosen(device, case, refs, positive, sources)
+
+
+def check_tight_classes(device: str) -> None:
+    """Classes whose rows differ in the fourth digit, where the halves of bf16 rows have none left."""
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.randn(4, 96, generator=generator)[torch.arange(160) % 4]
+    refs = torch.nn.functional.normalize(centre + 1e-2 * torch.randn(160, 96, generator=generator), dim=1)
+    _check_chosen(device, Case(160, 0, 160, 96), refs, (torch.arange(160) % 4).int(), None)
+
+
+def check_ties(device: str) -> None:
+    """Rows of ±½ in four places: equal products are equal in any arithmetic, and far apart otherwise."""
+    from sslcells.losses import triton_engine
+
+    generator = torch.Generator().manual_seed(0)
+    refs = torch.randint(0, 2, (180, 4), generator=generator) - 0.5
+    positive = torch.randint(-1, 6, (180,), generator=generator).int()
+    s, same, other = _relations(refs, positive, None)
+    far = torch.where(same, s, 9.0).argmin(1).masked_fill(~same.any(1), -1)
+    near = torch.where(other, s, -9.0).argmax(1)
+    for splits in (1, 3):
+        chosen = triton_engine.hardest(refs.to(device), 20, 140, positive.to(device), None, splits=splits)
+        assert torch.equal(chosen[0].cpu(), far[20:160]), splits
+        assert torch.equal(chosen[1].cpu(), near[20:160]), splits
+
+
+def check_splits(device: str) -> None:
+    from sslcells.losses import triton_engine
+
+    case = Case(200, 30, 70, 48, partner=True)
+    refs, exclude = _batch(case)
+    at = _at(device, case, refs, exclude)
+    weight = torch.rand(200, generator=torch.Generator().manual_seed(1)).to(device)
+    positive = (torch.arange(200, device=device) % 7).int()
+    calls: list[Callable[[int], Tensor]] = [
+        lambda splits: triton_engine.row_sums(*at, precision="tf32", splits=splits),
+        lambda splits: triton_engine.weighted_rows(*at[:4], weight, at[4], precision="tf32", splits=splits),
+        lambda splits: torch.stack(triton_engine.hardest(*at[:3], positive, None, splits=splits)),
+    ]
+    for call in calls:
+        whole = call(1)
+        assert torch.equal(whole, call(1))
+        for splits in (3, 9):  # nine are more than there are tiles
+            shared = call(splits)
+            _close(shared, whole.double(), 1e-6)
+            assert torch.equal(shared, call(splits)), splits
+
+
+def check_limits(device: str) -> None:
+    from sslcells.losses import triton_engine
+
+    assert triton_engine.available(torch.device(device))
+    for call in (triton_engine.row_sums, triton_engine.hardest):
+        with pytest.raises(ValueError, match="513 wide; the fused kernels end at 512"):
+            call(torch.ones(2, 513, device=device), 0, 2, 1.0, Exclude())
+    for room in (75, 139, 203):
+        for precision, size in (("bf16", 2), ("tf32", 4), ("exact", 4)):
+            for width in (16, 32, 64, 128, 256, 512):
+                for kernel in ("sums", "rows", "hardest"):
+                    tiling = triton_engine._tiling(kernel, width, precision, room * 2**10)
+                    assert min(tiling.rows, tiling.columns) >= 16
+                    assert (tiling.rows + tiling.stages * tiling.columns) * width * size <= room * 2**10
+
+
+def check_nt_xent_gradient(device: str, precision: str, tolerance: float, temperature: float, width: int) -> None:
+    """Of the loss whose positive is out of the low-precision product: L_i = softplus(log Σ_j exp(s_ij) − s_i,pos)."""
+    from sslcells.losses import triton_engine
+
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.randn(1000, width, generator=generator)
+    views = [centre + 0.5 * torch.randn(1000, width, generator=generator) for _ in range(2)]
+    refs = torch.nn.functional.normalize(torch.cat(views), dim=1)
+    partner = (torch.arange(2000) + 1000) % 2000
+    exclude, inv_t = Exclude(partner), 1 / temperature
+
+    z = refs.double().requires_grad_()
+    logits = (z @ z.T / temperature).masked_fill(torch.eye(2000, dtype=torch.bool), -torch.inf)
+    torch.nn.functional.cross_entropy(logits, partner, reduction="sum").backward()
+
+    on_device = refs.to(device), 0, 2000, inv_t
+    sums = triton_engine.row_sums(*on_device, _to(device, exclude), precision=precision)
+    positive = (refs * refs[partner]).sum(1).to(device) * inv_t
+    pull = torch.sigmoid(sums.log() + inv_t - positive)  # −∂L/∂s_pos, and the negatives' share of the gradient
+    grad = triton_engine.weighted_rows(*on_device, pull / sums, _to(device, exclude), precision=precision)
+    grad = inv_t * (grad.cpu() - (pull + pull[partner]).cpu()[:, None] * refs[partner])
+    assert z.grad is not None
+    _close(grad, z.grad, tolerance)
+
+
+def _batch(case: Case) -> tuple[Tensor, Exclude]:
+    """Clustered unit rows, some of them equal; partners are neighbours, the odd one out has none."""
+    generator = torch.Generator().manual_seed(case.refs)
+    centre = torch.randn(9, case.width, generator=generator)[torch.arange(case.refs) % 9]
+    refs = torch.nn.functional.normalize(centre + torch.randn(case.refs, case.width, generator=generator), dim=1)
+    refs[case.refs // 2] = refs[0]
+    index = torch.arange(case.refs)
+    partner = torch.where(index ^ 1 < case.refs, index ^ 1, -1)
+    image, source = (index // 2).int(), (index // 8 % 5).int()
+    return refs, Exclude(partner if case.partner else None, *((image, source) if case.source else ()))
+
+
+def _at(device: str, case: Case, refs: Tensor, exclude: Exclude) -> tuple[Tensor, int, int, float, Exclude]:
+    return refs.to(device), case.offset, case.count, 1 / case.temperature, _to(device, exclude)
+
+
+def _to(device: str, exclude: Exclude) -> Exclude:
+    return Exclude(*(array if array is None else array.to(device) for array in exclude))
+
+
+def _exponentials(refs: Tensor, exclude: Exclude, temperature: float) -> Tensor:
+    """(R, R) in float64, zero where a pair is excluded."""
+    z = refs.double()
+    e = ((z @ z.T - 1) / temperature).exp().fill_diagonal_(0)
+    if exclude.partner is not None:
+        e[torch.arange(len(z)) == exclude.partner[:, None]] = 0
+    if exclude.source is not None and exclude.positive is not None:
+        same_source = exclude.source[:, None] == exclude.source
+        e[same_source & (exclude.positive[:, None] != exclude.positive)] = 0
+    return e
+
+
+def _weighted(e: Tensor, weight: Tensor, refs: Tensor) -> Tensor:
+    return (e * (weight.double()[:, None] + weight.double())) @ refs.double()
+
+
+def _relations(refs: Tensor, positive: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Products in float64, who is whose positive, who is whose negative, (R, R) each."""
+    z = refs.double()
+    same = (positive[:, None] == positive) & (positive >= 0)
+    other = ~same & ~torch.eye(len(z), dtype=torch.bool)
+    if source is not None:
+        other &= source[:, None] != source
+    return z @ z.T, same.fill_diagonal_(False), other
+
+
+def _check_chosen(device: str, case: Case, refs: Tensor, positive: Tensor, source: Tensor | None) -> None:
+    """The chosen rows are positives and negatives, and none is harder by more than float32's rounding."""
+    from sslcells.losses import triton_engine
+
+    own = slice(case.offset, case.offset + case.count)
+    s, same, other = (x[own] for x in _relations(refs, positive, source))
+    chosen = triton_engine.hardest(
+        refs.to(device), case.offset, case.count, positive.to(device), source if source is None else source.to(device)
+    )
+    for index, allowed, sign in zip(chosen, (same, other), (-1, 1), strict=True):
+        assert index.dtype == torch.int64
+        index, some = index.cpu(), allowed.any(1)
+        assert torch.equal(index >= 0, some)
+        assert allowed[some].gather(1, index[some, None]).all()
+        hardest = torch.where(allowed, sign * s, -9.0)[some].amax(1)
+        assert ((sign * s)[some].gather(1, index[some, None])[:, 0] >= hardest - TIE).all()
+
+
+def _close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Error's norm relative to the norm."""
+    error = actual.detach().cpu().double() - expected.cpu()
+    expected = expected.cpu().double()
+    assert error.isfinite().all()
+    assert error.norm() <= tolerance * expected.norm(), f"{error.norm() / expected.norm():.2e} > {tolerance}"

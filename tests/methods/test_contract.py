@@ -1,0 +1,96 @@
+"""What every method owes: found by its file, two steps of training, N ranks = one, survives save and resume."""
+
+import pytest
+import torch
+from gloo import on_ranks
+from torch.nn.parallel import DistributedDataParallel
+
+from sslcells import checkpoint, distributed, methods, models
+from sslcells.config import PLUGINS, Model, load
+from sslcells.data import Batch
+
+NAMES = PLUGINS["method"].names()
+IMAGES, SIZE = 8, 32
+VARIANTS = {
+    "simclr": [{}, {"same_source": "ignore"}, {"same_source": "positive"}],
+    "triplet": [{}, {"positive": "label", "views": 1}, {"positive": "source", "soft": True}, {"same_source": "ignore"}],
+}
+CASES = [(name, options) for name in NAMES for options in VARIANTS.get(name, [{}])]
+
+
+def learner(name, options):
+    """Without BatchNorm, whose statistics differ between ranks of a CPU."""
+    torch.manual_seed(0)
+    config = PLUGINS["method"].config(name)(**{"norm": "layer", "hidden": 16, "dimension": 8, **options})
+    encoder = models.build(Model(backbone="test_vit", args={"img_size": SIZE}), 3)
+    return methods.Learner(encoder, methods.build(config, models.width(encoder, 3, SIZE)))
+
+
+def batch(rows=slice(None)):
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(2, IMAGES, 3, SIZE, SIZE, generator=generator)
+    image = torch.arange(IMAGES)
+    return Batch(pixels[:, rows], *(ids[rows] for ids in (image % 3, image, image // 2)))
+
+
+def backward(network, method, rows=slice(None)):
+    b = batch(rows)
+    views = b.pixels[: method.views].flatten(0, 1)
+    loss, figures = method.loss(network(views), b)
+    loss.backward()
+    return loss.detach(), figures
+
+
+def on_a_rank(name, options):
+    network = learner(name, options)
+    part = IMAGES // distributed.world()
+    start = distributed.rank() * part
+    loss, _ = backward(DistributedDataParallel(network), network.method, slice(start, start + part))
+    return distributed.gather(loss[None]).mean().item(), [p.grad for p in network.parameters()]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_two_ranks_equal_one(name, options):
+    one = learner(name, options)
+    loss, _ = backward(one, one.method)
+    for value, grads in on_ranks(2, on_a_rank, name, options):
+        assert value == pytest.approx(loss.item(), rel=1e-5)
+        for got, parameter in zip(grads, one.parameters(), strict=True):
+            torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=2e-6)
+
+
+def two_steps(network, optimizer, count):
+    losses = []
+    for _ in range(count):
+        loss, figures = backward(network, network.method)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        assert all(not v.requires_grad and v.isfinite() for v in figures.values())
+    return losses
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_training_lowers_the_loss_and_resumes_exactly(name, options, tmp_path):
+    network = learner(name, options)
+    optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
+    two_steps(network, optimizer, 4)
+    checkpoint.save(tmp_path, 4, network, {"optimizer": optimizer.state_dict()}, keep=1)
+    rest = two_steps(network, optimizer, 8)
+    assert rest[-1] < rest[0]
+
+    again = learner(name, options)
+    step, states = checkpoint.load(checkpoint.newest(tmp_path), again)
+    optimizer = torch.optim.AdamW(again.parameters(), 3e-3)
+    optimizer.load_state_dict(states["optimizer"])
+    assert step == 4
+    assert two_steps(again, optimizer, 8) == rest
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_and_registry(name):
+    """The method builds from a configuration that names it and nothing else."""
+    run = load(None, [f"method.name={name}"])
+    method = methods.build(run.method, 24)
+    assert method.views in (1, 2)
+    assert method(torch.randn(6, 24)).shape[0] == 6

@@ -1,0 +1,94 @@
+"""Backbones from timm, the small stem, and the encoder's file."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from sslcells import models
+from sslcells.config import ConfigError, Model
+from sslcells.models import files
+from sslcells.models.heads import projection
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "small_cnn"])
+def test_any_backbone_and_number_of_channels(backbone, channels):
+    args = {"img_size": 48} if backbone == "test_vit" else {}
+    encoder = models.build(Model(backbone=backbone, args=args), channels)
+    width = models.width(encoder, channels, 48)
+    assert encoder.training
+    assert encoder(torch.zeros(2, channels, 48, 48)).shape == (2, width)
+
+
+def test_small_stem_keeps_the_resolution():
+    encoder = models.build(Model(backbone="resnet18", stem="small"), 3).eval()
+    shapes = []
+    encoder.layer1.register_forward_hook(lambda m, i, o: shapes.append(o.shape))
+    encoder(torch.zeros(1, 3, 28, 28))
+    assert shapes[0][-2:] == (28, 28)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"backbone": "resnet81"}, "did you mean resnet"),
+        ({"backbone": "resnet18", "args": {"widthh": 3}}, "widthh"),
+        ({"backbone": "test_vit", "stem": "small"}, "stem=small"),
+        ({"mean": (0.1, 0.2)}, "model.mean has 2 values; the images have 3 channels"),
+    ],
+)
+def test_mistakes_are_named(model, message):
+    with pytest.raises(ConfigError, match=message):
+        models.build(Model(**model), 3)
+
+
+def test_unreachable_weights_are_a_clear_error(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no route to the hub\nand more")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(ConfigError, match="published weights cannot be had: no route to the hub$"):
+        models.build(Model(backbone="resnet18", pretrained=True), 3)
+
+
+def test_a_size_that_the_backbone_does_not_take():
+    with pytest.raises(ConfigError, match=r"augment\.size=48"):
+        models.width(models.build(Model(backbone="vit_tiny_patch16_224"), 3), 3, 48)
+
+
+@pytest.mark.parametrize("stem", ["timm", "small"])
+def test_export_and_load(stem, tmp_path):
+    config = Model(backbone="test_resnet" if stem == "timm" else "resnet18", stem=stem, mean=(0.4,), std=(0.2,))
+    encoder = models.build(config, 3).eval()
+    files.export(encoder, config, channels=3, size=40, folder=tmp_path)
+    again, spec = files.load(tmp_path)
+    x = torch.randn(2, 3, 40, 40)
+    assert torch.equal(again(x), encoder(x))
+    assert spec["mean"] == [0.4] * 3
+    assert spec["size"] == 40
+
+
+def test_timm_alone_loads_the_encoder(tmp_path):
+    config = Model(args={"drop_path_rate": 0.1})
+    encoder = models.build(config, 1).eval()
+    files.export(encoder, config, channels=1, size=40, folder=tmp_path)
+    spec = json.loads((tmp_path / "encoder.json").read_text())
+    again = timm.create_model(**spec["timm"], checkpoint_path=str(tmp_path / "encoder.safetensors")).eval()
+    x = torch.randn(2, 1, 40, 40)
+    assert torch.equal(again(x), encoder(x))
+    assert load_file(tmp_path / "encoder.safetensors").keys() == encoder.state_dict().keys()
+
+
+def test_a_folder_without_encoder(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no encoder\.json"):
+        files.load(tmp_path)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+def test_projection_has_so_many_linear_maps(norm):
+    head = projection(8, 16, 4, 3, norm)
+    assert sum(isinstance(m, torch.nn.Linear) for m in head) == 3
+    assert head(torch.randn(5, 8)).shape == (5, 4)

@@ -1,0 +1,81 @@
+"""Checkpoints: whole or passed over, pruned, and never code."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from sslcells import checkpoint
+
+
+def network(value=0.0):
+    net = nn.Linear(3, 2)
+    nn.init.constant_(net.weight, value)
+    return net
+
+
+def saved(folder, *steps, keep=3):
+    for step in steps:
+        path = checkpoint.save(folder, step, network(step), {"number": step, "tensor": torch.ones(2)}, keep)
+    return path
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    path, net = saved(tmp_path, 7), network()
+    step, states = checkpoint.load(path, net)
+    assert step == 7
+    assert states["number"] == 7
+    assert (net.weight == 7).all()
+
+
+def test_the_newest_are_kept(tmp_path):
+    saved(tmp_path, 1, 2, 3, 10, 100, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000010", "step_00000100"]
+    assert checkpoint.newest(tmp_path).name == "step_00000100"
+
+
+def test_none_is_none(tmp_path):
+    assert checkpoint.newest(tmp_path / "nothing") is None
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def alter(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("damage", [truncate, alter, lambda path: path.unlink()], ids=["truncated", "altered", "gone"])
+def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, caplog, name, damage):
+    saved(tmp_path, 1, 2)
+    damage(tmp_path / "step_00000002" / name)
+    if name == "state.json" and damage is alter:
+        (tmp_path / "step_00000002" / name).write_text(json.dumps({"step": 2, "sha256": {}}))
+    assert checkpoint.newest(tmp_path).name == "step_00000001"
+    assert "step_00000002" in caplog.text
+
+
+def test_an_unfinished_one_is_not_seen(tmp_path):
+    saved(tmp_path, 1)
+    (tmp_path / "step_00000001").rename(tmp_path / ".step_00000002.partial")
+    assert checkpoint.newest(tmp_path) is None
+    saved(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000002"]
+
+
+class Exploit:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code was executed')",)
+
+
+def test_reading_executes_nothing(tmp_path):
+    path = saved(tmp_path, 1)
+    torch.save({"x": Exploit()}, path / "optimizer.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint.load(path, network())

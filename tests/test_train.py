@@ -1,0 +1,161 @@
+"""The loop from end to end: what it leaves behind, that it resumes exactly, and how it stops."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sslcells import losses
+from sslcells.config import ConfigError, load
+from sslcells.models import files
+from sslcells.plan import TrainingError
+from sslcells.tracking import read_metrics
+from sslcells.train import train
+
+TINY = [
+    "data.size=32",
+    "data.train=80",
+    "data.val=0",
+    "data.test=20",
+    "augment.size=32",
+    "model.backbone=small_cnn",
+    "model.args={width: 8}",
+    "method.hidden=16",
+    "method.dimension=8",
+    "train.global_batch=16",
+    "train.epochs=3",
+    "train.workers=0",
+    "log.every=2",
+    "checkpoint.every=4",
+    "evaluate.every=2",
+    "evaluate.k=5",
+]
+
+
+def tiny(folder, *changes):
+    return load(None, [*TINY, f"out={folder}", *changes])
+
+
+def untimed(folder):
+    rows = read_metrics(folder)
+    return [{k: v for k, v in r.items() if k not in {"images_per_second", "data_wait", "memory_gib"}} for r in rows]
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing in the package may catch it."""
+
+
+def killed_after(step):
+    count = 0
+
+    def watch(station, x):
+        nonlocal count
+        count += station == "loss"
+        if count == step + 1:
+            raise Killed
+
+    return watch
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return train(tiny(tmp_path_factory.mktemp("whole")))
+
+
+def test_what_a_run_leaves(finished):
+    rows = read_metrics(finished)
+    assert [r["step"] for r in rows if "loss" in r] == [2, 4, 6, 8, 10, 12, 14, 15]
+    assert [r["step"] for r in rows if "knn/top1" in r] == [0, 10, 15]
+    assert {"health/effective_rank", "health/alignment", "health/uniformity", "health/row_std"} <= rows[0].keys()
+    assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["step_00000012", "step_00000015"]
+    for name in ("views", "curves", "embedding", "neighbours"):
+        with Image.open(finished / "plots" / f"{name}.png") as picture:
+            assert picture.size[0] > 300
+    encoder, spec = files.load(finished)
+    assert spec["size"] == 32
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
+    assert load(str(finished / "config.yaml")) == tiny(finished.parent)
+
+
+@pytest.mark.parametrize("step", [3, 6, 13])
+def test_a_killed_run_goes_on_exactly(finished, tmp_path, step):
+    with pytest.raises(Killed):
+        train(tiny(tmp_path), killed_after(step))
+    folder = train(tiny(tmp_path))
+    assert untimed(folder) == untimed(finished)
+    whole, again = (load_file(f / "encoder.safetensors") for f in (finished, folder))
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_a_finished_run_is_left_as_it_is(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "quickstart")
+    before = untimed(tmp_path / "quickstart")
+    assert untimed(train(tiny(tmp_path))) == before
+
+
+def test_another_configuration_does_not_go_on(finished):
+    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.002 → 0\.5"):
+        train(tiny(finished.parent, "optim.lr=0.5"))
+    with pytest.raises(ConfigError, match="resume=never"):
+        train(tiny(finished.parent, "resume=never"))
+
+
+def test_what_does_not_change_the_training_may_change(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "quickstart")
+    train(tiny(tmp_path, "log.every=1", "checkpoint.keep=5"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision(tmp_path, precision):
+    rows = read_metrics(train(tiny(tmp_path, f"train.precision={precision}", "train.steps=4")))
+    assert all(r["loss"] < 5 for r in rows if "loss" in r)
+
+
+@pytest.mark.parametrize("name", ["triplet", "simclr"])
+@pytest.mark.parametrize("recipe", ["simclr", "none"])
+def test_other_methods_and_recipes(tmp_path, name, recipe):
+    rows = read_metrics(train(tiny(tmp_path, f"method.name={name}", f"augment.recipe={recipe}", "train.steps=2")))
+    assert "loss" in rows[1]
+    assert ("active" in rows[1]) == (name == "triplet")
+
+
+def test_a_loss_that_is_not_a_number_stops(tmp_path, monkeypatch):
+    calls = iter(range(100))
+    plain = losses.NTXentLoss.forward
+
+    def poisoned(self, *args):
+        return plain(self, *args) * (float("nan") if next(calls) == 6 else 1)
+
+    monkeypatch.setattr(losses.NTXentLoss, "forward", poisoned)
+    with pytest.raises(TrainingError, match=r"nan at step 7 \(before it: \d.*step_00000004"):
+        train(tiny(tmp_path))
+    assert [p.name for p in (tmp_path / "quickstart" / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.global_batch=100", r"train\.global_batch=100 is more than the 80 images"),
+        ("model.backbone=resnet81", "did you mean resnet"),
+        ("optim.name=adamv", "did you mean adam"),
+        ("data.train=3", "more than the 3 images"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        train(tiny(tmp_path, change))
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        train(tiny(tmp_path / "file"))
+
+
+def test_metrics_are_json_lines(finished):
+    lines = (Path(finished) / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["step"] >= 0 for line in lines)
