@@ -128,7 +128,7 @@ class Train(Section):
 
     global_batch: int = Field(256, ge=2)
     """Images per optimizer step over all ranks."""
-    epochs: float = Field(16.0, gt=0)
+    epochs: float = Field(10.0, gt=0)
     """Passes over the training images."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; when given, it takes the place of `epochs`."""
@@ -173,7 +173,7 @@ class Log(Section):
 class Evaluate(Section):
     """Figures about the encoder: before training, while it trains, and at the end."""
 
-    every: float = Field(4.0, gt=0)
+    every: float = Field(2.0, gt=0)
     """Epochs between evaluations."""
     k: int = Field(20, ge=1)
     """Neighbours that vote in the weighted kNN."""

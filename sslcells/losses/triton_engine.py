@@ -145,8 +145,9 @@ def hardest(
 def _tiling(kernel: Literal["sums", "rows", "hardest"], width: int, precision: str, room: int) -> _Tiling:
     """Preferred tiles, cut down until the anchors and the tiles in flight fit `room` bytes of shared memory.
 
-    Compiled for Hopper none of these spills registers or makes ptxas wait after each product (its notice C7512), which
-    64 columns, or tf32's 128 rows, do in the second kernel at width 128.
+    Found by compiling for Hopper, without one: at width 128 the first two kernels leave room for two programs on a
+    processor, few registers spill and ptxas nowhere waits after each product (its notice C7512), as it does for
+    64 columns of the second kernel in 128 registers.
     """
     if precision == "fp32":  # single multiply-adds, their operands in registers: exact, and slower than torch's
         return _Tiling(rows=32 if width <= 128 else 16, columns=16, warps=4, stages=1)
@@ -197,7 +198,7 @@ def _operand(refs: Tensor, tiling: _Tiling, precision: Precision) -> Tensor:
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     if precision == "tf32":
-        # To the nearest of 10 bits: tensor cores cut off the other 13, a bias of 20 errors at temperature 0.05.
+        # To the nearest of 10 bits: tensor cores cut off the rest, which at temperature 0.05 makes 20 times the error.
         refs = (refs.float().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
     shape = _ceil_div(refs.shape[0], tiling.columns) * tiling.columns, _padded(refs.shape[1])
     if refs.shape == shape:

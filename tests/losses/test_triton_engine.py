@@ -35,7 +35,8 @@ CASES = [
     Case(2, 0, 2, 16, 1.0),
     Case(64, 0, 64, 64),
     Case(150, 0, 150, 48, 0.5, partner=True),
-    Case(201, 67, 67, 100, 0.05),
+    Case(201, 67, 67, 100, 0.05, partner=True),
+    Case(90, 45, 45, 100, 0.05),
     Case(140, 70, 35, 128, 0.1, partner=True, source=True),
     Case(131, 130, 1, 5, 0.2, source=True),
 ]
@@ -261,13 +262,14 @@ def check_nt_xent_gradient(device: str, precision: str, tolerance: float, temper
 
 
 def _batch(case: Case) -> tuple[Tensor, Exclude]:
-    """Clustered unit rows, some of them equal; partners are neighbours, the odd one out has none."""
+    """Clustered unit rows, two of them equal; partners are half a batch apart, the odd one out has none."""
     generator = torch.Generator().manual_seed(case.refs)
     centre = torch.randn(9, case.width, generator=generator)[torch.arange(case.refs) % 9]
     refs = torch.nn.functional.normalize(centre + torch.randn(case.refs, case.width, generator=generator), dim=1)
-    refs[case.refs // 2] = refs[0]
+    refs[case.refs // 3] = refs[0]
     index = torch.arange(case.refs)
-    partner = torch.where(index ^ 1 < case.refs, index ^ 1, -1)
+    half = case.refs // 2
+    partner = torch.where(index < 2 * half, (index + half) % (2 * half), -1)
     image, source = (index // 2).int(), (index // 8 % 5).int()
     return refs, Exclude(partner if case.partner else None, *((image, source) if case.source else ()))
 
