@@ -128,6 +128,8 @@ class Train(Section):
 
     global_batch: int = Field(256, ge=2)
     """Images per optimizer step over all ranks."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Images per rank and forward pass, for batches larger than the cards hold; the loss still sees the whole batch."""
     epochs: float = Field(10.0, gt=0)
     """Passes over the training images."""
     steps: int | None = Field(None, ge=1)

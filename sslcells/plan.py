@@ -27,6 +27,12 @@ class Plan:
             raise ConfigError(f"train.global_batch={batch} does not divide over {world} ranks")
         if images < batch:
             raise ConfigError(f"train.global_batch={batch} is more than the {images} images of the train split")
+        self.micro_batch = run.train.micro_batch or batch // world
+        if batch // world % self.micro_batch:
+            raise ConfigError(
+                f"train.micro_batch={self.micro_batch} does not divide the {batch // world} images of a rank "
+                f"(train.global_batch={batch} over {world} ranks)"
+            )
         self.images, self.world, self.global_batch, self.batch = images, world, batch, batch // world
         self.per_epoch = images // batch
         self.steps = run.train.steps or max(1, round(run.train.epochs * self.per_epoch))

@@ -32,9 +32,8 @@ class Log:
         self._tracked = False
         if not self._main:
             return
-        path = run.folder / METRICS
-        _forget_after(path, start)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = run.folder / METRICS
+        _forget_after(self._path, start)
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=self._console)
@@ -57,8 +56,8 @@ class Log:
         if not self._main:
             return
         row = {"step": step, "epoch": round(epoch, 4), **values}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         self.say(f"{time.strftime('%H:%M:%S')}  step {step}/{self._steps}  epoch {epoch:.2f}  {shown}")
         self._track(lambda: self._trackers.log(dict(values), step=step))
@@ -71,11 +70,9 @@ class Log:
                 self._track(lambda tracker=tracker, images=images: tracker.log_images(images, step=step))
 
     def close(self) -> None:
-        """Finish the bar, the file and the tracker."""
+        """Finish the bar and the tracker."""
         if self._progress is not None:
             self._progress.stop()
-        if self._main:
-            self._file.close()
         if self._tracked:
             self._track(self._trackers.end_training)
 

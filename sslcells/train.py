@@ -1,18 +1,19 @@
 """Training, from a configuration to an exported encoder: `accelerate launch -m sslcells.train`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslcells import __version__, checkpoint, distributed, methods, models, optim
 from sslcells.augment import Augment
 from sslcells.config import Run
-from sslcells.data import ImageSet, open_splits
+from sslcells.data import Batch, ImageSet, open_splits
 from sslcells.data.loader import Steps, read
 from sslcells.evaluation import Evaluation
 from sslcells.models import files
@@ -59,22 +60,28 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
         log.metrics(step, 0.0, evaluation.figures(encoder))
         log.pictures(step, evaluation.view_sheet(views))
 
+    def rows_of(part: Batch, index: int) -> Tensor:
+        """Augment and embed images: the same numbers whenever the same part of the same step is asked for."""
+        x = augment(part.pixels.to(device), part.image, seed=run.seed, step=step, views=views)
+        watch("views", x)  # (V·b, C, S, S) float32
+        torch.manual_seed(stream(run.seed, step, rank, index))
+        rows: Tensor = network(x.contiguous(memory_format=plan.memory_format))
+        watch("rows", rows)  # (V·b, D)
+        return rows
+
     steps = Steps(len(images), run.train.global_batch, run.seed, rank, world, start=step, stop=plan.steps)
     meter.start()
     for batch in read(images, steps, run.train.workers, pin_memory=device.type == "cuda"):
         meter.arrived()
-        here = batch.to(device)
-        watch("pixels", here.pixels)  # (B, C, H, W) uint8
+        watch("pixels", batch.pixels)  # (B, C, H, W) uint8
         optim.set_learning_rate(optimizer, lr := optim.learning_rate(run.optim, step, plan.steps, plan.warmup))
-        torch.manual_seed(stream(run.seed, step, rank))
-
-        x = augment(here.pixels, batch.image, seed=run.seed, step=step, views=views)
-        watch("views", x)  # (V·B, C, S, S) float32
-        rows = network(x.contiguous(memory_format=plan.memory_format))
-        watch("rows", rows)  # (A, D)
-        loss, figures = method.loss(rows, here)
+        parts = batch.split(plan.micro_batch)
+        if len(parts) == 1:
+            loss, figures = method.loss(rows_of(batch, 0), batch.to(device))
+            accelerator.backward(loss)
+        else:
+            loss, figures = cached_backward(accelerator, network, rows_of, method, parts, batch.to(device))
         watch("loss", loss)  # ()
-        accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(network.parameters(), run.optim.clip_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
@@ -99,6 +106,38 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
     log.close()
     distributed.barrier()
     return run.folder
+
+
+def cached_backward(
+    accelerator: Accelerator,
+    network: nn.Module,
+    rows_of: Callable[[Batch, int], Tensor],
+    method: methods.Method,
+    parts: Sequence[Batch],
+    batch: Batch,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of a batch whose activations do not fit at once: GradCache, arXiv 2101.06983, section 3.
+
+    Embed every part without a graph, take the loss and its gradient by the rows once, over the global batch, then embed
+    every part again, with its graph, and push its rows' gradient through. The gradient is the plain step's; BatchNorm
+    alone sees the statistics of a part instead of the batch (and moves its running ones twice). DDP synchronises once.
+    """
+    with torch.no_grad():
+        apart = [by_view(rows_of(part, i), method.views) for i, part in enumerate(parts)]  # (V, b, D) each
+    rows = torch.cat(apart, 1).flatten(0, 1).requires_grad_()  # (V·B, D), view-major
+    loss, figures = method.loss(rows, batch)
+    accelerator.backward(loss)
+    assert rows.grad is not None
+    grads = torch.split(by_view(rows.grad, method.views), [x.shape[1] for x in apart], 1)
+    for i, (part, grad) in enumerate(zip(parts, grads, strict=True)):
+        with accelerator.no_sync(network) if i + 1 < len(parts) else nullcontext():
+            torch.autograd.backward(rows_of(part, i), grad.flatten(0, 1))
+    return loss, figures
+
+
+def by_view(rows: Tensor, views: int) -> Tensor:
+    """(V·B, D) in view-major order → (V, B, D)."""
+    return rows.view(views, -1, rows.shape[1])
 
 
 def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:

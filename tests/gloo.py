@@ -17,7 +17,7 @@ _workers: list[tuple[Any, Any]] = []
 
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)` returns on each of `world` ranks; an error on any rank is raised here with its traceback."""
+    """What `function(*args)` returns on each of `world` ranks; an error on any of them is raised here."""
     if not _workers:
         _start()
     store = f"{tempfile.gettempdir()}/sslcells-gloo-{next(_counter)}-{id(_workers)}"

@@ -1,5 +1,7 @@
 """The optimizer and its schedule."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -45,7 +47,7 @@ def test_schedule():
     assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
     assert rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     assert optim.learning_rate(config, 0, 1, 0) == 1.0
 

@@ -159,3 +159,23 @@ def test_an_unwritable_folder_is_named(tmp_path):
 def test_metrics_are_json_lines(finished):
     lines = (Path(finished) / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line)["step"] >= 0 for line in lines)
+
+
+NO_BATCHNORM = ["model.backbone=test_vit", "model.args={img_size: 32}", "method.norm=layer", "train.steps=10"]
+
+
+@pytest.mark.parametrize("micro", [4, 1])
+@pytest.mark.parametrize("method", [["method.name=simclr"], ["method.name=triplet", "method.soft=true"]])
+def test_micro_batches_learn_the_same(tmp_path, micro, method):
+    """Without BatchNorm the weights after ten steps are the plain step's, to float32 rounding."""
+    plain = train(tiny(tmp_path, *NO_BATCHNORM, *method, "name=plain", "optim.name=sgd"))
+    cached = train(tiny(tmp_path, *NO_BATCHNORM, *method, "name=micro", "optim.name=sgd", f"train.micro_batch={micro}"))
+    whole, parts = (load_file(f / "encoder.safetensors") for f in (plain, cached))
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(whole[k], parts[k]) for k in whole), "the two were not computed apart"
+
+
+def test_a_micro_batch_that_does_not_divide_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.micro_batch=5 does not divide the 16 images of a rank"):
+        train(tiny(tmp_path, "train.micro_batch=5"))

@@ -32,6 +32,10 @@ class Batch(NamedTuple):
         """The batch with every tensor on `device`."""
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
+    def split(self, size: int) -> list["Batch"]:
+        """The batch in parts of `size` images."""
+        return [Batch(*part) for part in zip(*(torch.split(t, size) for t in self), strict=True)]
+
 
 class ImageSet(ABC):
     """One split: images read by index, their labels and sources known beforehand."""

@@ -1,6 +1,6 @@
 """The losses over the global batch, for this framework's loop and for anyone's own."""
 
-from sslcells.losses.contrastive import NTXentLoss, SupConLoss
+from sslcells.losses.contrastive import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
 from sslcells.losses.triplet import BatchHardTripletLoss
 
-__all__ = ["BatchHardTripletLoss", "NTXentLoss", "SupConLoss"]
+__all__ = ["BatchHardTripletLoss", "DCLLoss", "HardNegativeLoss", "NTXentLoss", "SupConLoss"]

@@ -1,47 +1,132 @@
-"""NT-Xent and SupCon over the global batch: exact, linear in memory, and without a collective in the backward pass.
+"""NT-Xent, SupCon and their relatives over the global batch: exact, linear in memory, no collective in the backward.
 
-Both losses see a row only through S_i = Σ_j exp((cos_ij − 1)/τ) over the references that count, and through its mean
-similarity to its positives, p_i. Any function ℓ(S_i, p_i) is served by one scheme: with g_i = ∂ℓ_i/∂S_i and
-h_i = ∂ℓ_i/∂p_i, which every rank knows for its own rows after the forward pass and gathers (2 floats a row),
+The losses see a row only through S_i(t) = Σ_j exp(t · (cos_ij − 1)) over the references that count, at one or two
+inverse temperatures t, and through its mean similarity to its positives, p_i. Any function ℓ of these is served by one
+scheme: with g_i = ∂ℓ_i/∂S_i and h_i = ∂ℓ_i/∂p_i, which every rank knows for its own rows after the forward pass and
+gathers (2 or 3 floats a row), and m_i the mean of z_j over the positives of i,
 
-    dz_i = (1/τ) · [ Σ_j E_ij (g_i + g_j) z_j + h_i m_i + mean_{j ∈ P_i} h_j z_j ],   m_i = mean_{j ∈ P_i} z_j
+    dz_i = Σ_t t · Σ_j E_ij(t) (g_i + g_j) z_j + (1/τ) · (h_i m_i + mean_{j ∈ P_i} h_j z_j)
 
 is the whole gradient of row i, as an anchor and as everyone else's reference: E is symmetric, so one product does both.
+The losses depend on cosines over τ alone, so ∂ℓ/∂(1/τ) = τ/2 · Σ_i z_i·dz_i (Euler): a learned temperature is free.
 """
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sslcells import distributed
-from sslcells.losses._rows import Gathered, Groups, Pairs, Positives, check_ids, codes, gather_rows, log1p_exp, unit
-from sslcells.losses.torch_engine import Exclude, row_sums, weighted_rows
+from sslcells.losses._rows import (
+    Gathered,
+    Groups,
+    Pairs,
+    Positives,
+    check_ids,
+    codes,
+    gather_rows,
+    log1p_exp,
+    unit,
+)
+from sslcells.losses.engine import Precision, row_sums, weighted_rows
+from sslcells.losses.torch_engine import Exclude
 
-RowLoss = Callable[[Tensor, Tensor], Tensor]
-"""(log Σ_j exp(s_ij), mean positive s_i), both (A,) → the loss of each anchor, (A,)"""
+RowLoss = Callable[[Sequence[Tensor], Tensor], Tensor]
+"""(log Σ_j exp(t · cos_ij) for each t, mean positive cos/τ), all (A,) → the loss of each anchor, (A,)"""
 
 FLOAT32_INV_T = 40.0
 """exp(−2/τ), the smallest summand, is a normal float32 number up to here; beyond, tiles are computed in float64."""
 
 
-class NTXentLoss(nn.Module):
-    """NT-Xent over the global batch (arXiv 2002.05709, eq. 1).
+class _ContrastiveLoss(nn.Module):
+    """Temperature, precision and figures, which the losses have in common.
 
-    Where torch.distributed is initialised every rank's rows are negatives; alone, the local ones. The value is the mean
-    over this rank's 2B anchors; its mean over ranks is the loss of the global batch, and DDP's mean of gradients is
-    that loss's gradient.
+    Where torch.distributed is initialised every rank's rows are references; alone, the local ones. The value is the sum
+    over this rank's valid anchors × world / valid anchors in the world: its mean over ranks is the loss of the global
+    batch, and DDP's mean of gradients is that loss's gradient. Rows are normalised, and similarities accumulated, in
+    float32 (float64 for float64 rows) whatever autocast says.
 
-    `stats` holds, after each call, detached scalars of this rank: `positive_cosine` and `reference_cosine` (mean
-    cosine to the positive, and to all other rows).
+    `stats` holds detached scalars of this rank after each call: `positive_cosine` and `reference_cosine`, the mean
+    cosine to the positives and to all other rows; for pairs of views also `top1`, the share of anchors whose positive
+    is nearer than every negative.
     """
 
-    def __init__(self, temperature: float = 0.1) -> None:
+    def __init__(self, temperature: float = 0.1, *, learnable: bool = False, precision: Precision = "bf16") -> None:
+        """Set up the loss.
+
+        Args:
+            temperature: τ, 0.003 to 100.
+            learnable: learn 1/τ, as the parameter `log_inv_t`; costs one synchronisation with the device a step.
+            precision: of the fused GPU kernels' products.
+        """
         super().__init__()
-        self.temperature = _checked(temperature)
+        if not 0.003 <= temperature <= 100:
+            raise ValueError(f"temperature={temperature} is outside 0.003..100")
+        log_inv_t = torch.tensor(-math.log(temperature))
+        self._temperature = temperature
+        self.log_inv_t = nn.Parameter(log_inv_t) if learnable else None
+        self.precision: Precision = precision
         self.stats: dict[str, Tensor] = {}
+
+    @property
+    def temperature(self) -> float:
+        """τ; a learned one is kept within 0.003..100."""
+        if self.log_inv_t is None:
+            return self._temperature
+        return min(100.0, max(0.003, math.exp(-self.log_inv_t.item())))
+
+    def _scales(self) -> Sequence[float]:
+        """Factors of 1/τ at which the row sums are wanted."""
+        return (1.0,)
+
+    def _pairs(self, z0: Tensor, z1: Tensor, source: Tensor | None, row_loss: RowLoss) -> Tensor:
+        if z0.shape != z1.shape or z0.ndim != 2:
+            raise ValueError(f"z0 and z1 must both be (B, D); they are {tuple(z0.shape)} and {tuple(z1.shape)}")
+        images = len(z0)
+        check_ids(source, images, "source")
+        rows = unit(torch.cat([z0, z1]))
+        batch = gather_rows(rows)
+        row = torch.arange(len(batch.refs), device=z0.device)
+        partner = torch.where(row % (2 * images) < images, row + images, row - images)
+        exclude = Exclude(partner)
+        if source is not None:
+            image = row % images + row // (2 * images) * images
+            exclude = Exclude(partner, image.int(), codes(distributed.gather(source.repeat(2))))
+        return self._contrast(rows, batch, Pairs(partner), exclude, row_loss)
+
+    def _groups(self, z: Tensor, positive: Tensor, source: Tensor | None, row_loss: RowLoss) -> Tensor:
+        if z.ndim != 2:
+            raise ValueError(f"z must be (A, D); it is {tuple(z.shape)}")
+        check_ids(positive, len(z), "positive")
+        check_ids(source, len(z), "source")
+        rows = unit(z)
+        batch = gather_rows(rows)
+        group = codes(distributed.gather(positive))
+        exclude = Exclude(None, group, codes(distributed.gather(source))) if source is not None else Exclude()
+        return self._contrast(rows, batch, Groups(group), exclude, row_loss)
+
+    def _contrast(
+        self, rows: Tensor, batch: Gathered, positives: Positives, exclude: Exclude, row_loss: RowLoss
+    ) -> Tensor:
+        task = _Task(positives, exclude, 1 / self.temperature, self._scales(), row_loss, self.precision)
+        with torch.autocast(rows.device.type, enabled=False):
+            loss: Tensor
+            loss, positive_cosine, top1 = _Contrast.apply(rows, self.log_inv_t, batch, task)
+            reference_cosine = (rows.detach() @ batch.refs.sum(0) - 1).mean() / max(1, len(batch.refs) - 1)
+        self.stats = {"positive_cosine": positive_cosine, "reference_cosine": reference_cosine}
+        if exclude.partner is not None:
+            self.stats["top1"] = top1
+        return loss
+
+
+class NTXentLoss(_ContrastiveLoss):
+    """NT-Xent over the global batch (arXiv 2002.05709, eq. 1).
+
+    The mean over the 2B anchors of each rank; for ranks, `learnable`, `precision` and `stats` see the base class.
+    """
 
     def forward(self, z0: Tensor, z1: Tensor, source: Tensor | None = None) -> Tensor:
         """Loss of two views.
@@ -54,35 +139,61 @@ class NTXentLoss(nn.Module):
         Raises:
             ValueError: for shapes that do not fit, or numbers of rows that differ between ranks.
         """
-        if z0.shape != z1.shape or z0.ndim != 2:
-            raise ValueError(f"z0 and z1 must both be (B, D); they are {tuple(z0.shape)} and {tuple(z1.shape)}")
-        images = len(z0)
-        check_ids(source, images, "source")
-        rows = unit(torch.cat([z0, z1]))
-        batch = gather_rows(rows)
-        row = torch.arange(len(batch.refs), device=z0.device)
-        partner = torch.where(row % (2 * images) < images, row + images, row - images)
-        exclude = Exclude(partner)
-        if source is not None:
-            image = row % images + row // (2 * images) * images
-            sources = distributed.gather(source.repeat(2))
-            exclude = Exclude(partner, image.int(), codes(sources))
-        loss, self.stats = _contrast(rows, batch, Pairs(partner), exclude, self.temperature, _nt_xent)
-        return loss
+        return self._pairs(z0, z1, source, _nt_xent)
 
 
-class SupConLoss(nn.Module):
+class DCLLoss(_ContrastiveLoss):
+    """Decoupled contrastive loss (arXiv 2110.06848, eq. 3): NT-Xent with the positive left out of the denominator."""
+
+    def forward(self, z0: Tensor, z1: Tensor, source: Tensor | None = None) -> Tensor:
+        """Loss of two views; arguments and errors as in NTXentLoss."""
+        return self._pairs(z0, z1, source, _decoupled)
+
+
+class HardNegativeLoss(_ContrastiveLoss):
+    """NT-Xent that expects false negatives: debiased (arXiv 2007.00224, eq. 8), hard ones weighted up (2010.04592).
+
+    A part `prior` of the negatives is taken to be of the anchor's own class, and their expected similarity is taken
+    off the sum of the negatives, which is kept above its least possible value. With beta > 0 a negative weighs in
+    proportion to exp(beta · cos/τ) (arXiv 2010.04592, eq. 4; the cosine over τ, as in its authors' code).
+    """
+
+    def __init__(
+        self, temperature: float = 0.1, *, prior: float = 0.1, beta: float = 0.0, precision: Precision = "bf16"
+    ) -> None:
+        """Set up the loss: prior in [0, 1), beta ≥ 0; others as in NTXentLoss."""
+        super().__init__(temperature, precision=precision)
+        if not 0 <= prior < 1:
+            raise ValueError(f"prior={prior} is outside [0, 1)")
+        if beta < 0:
+            raise ValueError(f"beta={beta} is negative")
+        self.prior, self.beta = prior, beta
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """Loss of two views; arguments and errors as in NTXentLoss."""
+        negatives = 2 * len(z0) * distributed.world() - 2
+        return self._pairs(z0, z1, None, lambda logs, positive: self._row_loss(logs, positive, negatives))
+
+    def _scales(self) -> Sequence[float]:
+        return (1.0,) if self.beta == 0 else (1.0 + self.beta, self.beta)
+
+    def _row_loss(self, logs: Sequence[Tensor], positive: Tensor, negatives: int) -> Tensor:
+        log_n = math.log(max(1, negatives))
+        log_sum = logs[0] if self.beta == 0 else logs[0] - logs[1] + log_n
+        # log of max((Σ − prior · N · e^p) / (1 − prior), N · e^(−1/τ)), without leaving the logarithms
+        share = positive - log_sum + log_n + (math.log(self.prior) if self.prior else -math.inf)
+        rest = log_sum + torch.log1p(-share.clamp_max(-1e-6).exp()) - math.log1p(-self.prior)
+        least = log_n - 1 / self.temperature
+        return _nt_xent([torch.where(share < -1e-6, rest, -math.inf).clamp_min(least)], positive)
+
+
+class SupConLoss(_ContrastiveLoss):
     """The supervised contrastive loss L_out over the global batch (arXiv 2004.11362, eq. 2).
 
     Rows of equal `positive` id are positives of each other: the class, or the image for SimCLR with any number of
-    views. An anchor with no positive is left out of the mean; none left gives 0. Ranks as in NTXentLoss: the value is
-    the sum over this rank's valid anchors × world / valid anchors in the world. `stats` as in NTXentLoss.
+    views. An anchor with no positive is left out of the mean; none left gives 0. For ranks, `learnable`, `precision`
+    and `stats` see the base class.
     """
-
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__()
-        self.temperature = _checked(temperature)
-        self.stats: dict[str, Tensor] = {}
 
     def forward(self, z: Tensor, positive: Tensor, source: Tensor | None = None) -> Tensor:
         """Loss of rows with ids.
@@ -95,40 +206,33 @@ class SupConLoss(nn.Module):
         Raises:
             ValueError: for shapes that do not fit, or numbers of rows that differ between ranks.
         """
-        if z.ndim != 2:
-            raise ValueError(f"z must be (A, D); it is {tuple(z.shape)}")
-        check_ids(positive, len(z), "positive")
-        check_ids(source, len(z), "source")
-        rows = unit(z)
-        batch = gather_rows(rows)
-        group = codes(distributed.gather(positive))
-        exclude = Exclude(None, group, codes(distributed.gather(source))) if source is not None else Exclude()
-        loss, self.stats = _contrast(rows, batch, Groups(group), exclude, self.temperature, _sup_con)
-        return loss
+        return self._groups(z, positive, source, _sup_con)
 
 
-def _nt_xent(log_negatives: Tensor, positive: Tensor) -> Tensor:
+def _nt_xent(logs: Sequence[Tensor], positive: Tensor) -> Tensor:
     """−log(e^p / (e^p + Σ_negatives)), the positive kept out of the sum: no cancellation when the loss is small."""
-    return log1p_exp(log_negatives - positive)
+    return log1p_exp(logs[0] - positive)
 
 
-def _sup_con(log_all: Tensor, positive: Tensor) -> Tensor:
+def _decoupled(logs: Sequence[Tensor], positive: Tensor) -> Tensor:
+    """−log(e^p / Σ_negatives)."""
+    return logs[0] - positive
+
+
+def _sup_con(logs: Sequence[Tensor], positive: Tensor) -> Tensor:
     """Mean over the positives of −log(e^s / Σ_all); the mean of s is all that is needed of them."""
-    return log_all - positive
+    return logs[0] - positive
 
 
-def _contrast(
-    rows: Tensor,
-    batch: Gathered,
-    positives: Positives,
-    exclude: Exclude,
-    temperature: float,
-    row_loss: RowLoss,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    with torch.autocast(rows.device.type, enabled=False):
-        loss, positive_cosine = _Contrast.apply(rows, batch, positives, exclude, 1 / temperature, row_loss)
-        reference_cosine = (rows.detach() @ batch.refs.sum(0) - 1).mean() / max(1, len(batch.refs) - 1)
-    return loss, {"positive_cosine": positive_cosine, "reference_cosine": reference_cosine}
+class _Task(NamedTuple):
+    """What is computed of the rows."""
+
+    positives: Positives
+    exclude: Exclude
+    inv_t: float
+    scales: Sequence[float]
+    row_loss: RowLoss
+    precision: Precision
 
 
 class _Contrast(torch.autograd.Function):
@@ -136,46 +240,42 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        batch: Gathered,
-        positives: Positives,
-        exclude: Exclude,
-        inv_t: float,
-        row_loss: RowLoss,
-    ) -> tuple[Tensor, Tensor]:
-        refs = batch.refs if inv_t <= FLOAT32_INV_T else batch.refs.double()
-        sums = row_sums(refs, batch.offset, batch.rows, inv_t, exclude)
-        mean = positives.mean(refs, batch.own)
-        positive = inv_t * (refs[batch.own] * mean).sum(1)
-        known = positives.known()
+        ctx: Any, rows: Tensor, log_inv_t: Tensor | None, batch: Gathered, task: _Task
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inv_ts = [task.inv_t * scale for scale in task.scales]
+        refs = batch.refs if max(inv_ts) <= FLOAT32_INV_T else batch.refs.double()
+        found = [row_sums(refs, batch.offset, batch.rows, t, task.exclude, task.precision) for t in inv_ts]
+        mean = task.positives.mean(refs, batch.own)
+        cosine = (refs[batch.own] * mean).sum(1)
+        known = task.positives.known()
         scale = distributed.world() / known.sum().clamp_min(1).to(refs.dtype)
         with torch.enable_grad():
-            s, p = sums.requires_grad_(), positive.requires_grad_()
-            log_sum = s.clamp_min(torch.finfo(s.dtype).tiny).log() + inv_t
-            loss = torch.where(known[batch.own], row_loss(log_sum, p), 0.0).sum()
+            sums, positive = [s.requires_grad_() for s, _ in found], (task.inv_t * cosine).requires_grad_()
+            tiny = torch.finfo(refs.dtype).tiny
+            logs = [s.clamp_min(tiny).log() + t for s, t in zip(sums, inv_ts, strict=True)]
+            loss = torch.where(known[batch.own], task.row_loss(logs, positive), 0.0).sum()
         if rows.requires_grad:
-            by_sum, by_positive = torch.autograd.grad(loss, (s, p))
-            ctx.save_for_backward(refs, distributed.gather(torch.stack([by_sum, by_positive], 1)), scale)
-            ctx.rest = batch.offset, batch.rows, positives, exclude, inv_t
-        positive_cosine = positive.detach().sum() / (inv_t * known[batch.own].sum().clamp_min(1))
-        ctx.mark_non_differentiable(positive_cosine)
-        return (loss.detach() * scale).to(rows.dtype), positive_cosine
+            by = torch.autograd.grad(loss, [*sums, positive])
+            ctx.save_for_backward(refs, distributed.gather(torch.stack(by, 1)), scale)
+            ctx.rest = batch.offset, batch.rows, task, inv_ts
+        positive_cosine = cosine.sum() / known[batch.own].sum().clamp_min(1)
+        top1 = (found[0][1] < (inv_ts[0] * (cosine - 1)).exp()).to(rows.dtype).mean()
+        ctx.mark_non_differentiable(positive_cosine, top1)
+        return (loss.detach() * scale).to(rows.dtype), positive_cosine, top1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         refs, by, scale = ctx.saved_tensors
-        offset, count, positives, exclude, inv_t = ctx.rest
+        offset, count, task, inv_ts = ctx.rest
         own = slice(offset, offset + count)
-        by_sum, by_positive = by[:, 0], by[:, 1, None]
+        *by_sums, by_positive = by.unbind(1)
+        by_positive = by_positive[:, None]
         with torch.autocast(grad.device.type, enabled=False):
-            dz = weighted_rows(refs, offset, count, inv_t, by_sum, exclude)
-            dz += by_positive[own] * positives.mean(refs, own) + positives.mean(by_positive * refs, own)
-        return (dz * (inv_t * scale * grad)).to(grad.dtype), None, None, None, None, None
-
-
-def _checked(temperature: float) -> float:
-    if not 0.003 <= temperature <= 100:
-        raise ValueError(f"temperature={temperature} is outside 0.003..100")
-    return temperature
+            mean = task.positives.mean
+            dz = task.inv_t * (by_positive[own] * mean(refs, own) + mean(by_positive * refs, own))
+            for t, by_sum in zip(inv_ts, by_sums, strict=True):
+                dz += t * weighted_rows(refs, offset, count, t, by_sum.contiguous(), task.exclude, task.precision)
+            dz *= scale * grad
+        by_log_inv_t = (refs[own] * dz).sum() / 2 if ctx.needs_input_grad[1] else None
+        return dz.to(grad.dtype), by_log_inv_t, None, None

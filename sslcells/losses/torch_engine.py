@@ -30,14 +30,18 @@ class _Tile(NamedTuple):
     """the tile also stands for its transpose, which is not visited"""
 
 
-def row_sums(refs: Tensor, offset: int, count: int, inv_t: float, exclude: Exclude) -> Tensor:
-    """Σ_j exp(inv_t · (z_i·z_j − 1)) over the references that are not excluded: (R, D) unit rows → (A,)."""
-    sums = refs.new_zeros(refs.shape[0])
+def row_sums(refs: Tensor, offset: int, count: int, inv_t: float, exclude: Exclude) -> tuple[Tensor, Tensor]:
+    """Σ_j exp(inv_t · (z_i·z_j − 1)) over the references that are not excluded, and the largest summand.
+
+    (R, D) unit rows → (A,) and (A,).
+    """
+    sums, largest = refs.new_zeros(2, refs.shape[0])
     for tile, e in _exponentials(refs, offset, count, inv_t, exclude):
-        sums[tile.rows] += e.sum(1)
-        if tile.mirrored:
-            sums[tile.columns] += e.sum(0)
-    return sums[offset : offset + count].clone()
+        for axis, into in enumerate((tile.rows, tile.columns)[: 1 + tile.mirrored]):
+            sums[into] += e.sum(1 - axis)
+            torch.maximum(largest[into], e.amax(1 - axis), out=largest[into])
+    own = slice(offset, offset + count)
+    return sums[own].clone(), largest[own].clone()
 
 
 def weighted_rows(refs: Tensor, offset: int, count: int, inv_t: float, weight: Tensor, exclude: Exclude) -> Tensor:
@@ -73,10 +77,10 @@ def hardest(refs: Tensor, offset: int, count: int, positive: Tensor, source: Ten
             same.fill_diagonal_(False)
         negatives = s.masked_fill(~other, -torch.inf)
         positives = s.masked_fill_(~same, torch.inf)
-        for axis, (into, of) in enumerate(((tile.rows, tile.columns), (tile.columns, tile.rows))):
-            if axis == 0 or tile.mirrored:
-                _keep(near, near_index, into, *negatives.max(1 - axis), of.start, closer=True)
-                _keep(far, far_index, into, *positives.min(1 - axis), of.start, closer=False)
+        both = ((tile.rows, tile.columns), (tile.columns, tile.rows))
+        for axis, (into, of) in enumerate(both[: 1 + tile.mirrored]):
+            _keep(near, near_index, into, *negatives.max(1 - axis), of.start, closer=True)
+            _keep(far, far_index, into, *positives.min(1 - axis), of.start, closer=False)
     own = slice(offset, offset + count)
     return far_index[own].clone(), near_index[own].clone()
 

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from sslcells import distributed
 from sslcells.losses._rows import Gathered, check_ids, codes, gather_rows, log1p_exp, unit
-from sslcells.losses.torch_engine import hardest
+from sslcells.losses.engine import hardest
 
 Distance = Literal["euclidean", "sqeuclidean", "cosine"]
 

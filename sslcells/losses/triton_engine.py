@@ -67,15 +67,18 @@ def row_sums(
     *,
     precision: Precision = "bf16",
     splits: int | None = None,
-) -> Tensor:
-    """Σ_j exp(inv_t · (z_i·z_j − 1)) over the references that are not excluded: (R, D) unit rows → (A,) float32."""
+) -> tuple[Tensor, Tensor]:
+    """Σ_j exp(inv_t · (z_i·z_j − 1)) over the references that are not excluded, and the largest summand.
+
+    (R, D) unit rows → (A,) and (A,) float32.
+    """
     width = _padded(refs.shape[1])
     tiling = _tiling("sums", width, precision, _shared_memory(refs.device))
-    splits = splits or _splits(refs, count, tiling, bytes_per_anchor=4)
-    partial = refs.new_empty(splits, count, dtype=torch.float32)
-    arrays = (_operand(refs, tiling, precision), exclude.partner, *_codes(exclude), partial)
+    splits = splits or _splits(refs, count, tiling, bytes_per_anchor=8)
+    partial, largest = refs.new_empty(2, splits, count, dtype=torch.float32)
+    arrays = (_operand(refs, tiling, precision), exclude.partner, *_codes(exclude), partial, largest)
     _launch(_row_sums_kernel, tiling, precision, refs, splits, arrays, offset, count, inv_t * _LOG2_E)
-    return partial.sum(0)
+    return partial.sum(0), largest.amax(0)
 
 
 def weighted_rows(
@@ -348,6 +351,7 @@ def _row_sums_kernel(
     positive,
     source,
     out,
+    out_largest,
     offset,
     count,
     total,
@@ -365,13 +369,17 @@ def _row_sums_kernel(
     q = _load_anchors(rows, anchor, WIDTH)
     begin = tl.program_id(1) * span
     sums = tl.zeros([ROWS], tl.float32)
+    largest = tl.zeros([ROWS], tl.float32)
     for start in tl.range(begin, tl.minimum(begin + span, total), COLUMNS):
         k = _load_tile(rows, start, WIDTH, COLUMNS)
         e = _tile_exponentials(
             q, k, start, anchor, mate, own_positive, own_source, positive, source, offset, total, scale, DOT
         )
         sums += tl.sum(e, 1)
-    tl.store(out + tl.program_id(1).to(tl.int64) * count + row, sums, mask=row < count)
+        largest = tl.maximum(largest, tl.max(e, 1))
+    at = tl.program_id(1).to(tl.int64) * count + row
+    tl.store(out + at, sums, mask=row < count)
+    tl.store(out_largest + at, largest, mask=row < count)
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -90,14 +90,19 @@ def test_warp_turns_without_distortion_in_a_wide_image():
 
 def test_colour_jitter_takes_each_rows_own_order():
     x = torch.rand(24, 3, 4, 4)
-    order = torch.tensor([[a, b, c, 6 - a - b - c] for a in range(4) for b in range(4) for c in range(4)
-                          if len({a, b, c}) == 3])
+    order = torch.tensor(
+        [[a, b, c, 6 - a - b - c] for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
+    )
     factors = [torch.full((24,), v) for v in (1.2, 0.7, 1.3, 0.4)]
     together = op.colour_jitter(x, torch.ones(24, dtype=torch.bool), order, factors)
     for i in range(24):
-        alone = op.colour_jitter(x[i : i + 1], torch.ones(1, dtype=torch.bool), order[i : i + 1], [f[:1] for f in factors])
+        alone = op.colour_jitter(
+            x[i : i + 1], torch.ones(1, dtype=torch.bool), order[i : i + 1], [f[:1] for f in factors]
+        )
         torch.testing.assert_close(together[i : i + 1], alone)
-    assert (together[0] - op.colour_jitter(x, torch.ones(24, dtype=torch.bool), order[[23]].expand(24, 4), factors)[0]).abs().max() > 0.01
+    assert (
+        together[0] - op.colour_jitter(x, torch.ones(24, dtype=torch.bool), order[[23]].expand(24, 4), factors)[0]
+    ).abs().max() > 0.01
 
 
 def test_linear_colour_is_near_the_conversion_to_hsv():

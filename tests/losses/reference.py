@@ -16,9 +16,7 @@ def contrastive(z: Tensor, positive: list[int], temperature: float, source: list
     losses = []
     for i in range(len(z)):
         same = [j for j in range(len(z)) if j != i and positive[j] == positive[i] >= 0]
-        counted = [
-            j for j in range(len(z)) if j != i and (j in same or source is None or source[j] != source[i])
-        ]
+        counted = [j for j in range(len(z)) if j != i and (j in same or source is None or source[j] != source[i])]
         if not same:
             continue
         logits = {j: z[i] @ z[j] / temperature for j in counted}
@@ -43,9 +41,7 @@ def batch_hard(
         other = [
             j
             for j in range(len(z))
-            if j != i
-            and not (positive[j] == positive[i] >= 0)
-            and (source is None or source[j] != source[i])
+            if j != i and not (positive[j] == positive[i] >= 0) and (source is None or source[j] != source[i])
         ]
         if not same or not other:
             continue
@@ -60,7 +56,7 @@ def apart(a: Tensor, b: Tensor, distance: str) -> Tensor:
     if distance == "cosine":
         return 1 - a @ b
     squared = ((a - b) ** 2).sum()
-    return squared if distance == "sqeuclidean" or squared.item() == 0 else squared ** 0.5
+    return squared if distance == "sqeuclidean" or squared.item() == 0 else squared**0.5
 
 
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float, source: list[int] | None = None) -> Tensor:
@@ -68,6 +64,19 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float, source: list[int] | None
     return contrastive(torch.cat([z0, z1]), images * 2, temperature, source and source * 2)
 
 
-def uniform_nt_xent(rows: int, temperature: float) -> float:
-    """The loss when all rows coincide: the log of the number of other rows."""
-    return math.log(rows - 1) + 0 * temperature
+def pairwise(z0: Tensor, z1: Tensor, temperature: float, kind: str, prior: float = 0.0, beta: float = 0.0) -> Tensor:
+    """DCL, arXiv 2110.06848 eq. 3; the debiased loss, 2007.00224 eq. 8; with hard negatives, 2010.04592 eq. 4."""
+    z, count = unit(torch.cat([z0, z1])), 2 * len(z0)
+    losses = []
+    for i in range(count):
+        p = (i + len(z0)) % count
+        e = torch.stack([(z[i] @ z[j] / temperature).exp() for j in range(count) if j not in (i, p)])
+        pos = (z[i] @ z[p] / temperature).exp()
+        if kind == "dcl":
+            losses.append(-(pos / e.sum()).log())
+            continue
+        n = len(e)
+        weighted = (e * e**beta).sum() / (e**beta).mean()
+        others = ((weighted - prior * n * pos) / (1 - prior)).clamp_min(n * math.exp(-1 / temperature))
+        losses.append(-(pos / (pos + others)).log())
+    return torch.stack(losses).mean()

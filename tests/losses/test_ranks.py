@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gloo import on_ranks
-from reference import batch_hard, contrastive, nt_xent
+from reference import batch_hard, contrastive, nt_xent, pairwise
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sslcells import distributed
-from sslcells.losses import BatchHardTripletLoss, NTXentLoss, SupConLoss, _rows, contrastive as module, triplet
+from sslcells.losses import BatchHardTripletLoss, HardNegativeLoss, NTXentLoss, SupConLoss, _rows, triplet
+from sslcells.losses import contrastive as module
 from sslcells.losses import torch_engine as engine
 
 IMAGES, D = 6, 5
@@ -33,6 +34,7 @@ def ours(name, net, x, rows):
     return {
         "nt_xent": lambda: NTXentLoss(0.2)(z0, z1),
         "nt_xent_sources": lambda: NTXentLoss(0.2)(z0, z1, SOURCES[rows]),
+        "hard_negatives": lambda: HardNegativeLoss(0.3, prior=0.05, beta=0.5)(z0, z1),
         "supcon": lambda: SupConLoss(0.15)(z0, LABELS[rows]),
         "supcon_sources": lambda: SupConLoss(0.02)(z0, LABELS[rows], SOURCES[rows]),
         "batch_hard": lambda: BatchHardTripletLoss(0.4)(z0, LABELS[rows]),
@@ -46,6 +48,7 @@ def oracle(name, net, x):
     return {
         "nt_xent": lambda: nt_xent(z0, z1, 0.2),
         "nt_xent_sources": lambda: nt_xent(z0, z1, 0.2, sources),
+        "hard_negatives": lambda: pairwise(z0, z1, 0.3, "hard", 0.05, 0.5),
         "supcon": lambda: contrastive(z0, labels, 0.15),
         "supcon_sources": lambda: contrastive(z0, labels, 0.02, sources),
         "batch_hard": lambda: batch_hard(z0, labels, 0.4, "euclidean"),
@@ -53,7 +56,7 @@ def oracle(name, net, x):
     }[name]()
 
 
-LOSSES = ["nt_xent", "nt_xent_sources", "supcon", "supcon_sources", "batch_hard", "batch_hard_soft"]
+LOSSES = ["nt_xent", "nt_xent_sources", "hard_negatives", "supcon", "supcon_sources", "batch_hard", "batch_hard_soft"]
 
 
 def without_world(monkeypatch):
@@ -77,11 +80,13 @@ def local_only(monkeypatch):
 def no_columns(monkeypatch):
     """The gradient of a row as everyone else's reference is forgotten."""
     plain = engine.weighted_rows
+
     def rows_only(refs, offset, count, inv_t, weight, exclude):
         own = torch.zeros_like(weight)
         own[offset : offset + count] = weight[offset : offset + count]
         return plain(refs, offset, count, inv_t, own, exclude)
-    monkeypatch.setattr(module, "weighted_rows", rows_only)
+
+    monkeypatch.setattr(engine, "weighted_rows", rows_only)
 
 
 def step(name, plant=None):

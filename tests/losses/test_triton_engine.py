@@ -123,7 +123,12 @@ def check_sums(device: str, case: Case, precision: str) -> None:
 
     refs, exclude = _batch(case)
     expected = _exponentials(refs, exclude, case.temperature).sum(1)[case.offset :][: case.count]
-    sums = triton_engine.row_sums(*_at(device, case, refs, exclude), precision=precision)
+    sums, largest = triton_engine.row_sums(*_at(device, case, refs, exclude), precision=precision)
+    _close(
+        largest,
+        _exponentials(refs, exclude, case.temperature).amax(1)[case.offset :][: case.count],
+        TOLERANCE[precision],
+    )
     assert sums.shape == (case.count,)
     assert sums.dtype == torch.float32
     _close(sums, expected, TOLERANCE[precision])
@@ -207,7 +212,7 @@ def check_splits(device: str) -> None:
     weight = torch.rand(200, generator=torch.Generator().manual_seed(1)).to(device)
     positive = (torch.arange(200, device=device) % 7).int()
     calls: list[Callable[[int], Tensor]] = [
-        lambda splits: triton_engine.row_sums(*at, precision="tf32", splits=splits),
+        lambda splits: torch.stack(triton_engine.row_sums(*at, precision="tf32", splits=splits)),
         lambda splits: triton_engine.weighted_rows(*at[:4], weight, at[4], precision="tf32", splits=splits),
         lambda splits: torch.stack(triton_engine.hardest(*at[:3], positive, None, splits=splits)),
     ]
@@ -252,7 +257,7 @@ def check_nt_xent_gradient(device: str, precision: str, tolerance: float, temper
     torch.nn.functional.cross_entropy(logits, partner, reduction="sum").backward()
 
     on_device = refs.to(device), 0, 2000, inv_t
-    sums = triton_engine.row_sums(*on_device, _to(device, exclude), precision=precision)
+    sums, _ = triton_engine.row_sums(*on_device, _to(device, exclude), precision=precision)
     positive = (refs * refs[partner]).sum(1).to(device) * inv_t
     pull = torch.sigmoid(sums.log() + inv_t - positive)  # −∂L/∂s_pos, and the negatives' share of the gradient
     grad = triton_engine.weighted_rows(*on_device, pull / sums, _to(device, exclude), precision=precision)

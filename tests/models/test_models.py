@@ -50,7 +50,7 @@ def test_unreachable_weights_are_a_clear_error(monkeypatch):
         raise OSError("no route to the hub\nand more")
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(ConfigError, match="published weights cannot be had: no route to the hub$"):
+    with pytest.raises(ConfigError, match=r"published weights cannot be had: no route to the hub$"):
         models.build(Model(backbone="resnet18", pretrained=True), 3)
 
 

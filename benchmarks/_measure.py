@@ -1,0 +1,157 @@
+"""What the benchmarks share: processes of their own, their peak memory, and tables under headings."""
+
+import ctypes
+import datetime
+import multiprocessing
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+
+T = TypeVar("T")
+OUT_OF_MEMORY = "out of memory"
+
+
+def in_fresh_process(function: Callable[..., T], *args: object) -> T | str:
+    """What `function` of an importable module returns in an interpreter of its own, or in words why it failed."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except ImportError as error:
+            return f"{error.name or error} is not installed"
+        except BrokenProcessPool:
+            return "the process was killed"
+        except (MemoryError, RuntimeError) as error:
+            return reason(str(error) or OUT_OF_MEMORY)
+
+
+def reason(message: str) -> str:
+    """Why something failed, in a few words, from the text of its exception."""
+    if "out of memory" in message or "can't allocate memory" in message or "bad_alloc" in message:
+        return OUT_OF_MEMORY
+    return f"failed: {message.strip().splitlines()[-1][:100]}"
+
+
+def limit_memory(pid: int) -> None:
+    """Let a process have what is free now and no more, so that it fails by itself and the machine goes on."""
+    most = psutil.Process(pid).memory_info().data + int(0.95 * psutil.virtual_memory().available)
+    resource.prlimit(pid, resource.RLIMIT_DATA, (most, most))
+
+
+def peak_mib(step: Callable[[], None], device: str) -> float:
+    """MiB that a call of `step` takes at its peak, above what was taken before.
+
+    On a CPU this is resident memory as Linux counts it: run the step on little data before, so that its code is there.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew; man 5 proc
+    before = _peak_kib()
+    step()
+    return (_peak_kib() - before) / 2**10
+
+
+def seconds(step: Callable[[], object], device: str, repeats: int) -> list[float]:
+    """How long each of so many calls takes; call it once before."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    taken = []
+    for _ in range(repeats):
+        wait()
+        began = time.perf_counter()
+        step()
+        wait()
+        taken.append(time.perf_counter() - began)
+    return taken
+
+
+def product_rate(device: str, repeats: int) -> float:
+    """Operations a second of one large matrix product: float32 on a CPU, bfloat16 on CUDA."""
+    size, dtype = (16384, torch.bfloat16) if device == "cuda" else (4096, torch.float32)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    out = a @ b
+    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b, out=out), device, repeats))
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first two columns to the left, figures to the right."""
+    rules = [":--" if k < 2 else "--:" for k in range(len(columns))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rules, *rows))
+
+
+def section(title: str, device: str, notes: str, parts: Sequence[str]) -> str:
+    """A section of RESULTS.md: when, of which commit, where and by which command, then notes and tables."""
+    command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()
+    heading = f"## {title}, {datetime.date.today().isoformat()}, commit {_commit()}"
+    return "\n\n".join([heading, f"{_machine(device)}.", f"    {command}", notes, *parts]) + "\n"
+
+
+def append(text: str, path: Path) -> None:
+    """Add a section at the end of a file, which need not be there yet."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"\n{text}" if file.tell() else text)
+
+
+def draw(panels: dict[str, dict[str, list[tuple[int, float, float]]]], out: Path) -> None:
+    """Seconds and MiB against N: a row of two panels for each title, a line of (N, seconds, MiB) for each name."""
+    from matplotlib.figure import Figure  # here, as the processes that are measured import this file
+
+    from sslcells.evaluation.pictures import MARKERS, OKABE_ITO, save
+
+    figure = Figure(figsize=(11, 4.4 * len(panels)), layout="constrained")
+    units = "seconds, forward + backward", "extra peak memory, MiB"
+    axes = figure.subplots(len(panels), 2, squeeze=False)
+    for (title, lines), pair in zip(panels.items(), axes, strict=True):
+        ticks = sorted({n for points in lines.values() for n, _, _ in points})
+        for y, (ax, unit) in enumerate(zip(pair, units, strict=True)):
+            for k, (name, points) in enumerate(lines.items()):
+                look = {"color": OKABE_ITO[k], "marker": MARKERS[k % len(MARKERS)], "lw": 1.5 if k else 3}
+                if points:
+                    ax.plot([p[0] for p in points], [p[1 + y] for p in points], label=name, **look)
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+            ax.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=30)
+            ax.set(title=title, xlabel="N, rows", ylabel=unit)
+            ax.grid(alpha=0.3)
+        pair[0].legend(frameon=False, fontsize="small")
+    save(figure, out)
+
+
+def _peak_kib() -> int:
+    """Peak of this process's resident memory since it was last reset, or the start."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def _commit() -> str:
+    """The checkout's commit, with `-dirty` where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _machine(device: str) -> str:
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total / 2**30
+    accelerator = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
+    versions = f"Python {platform.python_version()}, torch {torch.__version__} with {torch.get_num_threads()} threads"
+    return f"{accelerator}{model}, {cores} cores, {memory:.0f} GiB; {versions}"
