@@ -82,7 +82,7 @@ def seconds(step: Callable[[], object], device: str, repeats: int) -> list[float
 
 def product_rate(device: str, repeats: int) -> float:
     """Operations a second of one large matrix product: float32 on a CPU, bfloat16 on CUDA."""
-    size, dtype = (16384, torch.bfloat16) if device == "cuda" else (4096, torch.float32)
+    size, dtype = (16384, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     out = a @ b
     return 2 * size**3 / min(seconds(lambda: torch.mm(a, b, out=out), device, repeats))
@@ -114,13 +114,14 @@ def draw(panels: dict[str, dict[str, list[tuple[int, float, float]]]], out: Path
     from sslcells.evaluation.pictures import MARKERS, OKABE_ITO, save
 
     figure = Figure(figsize=(11, 4.4 * len(panels)), layout="constrained")
+    colors = OKABE_ITO[:6] + OKABE_ITO[7:]  # without yellow, which is pale on white
     units = "seconds, forward + backward", "extra peak memory, MiB"
     axes = figure.subplots(len(panels), 2, squeeze=False)
     for (title, lines), pair in zip(panels.items(), axes, strict=True):
         ticks = sorted({n for points in lines.values() for n, _, _ in points})
         for y, (ax, unit) in enumerate(zip(pair, units, strict=True)):
             for k, (name, points) in enumerate(lines.items()):
-                look = {"color": OKABE_ITO[k], "marker": MARKERS[k % len(MARKERS)], "lw": 1.5 if k else 3}
+                look = {"color": colors[k], "marker": MARKERS[k % len(MARKERS)], "lw": 1.5 if k else 3}
                 if points:
                     ax.plot([p[0] for p in points], [p[1 + y] for p in points], label=name, **look)
             ax.set_xscale("log", base=2)

@@ -7,6 +7,7 @@ where they are not installed, and stop at the first size that fails.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -62,11 +63,11 @@ class Result(NamedTuple):
     """of the gradient against float64, relative, in the 2-norm"""
 
 
-def sslcells_nt_xent(ids: Tensor) -> Loss:
-    """Ours."""
+def sslcells_nt_xent(ids: Tensor, precision: str = "bf16") -> Loss:
+    """Ours; the precision is that of the fused kernels on CUDA."""
     from sslcells.losses import NTXentLoss
 
-    loss = NTXentLoss(TEMPERATURE)
+    loss = NTXentLoss(TEMPERATURE, precision=precision)
     return lambda z: loss(*z.chunk(2))
 
 
@@ -172,7 +173,8 @@ TASKS = {
             Form("lightly", lightly_nt_xent),
             Form("pytorch-metric-learning SupConLoss", pml_sup_con),
             Form("pytorch-metric-learning NTXentLoss", pml_nt_xent, largest=512),
-            Form("FlexAttention", flex_nt_xent, cuda_only=True),
+            Form("FlexAttention in bf16", flex_nt_xent, cuda_only=True),
+            Form("sslcells in tf32", functools.partial(sslcells_nt_xent, precision="tf32"), cuda_only=True),
         ),
     ),
     "triplet": Task(

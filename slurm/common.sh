@@ -73,13 +73,14 @@ run() {
   exit "$status"
 }
 
-# on_node DEVICES FOLDER LAUNCHER'S ARGUMENT ...: the one task on each node; it becomes the launcher of the node's ranks.
-# The rendezvous waits for all nodes, so that no training begins where one of them fails here.
+# on_node GPUS FOLDER ARGUMENT ...: the one task on each node; it becomes accelerate launch for the ranks there. The
+# rendezvous waits for all nodes, so that no training begins where one of them fails here.
 on_node() {
   local expected=$1 folder=$2 devices probe
   shift 2
   devices=$(gpus)
-  ((devices == expected)) || fail "$SLURMD_NODENAME has $devices GPUs, the batch node $expected: all nodes need the same"
+  ((devices == expected)) ||
+    fail "GPUs on $SLURMD_NODENAME: $devices, on the batch node: $expected; all nodes need as many"
   [[ -d $folder ]] || fail "$SLURMD_NODENAME does not see the run's folder $folder: is it on a shared disk?"
   probe=$(mktemp "$folder/.probe-XXXXXX") || fail "the run's folder $folder is not writable from $SLURMD_NODENAME"
   rm "$probe"

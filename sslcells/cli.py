@@ -12,6 +12,7 @@ from sslcells import __version__, distributed
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import DataError
 from sslcells.plan import TrainingError, consequences
+from sslcells.selfcheck import selfcheck
 from sslcells.train import train
 
 DEBUG = {"name": "debug", "train": {"steps": 5, "workers": 0, "compile": False}, "log": {"every": 1, "tracker": "none"}}
@@ -37,9 +38,10 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--check", action="store_true", help="print the whole configuration, what follows from it; stop")
     sub.add_argument("--debug", action="store_true", help="five steps in one process, checked and shown in detail")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    commands.add_parser("selfcheck", help="does this machine or cluster compute what it should?")
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args([command, *argv] if command else argv)
-    return _guarded(lambda: _train(args))
+    return _guarded((lambda: _train(args)) if args.command == "train" else _selfcheck)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -54,6 +56,11 @@ def _train(args: argparse.Namespace) -> None:
         _debug(run)
     else:
         train(run)
+
+
+def _selfcheck() -> None:
+    if not selfcheck():
+        raise SystemExit(1)
 
 
 def _debug(run: Run) -> None:

@@ -266,7 +266,11 @@ def _merge(file: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     if wrong:
         raise ConfigError(f"not section.key=value: {', '.join(map(repr, wrong))}")
     try:
-        merged = OmegaConf.merge(*parts, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(*parts) if parts else OmegaConf.create()
+        for override in overrides:
+            key = override.split("=", 1)[0]
+            value = OmegaConf.select(OmegaConf.from_dotlist([override]), key, throw_on_missing=False)
+            OmegaConf.update(merged, key, value, merge=False)  # {…} replaces what a recipe says, not adds to it
         tree = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"the configuration cannot be read: {str(error).splitlines()[0]}") from None

@@ -12,7 +12,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from sslcells.config import Run
+from sslcells.config import ConfigError, Run
 
 T = TypeVar("T")
 
@@ -24,10 +24,13 @@ def accelerator(run: Run) -> Accelerator:
     """Start the process group that the launcher described, if any, and bind this process to its device.
 
     Numerics come from the run's configuration alone: the launcher's mixed precision is overruled.
+
+    Raises:
+        ConfigError: where Accelerate would silently run apart the ranks that the launcher started.
     """
-    return Accelerator(
+    started = Accelerator(
         mixed_precision=run.train.precision,
-        cpu=run.train.device == "cpu",
+        cpu=run.train.device == "cpu" or not torch.accelerator.is_available(),
         log_with=None if run.log.tracker == "none" else run.log.tracker,
         project_dir=run.folder,
         kwargs_handlers=[
@@ -35,6 +38,12 @@ def accelerator(run: Run) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
         ],
     )
+    if started.num_processes != launched_world():
+        raise ConfigError(
+            f"{launched_world()} processes were launched, but Accelerate joins {started.num_processes}: "
+            f"launch with one of launch/*.yaml"
+        )
+    return started
 
 
 def launched_rank() -> int:

@@ -31,6 +31,12 @@ def test_overrides_win_over_the_file(tmp_path):
     assert (run.optim.lr, run.train.global_batch, run.method.margin) == (0.25, 64, 0.7)
 
 
+def test_an_override_replaces_a_whole_mapping(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {args: {width: 8}}\n")
+    assert load(str(tmp_path / "a.yaml"), ["model.args={depth: 2}"]).model.args == {"depth": 2}
+    assert load(str(tmp_path / "a.yaml"), ["model.args.depth=2"]).model.args == {"depth": 2, "width": 8}
+
+
 def test_environment_variables_are_interpolated(monkeypatch):
     monkeypatch.setenv("CELLS", "here")
     assert load(None, ["name=${oc.env:CELLS}"]).name == "here"

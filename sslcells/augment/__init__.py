@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslcells.augment._draws import Draws
+from sslcells.augment._draws import Draws as Draws
 from sslcells.config import Recipe
 
 

@@ -109,12 +109,12 @@ class Cluster:
         words = self.call("scontrol", "--oneliner", "show", "job", str(number)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: int, state: str, seconds: float) -> dict[str, str]:
-        """What SLURM says of a job when it is in a state; fails where it ends in another."""
+    def wait(self, number: int, state: str, seconds: float, log: Path) -> dict[str, str]:
+        """What SLURM says of a job when it is in a state; fails with the end of its log where it ends in another."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         wait_for(lambda: self.job(number)["JobState"] in ended | {state}, seconds, f"job {number} to be {state}")
         job = self.job(number)
-        assert job["JobState"] == state, job
+        assert job["JobState"] == state, f"{job}\n{log.read_text()[-4000:]}"
         return job
 
     def steps(self, number: int) -> int:
@@ -175,7 +175,8 @@ def free_ports(count: int) -> list[int]:
 if __name__ == "__main__":
     if reason := missing():
         raise SystemExit(reason)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for ending in (signal.SIGINT, signal.SIGTERM):  # a shell's `&` would have the first ignored
+        signal.signal(ending, signal.default_int_handler)
     with Cluster() as cluster:
         print(f"export SLURM_CONF={cluster.folder}/slurm.conf")
         print("then: sinfo; sbatch --nodes=2 slurm/simclr.sh ...; Ctrl-C here ends it", flush=True)

@@ -1,0 +1,67 @@
+"""The benchmarks run, say what they measured, and would notice a wrong gradient; their figures are not tested."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def printed(script, *arguments):
+    done = subprocess.run([sys.executable, BENCHMARKS / script, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def table(text):
+    """(first two cells) → the others, of every row of figures."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return {(row[0], row[1]): row[2:] for row in rows if row[0][:1].isdigit()}
+
+
+def test_losses(tmp_path):
+    out, plot = tmp_path / "RESULTS.md", tmp_path / "plot.png"
+    wanted = ["--device", "cpu", "--sizes", "256", "--only", "sslcells", "plain", "--repeats", "1"]
+    text = printed("losses.py", *wanted, "--out", out, "--plot", plot)
+    assert re.match(r"## Losses, \d{4}-\d\d-\d\d, commit \w+", text)
+    assert out.read_text() in text
+    assert plot.stat().st_size > 10_000
+    tasks = text.split("\n### ")[1:]
+    assert [title.split(",")[0] for title in tasks] == ["NT-Xent", "Batch-hard triplet"]
+    for task in tasks:
+        rows = table(task)
+        assert list(rows) == [("256", "sslcells"), ("256", "plain torch")]
+        assert rows["256", "sslcells"][3:5] == ["1.00", "1.00"]
+        for best, median, mib, slower, larger, rate, error in rows.values():
+            assert 0 < float(best) <= float(median)
+            assert float(mib) > 0
+            assert float(slower) > 0
+            assert float(larger) > 0
+            assert 0 < float(rate.rstrip("%")) < 200
+            assert float(error) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("package", "form"), [("lightly", "nt-xent lightly"), ("pytorch_metric_learning", "pytorch-metric-learning")]
+)
+def test_peers_compute_the_same_loss(package, form):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    rows = table(printed("losses.py", "--device", "cpu", "--repeats", "1", "--sizes", "64", "--only", form))
+    assert rows
+    assert all(float(row[-1]) < 1e-5 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_large_batch():
+    tiny = ["model.backbone=small_cnn", "model.stem=timm", "method.hidden=16", "data.test=16"]
+    text = printed("large_batch.py", *tiny, "--device", "cpu", "--batches", "16", "--micro-batches", "none", "8")
+    rows = table(text)
+    assert list(rows) == [("16", "none"), ("16", "8")]
+    for speed, mib, *ratios in rows.values():
+        assert float(speed) > 0
+        assert float(mib.replace(",", "")) > 100
+        assert all(float(ratio) > 0 for ratio in ratios)
