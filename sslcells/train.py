@@ -62,7 +62,7 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
 
     def rows_of(part: Batch, index: int) -> Tensor:
         """Augment and embed images: the same numbers whenever the same part of the same step is asked for."""
-        x = augment(part.pixels.to(device), part.image, seed=run.seed, step=step, views=views)
+        x = augment(part.pixels.to(device, non_blocking=True), part.image, seed=run.seed, step=step, views=views)
         watch("views", x)  # (V·b, C, S, S) float32
         torch.manual_seed(stream(run.seed, step, rank, index))
         rows: Tensor = network(x.contiguous(memory_format=plan.memory_format))
@@ -98,7 +98,7 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
             meter.check(step)
             save(run, step, learner, optimizer, meter, accelerator)
 
-    drawn = evaluation.pictures(encoder, read_metrics(run.folder))
+    drawn = evaluation.pictures(encoder, read_metrics(run.folder) if accelerator.is_main_process else [])
     if accelerator.is_main_process:
         files.export(encoder, run.model, images.channels, run.augment.size, run.folder)
     log.pictures(step, drawn)

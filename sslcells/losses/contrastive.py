@@ -169,10 +169,13 @@ class HardNegativeLoss(_ContrastiveLoss):
             raise ValueError(f"beta={beta} is negative")
         self.prior, self.beta = prior, beta
 
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """Loss of two views; arguments and errors as in NTXentLoss."""
+    def forward(self, z0: Tensor, z1: Tensor, source: Tensor | None = None) -> Tensor:
+        """Loss of two views; arguments and errors as in NTXentLoss.
+
+        The number of negatives N counts those that `source` leaves out too.
+        """
         negatives = 2 * len(z0) * distributed.world() - 2
-        return self._pairs(z0, z1, None, lambda logs, positive: self._row_loss(logs, positive, negatives))
+        return self._pairs(z0, z1, source, lambda logs, positive: self._row_loss(logs, positive, negatives))
 
     def _scales(self) -> Sequence[float]:
         return (1.0,) if self.beta == 0 else (1.0 + self.beta, self.beta)

@@ -9,7 +9,7 @@ from torch import Tensor
 from sslcells import methods
 from sslcells.config import Section
 from sslcells.data import Batch
-from sslcells.losses import NTXentLoss, SupConLoss
+from sslcells.losses import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
 from sslcells.models.heads import Norm, projection
 
 
@@ -19,6 +19,12 @@ class Config(Section):
     name: Literal["simclr"] = "simclr"
     temperature: float = Field(0.2, ge=0.003, le=100)
     """Of the similarities."""
+    loss: Literal["nt_xent", "decoupled", "hard_negative"] = "nt_xent"
+    """NT-Xent; DCL, without the positive in the denominator; or NT-Xent that expects false negatives."""
+    prior: float = Field(0.1, ge=0, lt=1)
+    """With hard_negative: the part of the negatives that is taken to be of the anchor's own class."""
+    beta: float = Field(0.0, ge=0)
+    """With hard_negative: how much more a similar negative weighs; 0 for the debiased loss alone."""
     same_source: Literal["negative", "ignore", "positive"] = "negative"
     """What another image of the same source is: a negative, left out of the negatives, or a positive."""
     hidden: int = Field(256, ge=1)
@@ -40,7 +46,7 @@ class Method(methods.Method):
         super().__init__()
         self.head = projection(features, config.hidden, config.dimension, config.layers, config.norm)
         self._same_source = config.same_source
-        self._pairs = NTXentLoss(config.temperature)
+        self._pairs = _pair_loss(config)
         self._groups = SupConLoss(config.temperature)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -54,5 +60,11 @@ class Method(methods.Method):
             loss = self._groups(rows, torch.cat([batch.source, batch.source]))
             return loss, self._groups.stats
         source = batch.source if self._same_source == "ignore" else None
-        loss = self._pairs(*rows.chunk(2), source)
+        loss: Tensor = self._pairs(*rows.chunk(2), source)
         return loss, self._pairs.stats
+
+
+def _pair_loss(config: Config) -> NTXentLoss | DCLLoss | HardNegativeLoss:
+    if config.loss == "hard_negative":
+        return HardNegativeLoss(config.temperature, prior=config.prior, beta=config.beta)
+    return (DCLLoss if config.loss == "decoupled" else NTXentLoss)(config.temperature)

@@ -12,7 +12,13 @@ from sslcells.data import Batch
 NAMES = PLUGINS["method"].names()
 IMAGES, SIZE = 8, 32
 VARIANTS = {
-    "simclr": [{}, {"same_source": "ignore"}, {"same_source": "positive"}],
+    "simclr": [
+        {},
+        {"same_source": "ignore"},
+        {"same_source": "positive"},
+        {"loss": "decoupled"},
+        {"loss": "hard_negative", "beta": 0.5},
+    ],
     "triplet": [{}, {"positive": "label", "views": 1}, {"positive": "source", "soft": True}, {"same_source": "ignore"}],
 }
 CASES = [(name, options) for name in NAMES for options in VARIANTS.get(name, [{}])]

@@ -1,0 +1,40 @@
+"""What the README shows runs as it stands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_losses_run_in_anyones_loop():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    space = {}
+    exec(code, space)
+    assert space["encoder"].weight.grad.isfinite().all()
+    assert len(code.strip().splitlines()) <= 10
+
+
+def test_the_mistakes_read_as_printed():
+    command, printed = re.findall(r"\$ python -m (sslcells\.train .*?)\n(.*?)```", README, re.S)[0]
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == printed
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+def test_every_folder_and_file_of_the_tree_is_there():
+    tree = README.split("## Where things are")[1].split("```")[1]
+    for name in re.findall(r"^  ([\w./ ]+?)(?:  |$)", tree, re.M):
+        for part in name.split():
+            assert (ROOT / "sslcells" / part).exists(), part
