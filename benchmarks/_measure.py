@@ -68,10 +68,10 @@ def peak_mib(step: Callable[[], None], device: str) -> float:
 
 
 def seconds(step: Callable[[], object], device: str, repeats: int) -> list[float]:
-    """How long each of so many calls takes; call it once before."""
+    """How long calls take, at least so many and for a second in all; call it once before."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    taken = []
-    for _ in range(repeats):
+    taken: list[float] = []
+    while len(taken) < repeats or sum(taken) < 1:
         wait()
         began = time.perf_counter()
         step()

@@ -299,7 +299,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--per-class", type=int, choices=(2, 4), default=4, help="rows of a class, for the triplet")
     words = "parts of `task implementation`, such as triplet or 'nt-xent light'"
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help=words)
-    parser.add_argument("--repeats", type=int, default=5, help="timed passes of each, after one that is not")
+    parser.add_argument("--repeats", type=int, default=5, help="timed passes of each, at least, for a second in all")
     modes = "torch's float32 matmul precision (high allows TF32)"
     parser.add_argument("--matmul", choices=("highest", "high", "medium"), default="highest", help=modes)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also append the section to this file")
@@ -320,7 +320,7 @@ def main() -> None:
         raise SystemExit(f"nothing matches --only {' '.join(args.only)}" if not results else f"matrix product: {rate}")
     dtype = "bfloat16" if args.device == "cuda" else "float32"
     notes = (
-        f"Forward + backward of (N, {WIDTH}) float32 rows on {args.device}, best of {args.repeats}; "
+        f"Forward + backward of (N, {WIDTH}) float32 rows on {args.device}, best of {args.repeats} passes or more; "
         f"float32 matmul precision `{args.matmul}`; {args.per_class} rows a class in the triplet. "
         f"A large {dtype} product runs at {rate / 1e9:,.0f} GFLOP/s; the losses are charged "
         + ", ".join(f"{task.products}·N²·D ({key})" for key, task in TASKS.items())

@@ -175,7 +175,7 @@ class Log(Section):
 class Evaluate(Section):
     """Figures about the encoder: before training, while it trains, and at the end."""
 
-    every: float = Field(2.0, gt=0)
+    every: float = Field(5.0, gt=0)
     """Epochs between evaluations."""
     k: int = Field(20, ge=1)
     """Neighbours that vote in the weighted kNN."""

@@ -192,6 +192,11 @@ def consequences(run: Run, world: int) -> str:
     method = methods.build(run.method, features)
     anchors, references = plan.batch * method.views, plan.global_batch * method.views
     dimension = method(torch.zeros(2, features)).shape[1]
+    parts = plan.batch // plan.micro_batch
+    cached = (
+        f"micro-batches: {parts} a rank of {plan.micro_batch} images, about 4/3 of the plain step's compute; the "
+        f"gradient is the plain step's, but for BatchNorm, whose statistics are those of a micro-batch"
+    )
     loss_mib = (4 * references * (2 * dimension + 6) + 4 * anchors * dimension * 2) / 2**20
     return "\n".join(
         [
@@ -200,6 +205,7 @@ def consequences(run: Run, world: int) -> str:
             f"encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, {features} features",
             f"ranks: {world}, {plan.batch} images and {anchors} anchors each",
             f"negatives per anchor: {references - method.views}, of {references} rows in the global batch",
+            *([cached] if parts > 1 else []),
             f"steps: {plan.steps}, {plan.per_epoch} an epoch, warm-up {plan.warmup}, evaluation every {plan.evaluate}",
             f"memory of the loss: {loss_mib:.3g} MiB a rank and a tile; the whole matrix would be "
             f"{4 * anchors * references / 2**20:.4g} MiB",

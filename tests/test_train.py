@@ -164,9 +164,10 @@ def test_metrics_are_json_lines(finished):
 NO_BATCHNORM = ["model.backbone=test_vit", "model.args={img_size: 32}", "method.norm=layer", "train.steps=10"]
 
 
-@pytest.mark.parametrize("micro", [4, 1])
-@pytest.mark.parametrize("method", [["method.name=simclr"], ["method.name=triplet", "method.soft=true"]])
-def test_micro_batches_learn_the_same(tmp_path, micro, method):
+@pytest.mark.parametrize(
+    ("method", "micro"), [(["method.name=simclr"], 4), (["method.name=triplet", "method.soft=true"], 8)]
+)
+def test_micro_batches_learn_the_same(tmp_path, method, micro):
     """Without BatchNorm the weights after ten steps are the plain step's, to float32 rounding."""
     plain = train(tiny(tmp_path, *NO_BATCHNORM, *method, "name=plain", "optim.name=sgd"))
     cached = train(tiny(tmp_path, *NO_BATCHNORM, *method, "name=micro", "optim.name=sgd", f"train.micro_batch={micro}"))

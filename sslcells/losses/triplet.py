@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from sslcells import distributed
 from sslcells.losses._rows import Gathered, check_ids, codes, gather_rows, log1p_exp, unit
 from sslcells.losses.engine import hardest
+from sslcells.losses.torch_engine import ranked_negative
 
 Distance = Literal["euclidean", "sqeuclidean", "cosine"]
 
@@ -26,17 +27,32 @@ class BatchHardTripletLoss(nn.Module):
     `stats` holds detached scalars of this rank after each call: `active` (fraction of valid anchors with a loss above
     0; with `soft`, with the negative nearer than the positive), `positive_distance`, `negative_distance`.
 
+    Ways out of hard mining, which the authors of arXiv 1503.03832 found to collapse early in training: `soft`, the
+    `rank`-th hardest negative, and `semi_hard` ones, farther than the positive (its section 3.2; an anchor without one is
+    left out). The last two are mined in torch operations on every device.
+
     When every row is the same the loss is exactly the margin and its gradient 0, from where there is no way back:
     watch `active` and the distances.
     """
 
-    def __init__(self, margin: float = 0.2, distance: Distance = "euclidean", soft: bool = False) -> None:
+    def __init__(
+        self,
+        margin: float = 0.2,
+        distance: Distance = "euclidean",
+        soft: bool = False,
+        *,
+        semi_hard: bool = False,
+        rank: int = 1,
+    ) -> None:
         super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank={rank} is below 1, the hardest negative")
         if margin < 0:
             raise ValueError(f"margin={margin} is negative")
         if distance not in get_args(Distance):
             raise ValueError(f"distance={distance!r} is none of {', '.join(get_args(Distance))}")
         self.margin, self.distance, self.soft = margin, distance, soft
+        self.semi_hard, self.rank = semi_hard, rank
         self.stats: dict[str, Tensor] = {}
 
     def forward(self, z: Tensor, positive: Tensor, source: Tensor | None = None) -> Tensor:
@@ -60,6 +76,9 @@ class BatchHardTripletLoss(nn.Module):
         sources = codes(distributed.gather(source)) if source is not None else None
         with torch.autocast(rows.device.type, enabled=False):
             far, near = hardest(batch.refs, batch.offset, batch.rows, group, sources)
+            if self.semi_hard or self.rank > 1:
+                bound = (batch.refs[batch.own] * batch.refs[far]).sum(1) if self.semi_hard else None
+                near = ranked_negative(batch.refs, batch.offset, batch.rows, group, sources, bound, self.rank)
             chosen = distributed.gather(torch.stack([far, near], 1))
             loss: Tensor
             loss, active, to_positive, to_negative = _Triplets.apply(rows, batch, chosen, self._anchor_loss)

@@ -27,6 +27,10 @@ class Config(Section):
     """Between rows."""
     soft: bool = False
     """log(1 + exp(difference of distances)) in place of the margin."""
+    negative: Literal["hardest", "semi-hard"] = "hardest"
+    """semi-hard: the hardest of those farther than the positive."""
+    rank: int = Field(1, ge=1)
+    """Which of the hardest negatives: 1 is the hardest, 2 the one after it."""
     views: int = Field(2, ge=1, le=2)
     """Augmented views of each image; 1 is enough with labels."""
     hidden: int = Field(256, ge=1)
@@ -47,7 +51,9 @@ class Method(methods.Method):
         self.views = 2 if config.positive == "view" else config.views
         self.head = projection(features, config.hidden, config.dimension, config.layers, config.norm)
         self._config = config
-        self._triplets = BatchHardTripletLoss(config.margin, config.distance, config.soft)
+        self._triplets = BatchHardTripletLoss(
+            config.margin, config.distance, config.soft, semi_hard=config.negative == "semi-hard", rank=config.rank
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """(V·B, F) → (V·B, D)."""

@@ -32,6 +32,8 @@ def batch_hard(
     distance: str,
     soft: bool = False,
     source: list[int] | None = None,
+    semi_hard: bool = False,
+    rank: int = 1,
 ) -> Tensor:
     """arXiv 1703.07737 eq. 5, the mean over the valid anchors instead of the sum."""
     z = unit(z)
@@ -46,7 +48,11 @@ def batch_hard(
         if not same or not other:
             continue
         far = max(same, key=lambda j: (apart(z[i], z[j], "sqeuclidean").item(), -j))
-        near = min(other, key=lambda j: (apart(z[i], z[j], "sqeuclidean").item(), j))
+        if semi_hard:
+            other = [j for j in other if z[i] @ z[j] < z[i] @ z[far]]
+        if not other:
+            continue
+        near = sorted(other, key=lambda j: (apart(z[i], z[j], "sqeuclidean").item(), j))[:rank][-1]
         gap = apart(z[i], z[far], distance) - apart(z[i], z[near], distance)
         losses.append(torch.log1p(gap.exp()) if soft else (gap + margin).clamp_min(0))
     return torch.stack(losses).mean() if losses else z.sum() * 0

@@ -107,6 +107,16 @@ def test_top1_counts_anchors_whose_positive_is_nearest():
     assert loss.stats["top1"].item() == pytest.approx((nearest == (torch.arange(40) + 20) % 40).double().mean().item())
 
 
+@pytest.mark.parametrize("source", [None, SOURCES])
+@pytest.mark.parametrize(("semi_hard", "rank"), [(True, 1), (False, 2), (False, 5), (True, 3), (False, 99)])
+def test_milder_negatives(source, semi_hard, rank):
+    z = rows(12)
+    loss = BatchHardTripletLoss(0.3, semi_hard=semi_hard, rank=rank)
+    ids = None if source is None else torch.tensor(source)
+    want = batch_hard(z, LABELS, 0.3, "euclidean", source=source, semi_hard=semi_hard, rank=rank)
+    agree(loss(z, torch.tensor(LABELS), ids), want, z)
+
+
 def test_nt_xent_is_supcon_with_the_image_as_id():
     z0, z1 = rows(9, seed=3), rows(9, seed=4)
     image = torch.arange(9).repeat(2)

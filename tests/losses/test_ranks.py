@@ -38,6 +38,7 @@ def ours(name, net, x, rows):
         "supcon": lambda: SupConLoss(0.15)(z0, LABELS[rows]),
         "supcon_sources": lambda: SupConLoss(0.02)(z0, LABELS[rows], SOURCES[rows]),
         "batch_hard": lambda: BatchHardTripletLoss(0.4)(z0, LABELS[rows]),
+        "semi_hard": lambda: BatchHardTripletLoss(0.4, semi_hard=True, rank=2)(z0, LABELS[rows]),
         "batch_hard_soft": lambda: BatchHardTripletLoss(distance="cosine", soft=True)(z0, LABELS[rows], SOURCES[rows]),
     }[name]()
 
@@ -52,11 +53,21 @@ def oracle(name, net, x):
         "supcon": lambda: contrastive(z0, labels, 0.15),
         "supcon_sources": lambda: contrastive(z0, labels, 0.02, sources),
         "batch_hard": lambda: batch_hard(z0, labels, 0.4, "euclidean"),
+        "semi_hard": lambda: batch_hard(z0, labels, 0.4, "euclidean", semi_hard=True, rank=2),
         "batch_hard_soft": lambda: batch_hard(z0, labels, 0, "cosine", True, sources),
     }[name]()
 
 
-LOSSES = ["nt_xent", "nt_xent_sources", "hard_negatives", "supcon", "supcon_sources", "batch_hard", "batch_hard_soft"]
+LOSSES = [
+    "nt_xent",
+    "nt_xent_sources",
+    "hard_negatives",
+    "supcon",
+    "supcon_sources",
+    "batch_hard",
+    "batch_hard_soft",
+    "semi_hard",
+]
 
 
 def without_world(monkeypatch):

@@ -19,7 +19,12 @@ VARIANTS = {
         {"loss": "decoupled"},
         {"loss": "hard_negative", "beta": 0.5},
     ],
-    "triplet": [{}, {"positive": "label", "views": 1}, {"positive": "source", "soft": True}, {"same_source": "ignore"}],
+    "triplet": [
+        {},
+        {"positive": "label", "views": 1},
+        {"positive": "source", "soft": True},
+        {"same_source": "ignore", "rank": 2},
+    ],
 }
 CASES = [(name, options) for name in NAMES for options in VARIANTS.get(name, [{}])]
 
