@@ -85,6 +85,44 @@ def hardest(refs: Tensor, offset: int, count: int, positive: Tensor, source: Ten
     return far_index[own].clone(), near_index[own].clone()
 
 
+def ranked_negative(
+    refs: Tensor,
+    offset: int,
+    count: int,
+    positive: Tensor,
+    source: Tensor | None,
+    bound: Tensor | None = None,
+    rank: int = 1,
+) -> Tensor:
+    """Index of each anchor's rank-th most similar negative, of those less similar than its `bound` where one is given.
+
+    The last one where there are fewer, -1 where there is none; the lowest index wins ties. Arguments as in `hardest`,
+    bound (A,) cosines → (A,) int64.
+    """
+    size = _tile_size(refs)
+    found = []
+    for start in range(offset, offset + count, size):
+        rows = slice(start, min(start + size, offset + count))
+        best = refs.new_full((rows.stop - start, rank), -torch.inf)
+        index = torch.full_like(best, -1, dtype=torch.int64)
+        for left in range(0, len(refs), size):
+            columns = slice(left, min(left + size, len(refs)))
+            s = refs[rows] @ refs[columns].T
+            left_out = positive[rows, None] == positive[columns]
+            if source is not None:
+                left_out |= source[rows, None] == source[columns]
+            if bound is not None:
+                left_out |= s >= bound[start - offset : rows.stop - offset, None]
+            s.masked_fill_(left_out, -torch.inf)
+            column = torch.arange(left, columns.stop, device=s.device).expand_as(s)
+            # Columns come in order and the sort is stable: of equal ones the lowest index stays in front.
+            best, order = torch.cat([best, s], 1).sort(dim=1, descending=True, stable=True)
+            best, index = best[:, :rank], torch.cat([index, column], 1).gather(1, order[:, :rank])
+        last = best.isfinite().sum(1).clamp_min(1) - 1
+        found.append(torch.where(best[:, 0].isfinite(), index.gather(1, last[:, None])[:, 0], -1))
+    return torch.cat(found)
+
+
 def _keep(best: Tensor, index: Tensor, into: slice, value: Tensor, at: Tensor, start: int, closer: bool) -> None:
     """Update the running extreme and its index with those of one tile; the lowest index wins ties."""
     at = at + start

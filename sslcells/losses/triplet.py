@@ -28,8 +28,8 @@ class BatchHardTripletLoss(nn.Module):
     0; with `soft`, with the negative nearer than the positive), `positive_distance`, `negative_distance`.
 
     Ways out of hard mining, which the authors of arXiv 1503.03832 found to collapse early in training: `soft`, the
-    `rank`-th hardest negative, and `semi_hard` ones, farther than the positive (its section 3.2; an anchor without one is
-    left out). The last two are mined in torch operations on every device.
+    `rank`-th hardest negative, and `semi_hard` ones, farther than the positive (its section 3.2; an anchor without
+    one is left out). The last two are mined in torch operations on every device.
 
     When every row is the same the loss is exactly the margin and its gradient 0, from where there is no way back:
     watch `active` and the distances.

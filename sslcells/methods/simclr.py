@@ -57,8 +57,7 @@ class Method(methods.Method):
     def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """NT-Xent of the two views; SupCon's loss by source where images of one source are positives."""
         if self._same_source == "positive":
-            loss = self._groups(rows, torch.cat([batch.source, batch.source]))
-            return loss, self._groups.stats
+            return self._groups(rows, torch.cat([batch.source, batch.source])), self._groups.stats
         source = batch.source if self._same_source == "ignore" else None
         loss: Tensor = self._pairs(*rows.chunk(2), source)
         return loss, self._pairs.stats
