@@ -40,7 +40,7 @@ def reason(message: str) -> str:
     """Why something failed, in a few words, from the text of its exception."""
     if "out of memory" in message or "can't allocate memory" in message or "bad_alloc" in message:
         return OUT_OF_MEMORY
-    return f"failed: {message.strip().splitlines()[-1][:100]}"
+    return f"failed: {message.strip().splitlines()[-1].strip()[:100]}"
 
 
 def limit_memory(pid: int) -> None:
