@@ -7,10 +7,13 @@ import os
 import secrets
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -64,10 +67,16 @@ class Log:
 
     def pictures(self, step: int, paths: Mapping[str, Path]) -> None:
         """Hand pictures to the tracker; they are files of the run's folder already."""
-        for tracker in self._trackers.trackers if self._tracked else []:
-            images = {name: [Image.open(path)] for name, path in paths.items()}
+        if not self._tracked:
+            return
+        images = {name: _pixels(path) for name, path in paths.items()}
+        for tracker in self._trackers.trackers:
             if tracker.name == "wandb":
-                self._track(lambda tracker=tracker, images=images: tracker.log_images(images, step=step))
+                shown = {name: [image] for name, image in images.items()}
+                self._track(partial(tracker.log_images, shown, step=step))
+            else:
+                shown = {name: image[None] for name, image in images.items()}
+                self._track(partial(tracker.log_images, shown, step=step, dataformats="NHWC"))
 
     def close(self) -> None:
         """Finish the bar and the tracker."""
@@ -127,6 +136,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def _pixels(path: Path) -> NDArray[np.uint8]:
+    """A picture's (H, W, 3)."""
+    with Image.open(path) as picture:
+        return np.array(picture.convert("RGB"))
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import itertools
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     store = f"{tempfile.gettempdir()}/sslcells-gloo-{next(_counter)}-{id(_workers)}"
     connections = [connection for _, connection in _workers[:world]]
     for rank, connection in enumerate(connections):
+        connection.send(sys.path)  # test modules collected after the workers began
         connection.send((function, args, rank, world, store))
     answers = []
     for rank, connection in enumerate(connections):
@@ -56,6 +58,7 @@ def _serve(connection: Any) -> None:
     torch.set_num_threads(1)
     while True:
         try:
+            sys.path[:] = connection.recv()
             function, args, rank, world, store = connection.recv()
         except EOFError:
             return
