@@ -72,11 +72,11 @@ class Log:
         images = {name: _pixels(path) for name, path in paths.items()}
         for tracker in self._trackers.trackers:
             if tracker.name == "wandb":
-                shown = {name: [image] for name, image in images.items()}
-                self._track(partial(tracker.log_images, shown, step=step))
+                lists = {name: [image] for name, image in images.items()}
+                self._track(partial(tracker.log_images, lists, step=step))
             else:
-                shown = {name: image[None] for name, image in images.items()}
-                self._track(partial(tracker.log_images, shown, step=step, dataformats="NHWC"))
+                stacks = {name: image[None] for name, image in images.items()}
+                self._track(partial(tracker.log_images, stacks, step=step, dataformats="NHWC"))
 
     def close(self) -> None:
         """Finish the bar and the tracker."""
