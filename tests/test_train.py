@@ -165,7 +165,11 @@ NO_BATCHNORM = ["model.backbone=test_vit", "model.args={img_size: 32}", "method.
 
 
 @pytest.mark.parametrize(
-    ("method", "micro"), [(["method.name=simclr"], 4), (["method.name=triplet", "method.soft=true"], 8)]
+    ("method", "micro"),
+    [
+        (["method.name=simclr"], 4),
+        pytest.param(["method.name=triplet", "method.soft=true"], 8, marks=pytest.mark.slow),
+    ],
 )
 def test_micro_batches_learn_the_same(tmp_path, method, micro):
     """Without BatchNorm the weights after ten steps are the plain step's, to float32 rounding."""
