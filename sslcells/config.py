@@ -123,6 +123,11 @@ class Optim(Section):
     """Gradients are scaled down to this global norm; none for no clipping."""
 
 
+def _no(value: Any) -> Any:
+    """YAML reads an unquoted `no` as false."""
+    return "no" if value is False else value
+
+
 class Train(Section):
     """Size and numerics of the optimisation."""
 
@@ -134,7 +139,7 @@ class Train(Section):
     """Passes over the training images."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; when given, it takes the place of `epochs`."""
-    precision: Literal["no", "fp16", "bf16"] = "no"
+    precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no)] = "no"
     """Mixed precision of the networks; losses are always computed in float32."""
     channels_last: bool = True
     """Memory format of images and convolutions."""

@@ -37,6 +37,12 @@ def test_an_override_replaces_a_whole_mapping(tmp_path):
     assert load(str(tmp_path / "a.yaml"), ["model.args.depth=2"]).model.args == {"depth": 2, "width": 8}
 
 
+def test_precision_no_is_not_false(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {precision: no}\n")
+    assert load(str(tmp_path / "a.yaml")).train.precision == "no"
+    assert load(None, ["train.precision=no"]).train.precision == "no"
+
+
 def test_environment_variables_are_interpolated(monkeypatch):
     monkeypatch.setenv("CELLS", "here")
     assert load(None, ["name=${oc.env:CELLS}"]).name == "here"

@@ -59,7 +59,7 @@ def test_killed_in_the_second_epoch_it_ends_at_the_same_step(tmp_path):
         assert killed.poll() is None
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.communicate()
     assert read_metrics(metrics.parent)[-1]["step"] < 60
     assert "goes on after step" in finish(start(sys.executable, *arguments, "name=killed"))
     finish(start(sys.executable, *arguments, "name=whole"))
