@@ -45,6 +45,7 @@ def test_losses(tmp_path):
             assert float(error) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "form"), [("lightly", "nt-xent lightly"), ("pytorch_metric_learning", "pytorch-metric-learning")]
 )
