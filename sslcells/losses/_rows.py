@@ -59,6 +59,22 @@ def gather_rows(z: Tensor) -> Gathered:
     return Gathered(distributed.gather(z), distributed.rank() * len(z), len(z))
 
 
+def gather_groups(z: Tensor, positive: Tensor, source: Tensor | None) -> tuple[Tensor, Gathered, Tensor, Tensor | None]:
+    """This rank's unit rows (A, D), those of all ranks, and their positive and source codes, (R,) int32 each.
+
+    Raises:
+        ValueError: for z that is not (A, D), ids that are not (A,) integers, or different numbers of rows.
+    """
+    if z.ndim != 2:
+        raise ValueError(f"z must be (A, D); it is {tuple(z.shape)}")
+    check_ids(positive, len(z), "positive")
+    check_ids(source, len(z), "source")
+    rows = unit(z)
+    batch = gather_rows(rows)
+    sources = None if source is None else codes(distributed.gather(source))
+    return rows, batch, codes(distributed.gather(positive)), sources
+
+
 class Positives(Protocol):
     """Who is whose positive, as a symmetric relation over the references."""
 

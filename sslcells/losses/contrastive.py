@@ -27,6 +27,7 @@ from sslcells.losses._rows import (
     Positives,
     check_ids,
     codes,
+    gather_groups,
     gather_rows,
     log1p_exp,
     unit,
@@ -98,14 +99,8 @@ class _ContrastiveLoss(nn.Module):
         return self._contrast(rows, batch, Pairs(partner), exclude, row_loss)
 
     def _groups(self, z: Tensor, positive: Tensor, source: Tensor | None, row_loss: RowLoss) -> Tensor:
-        if z.ndim != 2:
-            raise ValueError(f"z must be (A, D); it is {tuple(z.shape)}")
-        check_ids(positive, len(z), "positive")
-        check_ids(source, len(z), "source")
-        rows = unit(z)
-        batch = gather_rows(rows)
-        group = codes(distributed.gather(positive))
-        exclude = Exclude(None, group, codes(distributed.gather(source))) if source is not None else Exclude()
+        rows, batch, group, sources = gather_groups(z, positive, source)
+        exclude = Exclude(None, group, sources) if sources is not None else Exclude()
         return self._contrast(rows, batch, Groups(group), exclude, row_loss)
 
     def _contrast(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sslcells import distributed
-from sslcells.losses._rows import Gathered, check_ids, codes, gather_rows, log1p_exp, unit
+from sslcells.losses._rows import Gathered, gather_groups, log1p_exp
 from sslcells.losses.engine import hardest
 from sslcells.losses.torch_engine import ranked_negative
 
@@ -66,14 +66,7 @@ class BatchHardTripletLoss(nn.Module):
         Raises:
             ValueError: for shapes that do not fit, or numbers of rows that differ between ranks.
         """
-        if z.ndim != 2:
-            raise ValueError(f"z must be (A, D); it is {tuple(z.shape)}")
-        check_ids(positive, len(z), "positive")
-        check_ids(source, len(z), "source")
-        rows = unit(z)
-        batch = gather_rows(rows)
-        group = codes(distributed.gather(positive))
-        sources = codes(distributed.gather(source)) if source is not None else None
+        rows, batch, group, sources = gather_groups(z, positive, source)
         with torch.autocast(rows.device.type, enabled=False):
             far, near = hardest(batch.refs, batch.offset, batch.rows, group, sources)
             if self.semi_hard or self.rank > 1:
