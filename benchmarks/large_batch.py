@@ -21,7 +21,8 @@ from _measure import append, limit_memory, markdown, reason, section
 
 from sslcells.tracking import read_metrics
 
-COLUMNS = ["global batch", "micro-batch", "images/s", "peak MiB", "speed ÷ plain", "memory ÷ plain"]
+RATIOS = ["speed ÷ plain", "memory ÷ plain", "memory ÷ a batch of one micro-batch"]
+COLUMNS = ["global batch", "micro-batch", "images/s", "peak MiB", *RATIOS]
 OVERRIDES = [
     "name=benchmark",
     "data.kind=synthetic",
@@ -69,16 +70,17 @@ def measure(batch: int, micro_batch: int | None, steps: int, device: str, overri
 
 
 def table(results: dict[tuple[int, int | None], Result | str]) -> str:
-    """The results, with ratios to the plain step of the same global batch."""
+    """The results, with ratios to the plain step of the same global batch, and of a batch of one micro-batch."""
     rows = []
     for (batch, micro_batch), result in results.items():
         cells = [f"{batch:,}", "none" if micro_batch is None else f"{micro_batch:,}"]
         if isinstance(result, str):
-            rows.append([*cells, result, "", "", ""])
+            rows.append([*cells, result, "", "", "", ""])
             continue
-        plain = results.get((batch, None))
+        plain, part = results.get((batch, None)), results.get((micro_batch or batch, None))
         known = isinstance(plain, Result)
         ratios = [f"{result.speed / plain.speed:.2f}", f"{result.mib / plain.mib:.2f}"] if known else ["", ""]
+        ratios.append(f"{result.mib / part.mib:.2f}" if isinstance(part, Result) else "")
         rows.append([*cells, f"{result.speed:.1f}", f"{result.mib:,.0f}", *ratios])
     return markdown(COLUMNS, rows)
 
