@@ -78,11 +78,16 @@ def table(results: dict[tuple[int, int | None], Result | str]) -> str:
             rows.append([*cells, result, "", "", "", ""])
             continue
         plain, part = results.get((batch, None)), results.get((micro_batch or batch, None))
-        known = isinstance(plain, Result)
-        ratios = [f"{result.speed / plain.speed:.2f}", f"{result.mib / plain.mib:.2f}"] if known else ["", ""]
-        ratios.append(f"{result.mib / part.mib:.2f}" if isinstance(part, Result) else "")
+        ratios = [*_ratios(result, plain), _ratios(result, part)[1]]
         rows.append([*cells, f"{result.speed:.1f}", f"{result.mib:,.0f}", *ratios])
     return markdown(COLUMNS, rows)
+
+
+def _ratios(result: Result, to: Result | str | None) -> tuple[str, str]:
+    """Speed and memory beside those of another run, empty where that one has none."""
+    if not isinstance(to, Result):
+        return "", ""
+    return f"{result.speed / to.speed:.2f}", f"{result.mib / to.mib:.2f}"
 
 
 def micro_batch(text: str) -> int | None:
