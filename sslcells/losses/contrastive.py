@@ -51,8 +51,8 @@ class _ContrastiveLoss(nn.Module):
     float32 (float64 for float64 rows) whatever autocast says.
 
     `stats` holds detached scalars of this rank after each call: `positive_cosine` and `reference_cosine`, the mean
-    cosine to the positives and to all other rows; for pairs of views also `top1`, the share of anchors whose positive
-    is nearer than every negative.
+    cosine to the positives and to all other rows; `top1`, the share of anchors with a positive nearer than every
+    negative; and a learned `temperature`.
     """
 
     def __init__(self, temperature: float = 0.1, *, learnable: bool = False, precision: Precision = "bf16") -> None:
@@ -111,9 +111,9 @@ class _ContrastiveLoss(nn.Module):
             loss: Tensor
             loss, positive_cosine, top1 = _Contrast.apply(rows, self.log_inv_t, batch, task)
             reference_cosine = (rows.detach() @ batch.refs.sum(0) - 1).mean() / max(1, len(batch.refs) - 1)
-        self.stats = {"positive_cosine": positive_cosine, "reference_cosine": reference_cosine}
-        if exclude.partner is not None:
-            self.stats["top1"] = top1
+        self.stats = {"positive_cosine": positive_cosine, "reference_cosine": reference_cosine, "top1": top1}
+        if self.log_inv_t is not None:
+            self.stats["temperature"] = (-self.log_inv_t.detach()).exp()
         return loss
 
 
@@ -242,13 +242,17 @@ class _Contrast(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         inv_ts = [task.inv_t * scale for scale in task.scales]
         refs = batch.refs if max(inv_ts) <= FLOAT32_INV_T else batch.refs.double()
-        found = [row_sums(refs, batch.offset, batch.rows, t, task.exclude, task.precision) for t in inv_ts]
+        group = task.positives.code if isinstance(task.positives, Groups) else None
+        found = [
+            row_sums(refs, batch.offset, batch.rows, t, task.exclude, None if k else group, task.precision)
+            for k, t in enumerate(inv_ts)
+        ]
         mean = task.positives.mean(refs, batch.own)
         cosine = (refs[batch.own] * mean).sum(1)
         known = task.positives.known()
         scale = distributed.world() / known.sum().clamp_min(1).to(refs.dtype)
         with torch.enable_grad():
-            sums, positive = [s.requires_grad_() for s, _ in found], (task.inv_t * cosine).requires_grad_()
+            sums, positive = [s.total.requires_grad_() for s in found], (task.inv_t * cosine).requires_grad_()
             tiny = torch.finfo(refs.dtype).tiny
             logs = [s.clamp_min(tiny).log() + t for s, t in zip(sums, inv_ts, strict=True)]
             loss = torch.where(known[batch.own], task.row_loss(logs, positive), 0.0).sum()
@@ -257,7 +261,9 @@ class _Contrast(torch.autograd.Function):
             ctx.save_for_backward(refs, distributed.gather(torch.stack(by, 1)), scale)
             ctx.rest = batch.offset, batch.rows, task, inv_ts
         positive_cosine = cosine.sum() / known[batch.own].sum().clamp_min(1)
-        top1 = (found[0][1] < (inv_ts[0] * (cosine - 1)).exp()).to(rows.dtype).mean()
+        nearest = (inv_ts[0] * (cosine - 1)).exp() if group is None else found[0].largest
+        right = (found[0].largest_negative < nearest) & known[batch.own]
+        top1 = right.sum() / known[batch.own].sum().clamp_min(1)
         ctx.mark_non_differentiable(positive_cosine, top1)
         return (loss.detach() * scale).to(rows.dtype), positive_cosine, top1
 

@@ -9,22 +9,31 @@ import torch
 from torch import Tensor
 
 from sslcells.losses import torch_engine
-from sslcells.losses.torch_engine import Exclude
+from sslcells.losses.torch_engine import Exclude, RowSums
 
 Precision = Literal["bf16", "tf32", "fp32"]
 """Of the fused kernels' products; sums are float32 always. The torch engine computes in the rows' own precision."""
+
+MiningPrecision = Literal["exact", "bf16", "tf32", "fp32"]
+"""The same where rows are only compared; "exact" is as good as float32 at several times its speed."""
 
 logger = logging.getLogger(__name__)
 
 
 def row_sums(
-    refs: Tensor, offset: int, count: int, inv_t: float, exclude: Exclude, precision: Precision
-) -> tuple[Tensor, Tensor]:
-    """Σ_j exp(inv_t · (z_i·z_j − 1)) and its largest summand: (R, D) unit rows → (A,) and (A,)."""
+    refs: Tensor,
+    offset: int,
+    count: int,
+    inv_t: float,
+    exclude: Exclude,
+    group: Tensor | None,
+    precision: Precision,
+) -> RowSums:
+    """Sums and largest summands of exp(inv_t · (cos − 1)): (R, D) unit rows, (R,) int32 codes of groups → (A,) each."""
     if (fused := _fused(refs)) is not None:
-        sums, largest = fused.row_sums(refs, offset, count, inv_t, exclude, precision=precision)
-        return sums, largest
-    return torch_engine.row_sums(refs, offset, count, inv_t, exclude)
+        found: RowSums = fused.row_sums(refs, offset, count, inv_t, exclude, group, precision=precision)
+        return found
+    return torch_engine.row_sums(refs, offset, count, inv_t, exclude, group)
 
 
 def weighted_rows(
@@ -37,10 +46,17 @@ def weighted_rows(
     return torch_engine.weighted_rows(refs, offset, count, inv_t, weight, exclude)
 
 
-def hardest(refs: Tensor, offset: int, count: int, positive: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
+def hardest(
+    refs: Tensor,
+    offset: int,
+    count: int,
+    positive: Tensor,
+    source: Tensor | None,
+    precision: MiningPrecision,
+) -> tuple[Tensor, Tensor]:
     """Least similar positive and most similar negative of each anchor, (A,) int64 twice; -1 where there is none."""
     if (fused := _fused(refs)) is not None:
-        far, near = fused.hardest(refs, offset, count, positive, source)
+        far, near = fused.hardest(refs, offset, count, positive, source, precision=precision)
         return far, near
     return torch_engine.hardest(refs, offset, count, positive, source)
 

@@ -5,7 +5,10 @@ anchors of this rank; R references, the rows of all ranks, this rank's anchors b
 Between a rank's own rows the similarity is symmetric, so there each pair of tiles is computed once.
 """
 
+import functools
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -30,18 +33,33 @@ class _Tile(NamedTuple):
     """the tile also stands for its transpose, which is not visited"""
 
 
-def row_sums(refs: Tensor, offset: int, count: int, inv_t: float, exclude: Exclude) -> tuple[Tensor, Tensor]:
-    """Σ_j exp(inv_t · (z_i·z_j − 1)) over the references that are not excluded, and the largest summand.
+class RowSums(NamedTuple):
+    """Of each anchor, over the references that are not excluded."""
 
-    (R, D) unit rows → (A,) and (A,).
-    """
-    sums, largest = refs.new_zeros(2, refs.shape[0])
+    total: Tensor
+    """(A,) Σ_j exp(inv_t · (z_i·z_j − 1))"""
+    largest: Tensor
+    """(A,) the largest summand"""
+    largest_negative: Tensor
+    """(A,) the largest summand of another group; without groups `largest`"""
+
+
+def row_sums(
+    refs: Tensor, offset: int, count: int, inv_t: float, exclude: Exclude, group: Tensor | None = None
+) -> RowSums:
+    """Sums and largest summands of exp(inv_t · (cos − 1)): (R, D) unit rows, (R,) int32 codes of groups → (A,) each."""
+    total, largest, negative = refs.new_zeros(3, refs.shape[0])
     for tile, e in _exponentials(refs, offset, count, inv_t, exclude):
         for axis, into in enumerate((tile.rows, tile.columns)[: 1 + tile.mirrored]):
-            sums[into] += e.sum(1 - axis)
+            total[into] += e.sum(1 - axis)
             torch.maximum(largest[into], e.amax(1 - axis), out=largest[into])
+        if group is not None:
+            e.masked_fill_(group[tile.rows, None] == group[tile.columns], 0.0)
+            for axis, into in enumerate((tile.rows, tile.columns)[: 1 + tile.mirrored]):
+                torch.maximum(negative[into], e.amax(1 - axis), out=negative[into])
     own = slice(offset, offset + count)
-    return sums[own].clone(), largest[own].clone()
+    found = RowSums(total[own].clone(), largest[own].clone(), negative[own].clone())
+    return found if group is not None else found._replace(largest_negative=found.largest)
 
 
 def weighted_rows(refs: Tensor, offset: int, count: int, inv_t: float, weight: Tensor, exclude: Exclude) -> Tensor:
@@ -67,7 +85,7 @@ def hardest(refs: Tensor, offset: int, count: int, positive: Tensor, source: Ten
     near = -far
     far_index = torch.full_like(far, -1, dtype=torch.int64)
     near_index = far_index.clone()
-    for tile in _tiles(offset, count, refs.shape[0], _tile_size(refs)):
+    for tile in _tiles(offset, count, refs.shape[0], tile_size(refs)):
         s = refs[tile.rows] @ refs[tile.columns].T
         same = positive[tile.rows, None] == positive[tile.columns]
         other = ~same
@@ -99,7 +117,7 @@ def ranked_negative(
     The last one where there are fewer, -1 where there is none; the lowest index wins ties. Arguments as in `hardest`,
     bound (A,) cosines → (A,) int64.
     """
-    size = _tile_size(refs)
+    size = tile_size(refs)
     found = []
     for start in range(offset, offset + count, size):
         rows = slice(start, min(start + size, offset + count))
@@ -137,7 +155,7 @@ def _exponentials(
     refs: Tensor, offset: int, count: int, inv_t: float, exclude: Exclude
 ) -> Iterator[tuple[_Tile, Tensor]]:
     """Tiles of exp(inv_t · (cos − 1)), zero where excluded; each is valid until the next is asked for."""
-    size = _tile_size(refs)
+    size = tile_size(refs)
     buffer = refs.new_empty(size * size)
     scaled = refs * inv_t
     for tile in _tiles(offset, count, refs.shape[0], size):
@@ -176,6 +194,26 @@ def _tiles(offset: int, count: int, total: int, size: int) -> Iterator[_Tile]:
                 yield _Tile(rows, slice(left, min(left + size, last)), mirrored=False)
 
 
-def _tile_size(refs: Tensor) -> int:
-    """Rows and columns of a tile: small enough for the cache of a CPU core, large enough to fill a GPU."""
-    return 1024 if refs.device.type == "cpu" else 8192
+def tile_size(refs: Tensor) -> int:
+    """Rows and columns of a tile: an eighth of a CPU's cache, or a little of another device's memory.
+
+    A power of two, and no more than half the rows, so that symmetry saves a tile. Not of the memory that happens to be
+    free: the order of the sums, and so their last bit, is the same whenever a run goes on.
+    """
+    if refs.device.type == "cpu":
+        room, largest = _cache() // 8, max(256, len(refs) // 2)
+    elif refs.device.type == "cuda":
+        room, largest = torch.cuda.get_device_properties(refs.device).total_memory // 128, 8192
+    else:
+        room, largest = 64 * 2**20, 8192
+    side = min(math.isqrt(room // refs.element_size()), largest)
+    return max(128, 1 << (side.bit_length() - 1))
+
+
+@functools.cache
+def _cache() -> int:
+    """Bytes of the CPU's largest cache, as Linux lists them; elsewhere a usual one."""
+    sizes = [file.read_text() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(
+        (int(size.strip().rstrip("K")) * 1024 for size in sizes if size.strip().endswith("K")), default=32 * 2**20
+    )

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from sslcells import distributed
 from sslcells.losses._rows import Gathered, gather_groups, log1p_exp
-from sslcells.losses.engine import hardest
+from sslcells.losses.engine import MiningPrecision, hardest
 from sslcells.losses.torch_engine import ranked_negative
 
 Distance = Literal["euclidean", "sqeuclidean", "cosine"]
@@ -31,6 +31,9 @@ class BatchHardTripletLoss(nn.Module):
     `rank`-th hardest negative, and `semi_hard` ones, farther than the positive (its section 3.2; an anchor without
     one is left out). The last two are mined in torch operations on every device.
 
+    `precision` is of the fused GPU kernel's comparisons: "exact" tells rows apart as float32 does; "bf16" is faster and
+    takes another row for up to a third of the anchors of tight classes, all of them as hard within 0.004 of cosine.
+
     When every row is the same the loss is exactly the margin and its gradient 0, from where there is no way back:
     watch `active` and the distances.
     """
@@ -43,6 +46,7 @@ class BatchHardTripletLoss(nn.Module):
         *,
         semi_hard: bool = False,
         rank: int = 1,
+        precision: MiningPrecision = "exact",
     ) -> None:
         super().__init__()
         if rank < 1:
@@ -53,6 +57,7 @@ class BatchHardTripletLoss(nn.Module):
             raise ValueError(f"distance={distance!r} is none of {', '.join(get_args(Distance))}")
         self.margin, self.distance, self.soft = margin, distance, soft
         self.semi_hard, self.rank = semi_hard, rank
+        self.precision: MiningPrecision = precision
         self.stats: dict[str, Tensor] = {}
 
     def forward(self, z: Tensor, positive: Tensor, source: Tensor | None = None) -> Tensor:
@@ -68,7 +73,7 @@ class BatchHardTripletLoss(nn.Module):
         """
         rows, batch, group, sources = gather_groups(z, positive, source)
         with torch.autocast(rows.device.type, enabled=False):
-            far, near = hardest(batch.refs, batch.offset, batch.rows, group, sources)
+            far, near = hardest(batch.refs, batch.offset, batch.rows, group, sources, self.precision)
             if self.semi_hard or self.rank > 1:
                 bound = (batch.refs[batch.own] * batch.refs[far]).sum(1) if self.semi_hard else None
                 near = ranked_negative(batch.refs, batch.offset, batch.rows, group, sources, bound, self.rank)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslcells.losses.torch_engine import Exclude
+from sslcells.losses.torch_engine import Exclude, RowSums
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 """Of the products' inputs; sums, logits and exponentials are float32 always. fp16 is for weights around one only."""
@@ -64,21 +64,20 @@ def row_sums(
     count: int,
     inv_t: float,
     exclude: Exclude,
+    group: Tensor | None = None,
     *,
     precision: Precision = "bf16",
     splits: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Σ_j exp(inv_t · (z_i·z_j − 1)) over the references that are not excluded, and the largest summand.
-
-    (R, D) unit rows → (A,) and (A,) float32.
-    """
+) -> RowSums:
+    """Sums and largest summands of exp(inv_t · (cos − 1)): (R, D) unit rows, (R,) int32 codes → (A,) float32 each."""
     width = _padded(refs.shape[1])
     tiling = _tiling("sums", width, precision, _shared_memory(refs.device))
-    splits = splits or _splits(refs, count, tiling, bytes_per_anchor=8)
-    partial, largest = refs.new_empty(2, splits, count, dtype=torch.float32)
-    arrays = (_operand(refs, tiling, precision), exclude.partner, *_codes(exclude), partial, largest)
+    splits = splits or _splits(refs, count, tiling, bytes_per_anchor=12)
+    partial, largest, negative = refs.new_empty(3, splits, count, dtype=torch.float32)
+    arrays = (_operand(refs, tiling, precision), exclude.partner, *_codes(exclude), group, partial, largest, negative)
     _launch(_row_sums_kernel, tiling, precision, refs, splits, arrays, offset, count, inv_t * _LOG2_E)
-    return partial.sum(0), largest.amax(0)
+    found = RowSums(partial.sum(0), largest.amax(0), negative.amax(0))
+    return found if group is not None else found._replace(largest_negative=found.largest)
 
 
 def weighted_rows(
@@ -350,8 +349,10 @@ def _row_sums_kernel(
     partner,
     positive,
     source,
+    group,
     out,
     out_largest,
+    out_negative,
     offset,
     count,
     total,
@@ -370,16 +371,25 @@ def _row_sums_kernel(
     begin = tl.program_id(1) * span
     sums = tl.zeros([ROWS], tl.float32)
     largest = tl.zeros([ROWS], tl.float32)
+    negative = tl.zeros([ROWS], tl.float32)
+    if group is not None:
+        own_group = tl.load(group + anchor)
     for start in tl.range(begin, tl.minimum(begin + span, total), COLUMNS):
         k = _load_tile(rows, start, WIDTH, COLUMNS)
+        if group is not None:
+            same = own_group[:, None] == _load_column(group, start, total, COLUMNS)[None, :]
         e = _tile_exponentials(
             q, k, start, anchor, mate, own_positive, own_source, positive, source, offset, total, scale, DOT
         )
         sums += tl.sum(e, 1)
         largest = tl.maximum(largest, tl.max(e, 1))
+        if group is not None:
+            negative = tl.maximum(negative, tl.max(tl.where(same, 0.0, e), 1))
     at = tl.program_id(1).to(tl.int64) * count + row
     tl.store(out + at, sums, mask=row < count)
     tl.store(out_largest + at, largest, mask=row < count)
+    if group is not None:
+        tl.store(out_negative + at, negative, mask=row < count)
 
 
 @triton.jit(do_not_specialize=_SIZES)

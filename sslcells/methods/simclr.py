@@ -1,9 +1,9 @@
 """SimCLR, arXiv 2002.05709: two views of an image attract, all other images of the global batch repel."""
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sslcells import methods
@@ -19,6 +19,8 @@ class Config(Section):
     name: Literal["simclr"] = "simclr"
     temperature: float = Field(0.2, ge=0.003, le=100)
     """Of the similarities."""
+    learn_temperature: bool = False
+    """Let the loss learn its temperature, from `temperature` on; not with hard_negative."""
     loss: Literal["nt_xent", "decoupled", "hard_negative"] = "nt_xent"
     """NT-Xent; DCL, without the positive in the denominator; or NT-Xent that expects false negatives."""
     prior: float = Field(0.1, ge=0, lt=1)
@@ -36,6 +38,14 @@ class Config(Section):
     norm: Norm = "batch"
     """Normalisation in the head."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.same_source == "positive" and self.loss != "nt_xent":
+            raise ValueError(f"same_source=positive has SupCon's loss, which is nt_xent of groups, and no {self.loss}")
+        if self.learn_temperature and self.loss == "hard_negative":
+            raise ValueError("learn_temperature goes with nt_xent and decoupled, not with hard_negative")
+        return self
+
 
 class Method(methods.Method):
     """A projection head and NT-Xent."""
@@ -46,8 +56,7 @@ class Method(methods.Method):
         super().__init__()
         self.head = projection(features, config.hidden, config.dimension, config.layers, config.norm)
         self._same_source = config.same_source
-        self._pairs = _pair_loss(config)
-        self._groups = SupConLoss(config.temperature)
+        self._loss = _loss(config)
 
     def forward(self, features: Tensor) -> Tensor:
         """(2B, F) → (2B, D)."""
@@ -56,14 +65,17 @@ class Method(methods.Method):
 
     def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """NT-Xent of the two views; SupCon's loss by source where images of one source are positives."""
-        if self._same_source == "positive":
-            return self._groups(rows, torch.cat([batch.source, batch.source])), self._groups.stats
-        source = batch.source if self._same_source == "ignore" else None
-        loss: Tensor = self._pairs(*rows.chunk(2), source)
-        return loss, self._pairs.stats
+        if isinstance(self._loss, SupConLoss):
+            loss: Tensor = self._loss(rows, torch.cat([batch.source, batch.source]))
+        else:
+            loss = self._loss(*rows.chunk(2), batch.source if self._same_source == "ignore" else None)
+        return loss, self._loss.stats
 
 
-def _pair_loss(config: Config) -> NTXentLoss | DCLLoss | HardNegativeLoss:
+def _loss(config: Config) -> NTXentLoss | DCLLoss | HardNegativeLoss | SupConLoss:
+    if config.same_source == "positive":
+        return SupConLoss(config.temperature, learnable=config.learn_temperature)
     if config.loss == "hard_negative":
         return HardNegativeLoss(config.temperature, prior=config.prior, beta=config.beta)
-    return (DCLLoss if config.loss == "decoupled" else NTXentLoss)(config.temperature)
+    kind = DCLLoss if config.loss == "decoupled" else NTXentLoss
+    return kind(config.temperature, learnable=config.learn_temperature)

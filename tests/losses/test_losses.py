@@ -17,7 +17,7 @@ SOURCES = [0, 0, 1, 1, 2, 2, 3, 3, 3, 0, 4, 5]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 5 rows: every test crosses tile borders, with a ragged last one."""
-    monkeypatch.setattr(engine, "_tile_size", lambda refs: 5)
+    monkeypatch.setattr(engine, "tile_size", lambda refs: 5)
 
 
 def rows(n, d=6, seed=0, dtype=torch.float64):
@@ -105,6 +105,19 @@ def test_top1_counts_anchors_whose_positive_is_nearest():
     z = torch.nn.functional.normalize(torch.cat([z0, z1]), dim=1)
     nearest = (z @ z.T - 2 * torch.eye(40)).argmax(1)
     assert loss.stats["top1"].item() == pytest.approx((nearest == (torch.arange(40) + 20) % 40).double().mean().item())
+
+
+def test_top1_of_groups_counts_anchors_whose_nearest_row_is_a_positive():
+    z, label = rows(60, 3, seed=1).detach(), torch.arange(60) % 4
+    label[::7] = -1
+    z += 2 * label[:, None].clamp_min(0) * torch.tensor([1.0, -1.0, 0.5])
+    loss = SupConLoss()
+    loss(z, label)
+    unit = torch.nn.functional.normalize(z, dim=1)
+    nearest = (unit @ unit.T - 2 * torch.eye(60)).argmax(1)
+    right = (label[nearest] == label)[label >= 0].double().mean().item()
+    assert 0.2 < right < 1
+    assert loss.stats["top1"].item() == pytest.approx(right)
 
 
 @pytest.mark.parametrize("source", [None, SOURCES])
@@ -242,7 +255,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["nt_xent", "supcon", "batch_hard"])
 def test_memory_is_linear(name, monkeypatch):
     """No tensor of a step is larger than a few times the rows or a tile; saved bytes double with N."""
-    monkeypatch.setattr(engine, "_tile_size", lambda refs: 128)
+    monkeypatch.setattr(engine, "tile_size", lambda refs: 128)
     saved = []
     for n in (1024, 2048):
         z = torch.randn(n, 16, requires_grad=True)

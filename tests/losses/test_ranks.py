@@ -103,7 +103,7 @@ def no_columns(monkeypatch):
 def step(name, plant=None):
     """On a rank: the mean loss over ranks, and the parameter gradients."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(engine, "_tile_size", lambda refs: 4)
+    patch.setattr(engine, "tile_size", lambda refs: 4)
     if plant is not None:
         plant(patch)
     try:

@@ -122,16 +122,17 @@ def check_sums(device: str, case: Case, precision: str) -> None:
     from sslcells.losses import triton_engine
 
     refs, exclude = _batch(case)
-    expected = _exponentials(refs, exclude, case.temperature).sum(1)[case.offset :][: case.count]
-    sums, largest = triton_engine.row_sums(*_at(device, case, refs, exclude), precision=precision)
-    _close(
-        largest,
-        _exponentials(refs, exclude, case.temperature).amax(1)[case.offset :][: case.count],
-        TOLERANCE[precision],
-    )
-    assert sums.shape == (case.count,)
-    assert sums.dtype == torch.float32
-    _close(sums, expected, TOLERANCE[precision])
+    group = torch.arange(case.refs, dtype=torch.int32) % 5
+    found = triton_engine.row_sums(*_at(device, case, refs, exclude), group.to(device), precision=precision)
+    exponentials = _exponentials(refs, exclude, case.temperature)
+    others = exponentials.masked_fill(group[:, None] == group, 0.0)
+    for got, want in zip(found, (exponentials.sum(1), exponentials.amax(1), others.amax(1)), strict=True):
+        assert got.shape == (case.count,)
+        assert got.dtype == torch.float32
+        _close(got, want[case.offset :][: case.count], TOLERANCE[precision])
+    alone = triton_engine.row_sums(*_at(device, case, refs, exclude), precision=precision)
+    assert torch.equal(alone.total, found.total)
+    assert torch.equal(alone.largest_negative, found.largest)
 
 
 def check_weighted_rows(device: str, case: Case, precision: str) -> None:
@@ -257,7 +258,7 @@ def check_nt_xent_gradient(device: str, precision: str, tolerance: float, temper
     torch.nn.functional.cross_entropy(logits, partner, reduction="sum").backward()
 
     on_device = refs.to(device), 0, 2000, inv_t
-    sums, _ = triton_engine.row_sums(*on_device, _to(device, exclude), precision=precision)
+    sums = triton_engine.row_sums(*on_device, _to(device, exclude), precision=precision).total
     positive = (refs * refs[partner]).sum(1).to(device) * inv_t
     pull = torch.sigmoid(sums.log() + inv_t - positive)  # −∂L/∂s_pos, and the negatives' share of the gradient
     grad = triton_engine.weighted_rows(*on_device, pull / sums, _to(device, exclude), precision=precision)

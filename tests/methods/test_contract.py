@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sslcells import checkpoint, distributed, methods, models
 from sslcells.config import PLUGINS, Model, load
 from sslcells.data import Batch
+from sslcells.train import cached_backward
 
 NAMES = PLUGINS["method"].names()
 IMAGES, SIZE = 8, 32
@@ -15,7 +16,8 @@ VARIANTS = {
     "simclr": [
         {},
         {"same_source": "ignore"},
-        {"same_source": "positive"},
+        {"same_source": "positive", "learn_temperature": True},
+        {"learn_temperature": True},
         {"loss": "decoupled"},
         {"loss": "hard_negative", "beta": 0.5},
     ],
@@ -70,6 +72,39 @@ def test_two_ranks_equal_one(name, options):
             torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=2e-6)
 
 
+class Plain:
+    """Of an Accelerator what micro-batches need."""
+
+    def backward(self, loss):
+        loss.backward()
+
+    def no_sync(self, network):
+        return network.no_sync()
+
+
+def in_micro_batches(name, options):
+    network = learner(name, options)
+    ddp = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    part = IMAGES // distributed.world()
+    whole = batch(slice(distributed.rank() * part, (distributed.rank() + 1) * part))
+    pieces = [batch(slice(i, i + 1)) for i in range(*slice(distributed.rank() * part, None).indices(IMAGES))][:part]
+    views = network.method.views
+    for _ in range(2):  # the second shows that the first left DDP in order
+        network.zero_grad()
+        rows = lambda piece, i: ddp(piece.pixels[:views].flatten(0, 1))  # noqa: E731
+        cached_backward(Plain(), ddp, rows, network.method, pieces, whole)
+    return [p.grad for p in network.parameters()]
+
+
+@pytest.mark.parametrize(("name", "options"), [("simclr", {"learn_temperature": True}), ("triplet", {"soft": True})])
+def test_micro_batches_on_two_ranks_equal_one_pass(name, options):
+    one = learner(name, options)
+    backward(one, one.method)
+    for grads in on_ranks(2, in_micro_batches, name, options):
+        for got, parameter in zip(grads, one.parameters(), strict=True):
+            torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=2e-6)
+
+
 def two_steps(network, optimizer, count):
     losses = []
     for _ in range(count):
@@ -86,7 +121,7 @@ def test_training_lowers_the_loss_and_resumes_exactly(name, options, tmp_path):
     network = learner(name, options)
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
     start = two_steps(network, optimizer, 4)
-    checkpoint.save(tmp_path, 4, network, {"optimizer": optimizer.state_dict()}, keep=1)
+    checkpoint.write(tmp_path, 4, checkpoint.files(4, network, {"optimizer": optimizer.state_dict()}), keep=1)
     rest = two_steps(network, optimizer, 8)
     assert min(rest) < start[0]
 
