@@ -6,42 +6,129 @@ randomness of a run is a function of its seed and the step.
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
+
+from sslcells.storage import patiently
 
 logger = logging.getLogger(__name__)
 
-_FILES = ("model.safetensors", "optimizer.pt")
+_WEIGHTS, _STATES, _SUMMARY = "model.safetensors", "optimizer.pt", "state.json"
 
 
-def save(folder: Path, step: int, model: nn.Module, states: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `step` finished steps, then prune to the newest `keep`; for one rank to call.
+class CheckpointError(Exception):
+    """A checkpoint could not be written; the message says why, and from where the run goes on."""
 
-    `states` is anything else to go on with: nested dicts, lists, numbers, strings and tensors.
+
+class Writer:
+    """Writes a run's checkpoints beside the training, one at a time; for one rank to use.
+
+    Training waits while the states are copied into the bytes of their files, and a thread takes those to the disk. That
+    is as safe as waiting for it: a checkpoint counts from its renaming on, and not before. At the end of `with` nothing
+    is being written any more.
     """
+
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
+        self._folder, self._keep, self._say = folder, keep, say
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def save(self, step: int, model: nn.Module, states: dict[str, Any]) -> None:
+        """Begin to write the checkpoint of `step` finished steps.
+
+        `states` is anything else to go on with: nested dicts, lists, numbers, strings and tensors.
+
+        Raises:
+            CheckpointError: where the one before could not be written.
+        """
+        self.wait()
+        began = time.perf_counter()
+        arguments = step, files(step, model, states), began, time.perf_counter()
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more; raises as `check` does."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise a CheckpointError where one could not be written."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _write(self, step: int, contents: Mapping[str, bytes], began: float, copied: float) -> None:
+        try:
+            path = patiently(lambda: write(self._folder, step, contents, self._keep), f"checkpoint of step {step}")
+        except OSError as error:
+            before = next(_newest_first(self._folder), None)
+            on = f"the run goes on from {before}" if before else "there is none before it"
+            size = sum(map(len, contents.values())) / 2**20
+            self._failure = CheckpointError(
+                f"the checkpoint of step {step} ({size:.3g} MiB) cannot be written: {error}; {on}"
+            )
+            return
+        seconds = time.perf_counter() - began
+        self._say(f"checkpoint {path.name}: {seconds:.2f} s, of which training waited {copied - began:.2f} s")
+
+
+def files(step: int, model: nn.Module, states: dict[str, Any]) -> dict[str, bytes]:
+    """The files of a checkpoint: name → content."""
+    weights = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    plain = io.BytesIO()
+    torch.save(states, plain)
+    contents = {_WEIGHTS: safetensors.torch.save(weights), _STATES: plain.getvalue()}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    return contents | {_SUMMARY: json.dumps({"step": step, "sha256": digests}, indent=2).encode()}
+
+
+def write(folder: Path, step: int, contents: Mapping[str, bytes], keep: int) -> Path:
+    """Write the files of a checkpoint, then prune to the newest `keep`; for one rank to call.
+
+    The folder above `folder` must be there: where it is away, nothing is made in its place.
+
+    Raises:
+        OSError: where it cannot be written; what was begun is removed again.
+    """
+    folder.mkdir(exist_ok=True)
     whole, partial = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, partial / _FILES[0])
-    torch.save(states, partial / _FILES[1])
-    digests = {name: _digest(partial / name) for name in _FILES}
-    (partial / "state.json").write_text(json.dumps({"step": step, "sha256": digests}, indent=2), encoding="utf-8")
-    for path in [*partial.iterdir(), partial]:
-        _flush(path)
-    shutil.rmtree(whole, ignore_errors=True)
-    partial.rename(whole)
+    for begun in folder.glob(".step_*.partial"):  # by a start that was killed
+        shutil.rmtree(begun, ignore_errors=True)
+    try:
+        partial.mkdir()
+        for name, content in contents.items():
+            (partial / name).write_bytes(content)
+            _flush(partial / name)
+        _flush(partial)
+        shutil.rmtree(whole, ignore_errors=True)
+        partial.rename(whole)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _flush(folder)
     for old in list(_newest_first(folder))[keep:]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     return whole
 
 
@@ -57,9 +144,9 @@ def newest(folder: Path) -> Path | None:
 
 def load(path: Path, model: nn.Module) -> tuple[int, dict[str, Any]]:
     """Load the weights into `model`; returns the number of finished steps, and the states that were saved."""
-    model.load_state_dict(load_file(path / _FILES[0]))
-    states: dict[str, Any] = torch.load(path / _FILES[1], map_location="cpu", weights_only=True)
-    return int(json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]), states
+    model.load_state_dict(safetensors.torch.load_file(path / _WEIGHTS))
+    states: dict[str, Any] = torch.load(path / _STATES, map_location="cpu", weights_only=True)
+    return int(json.loads((path / _SUMMARY).read_text(encoding="utf-8"))["step"]), states
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:
@@ -69,8 +156,8 @@ def _newest_first(folder: Path) -> Iterator[Path]:
 def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        digests = json.loads((path / "state.json").read_text(encoding="utf-8"))["sha256"]
-        altered = [name for name in _FILES if _digest(path / name) != digests[name]]
+        digests = json.loads((path / _SUMMARY).read_text(encoding="utf-8"))["sha256"]
+        altered = [name for name in (_WEIGHTS, _STATES) if _digest(path / name) != digests[name]]
     except (OSError, ValueError, KeyError) as error:
         return str(error)
     return f"{', '.join(altered)} altered or truncated" if altered else None

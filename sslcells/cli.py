@@ -1,6 +1,7 @@
 """Command line: `sslcells <command>`, also as `accelerate launch -m sslcells.train`."""
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from sslcells import __version__, distributed
+from sslcells.checkpoint import CheckpointError
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import DataError
+from sslcells.interrupt import Stopped
 from sslcells.plan import TrainingError, consequences
 from sslcells.selfcheck import selfcheck
 from sslcells.train import train
@@ -83,20 +86,35 @@ def _guarded(command: Callable[[], None]) -> int:
         command()
     except ConfigError as error:
         return _told(error, 2)
-    except (TrainingError, DataError) as error:
+    except (TrainingError, CheckpointError, DataError) as error:
         return _told(error, 1)
+    except Stopped as stopped:
+        return _told(stopped, stopped.status)
+    except torch.OutOfMemoryError as error:
+        return _told(error, 1, "; a smaller train.micro_batch needs less, and train.precision=bf16")
+    except distributed.Lost as error:
+        _told(error, 1)
+        sys.stderr.flush()
+        os._exit(1)  # what waits for a rank that is gone may never end in order
+    except KeyboardInterrupt:
+        print("sslcells: interrupted", file=sys.stderr)
+        return 130
     finally:
         distributed.close()
     return 0
 
 
-def _told(error: Exception, status: int) -> int:
+_ONE_RANKS = (DataError, torch.OutOfMemoryError, distributed.Lost)
+"""Errors that a rank may meet alone; where it told the others, a note says so."""
+
+
+def _told(error: Exception, status: int, advice: str = "") -> int:
     """Print what every rank knows once, and what one rank knows with its number."""
-    rank = distributed.launched_rank()
-    if isinstance(error, DataError) and distributed.launched_world() > 1:
-        print(f"sslcells: rank {rank}: {error}", file=sys.stderr)
-    elif rank == 0:
-        print(f"sslcells: {error}", file=sys.stderr)
+    rank, notes = distributed.launched_rank(), getattr(error, "__notes__", [])
+    alone = isinstance(error, _ONE_RANKS) and not notes and distributed.launched_world() > 1
+    if rank == 0 or alone:
+        of = f"rank {rank}: " if alone else "".join(f"{note}: " for note in notes[:1])
+        print(f"sslcells: {of}{error}{advice}", file=sys.stderr)
     return status
 
 

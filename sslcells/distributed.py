@@ -1,10 +1,12 @@
 """Ranks: the one file that knows them. Everything here also works in a process that was never initialised."""
 
+import contextlib
 import os
 import pickle
+import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -124,12 +126,27 @@ def together(make: Callable[[], T]) -> T:
     try:
         value = make()
     except Exception as error:  # handed to every rank, and raised there
-        failure = _portable(error)
-    failures = all_ranks(failure)
-    for failure in failures:
-        if failure is not None:
-            raise failure
+        failure = error
+    raise_first(failure)
     return value  # type: ignore[return-value]
+
+
+def raise_first(failure: Exception | None) -> None:
+    """Raise, on every rank, the error of the lowest rank that has one; a note of it says which rank that is."""
+    for number, error in enumerate(all_ranks(failure and _portable(failure))):
+        if error is not None:
+            if world() > 1:
+                error.add_note(f"rank {number}")
+            raise error
+
+
+def largest(number: int) -> int:
+    """The largest of the ranks' numbers, on every rank; it travels between CPUs, so that no device is waited for."""
+    if world() == 1:
+        return number
+    numbers = torch.tensor([number])
+    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_cpu_group())
+    return int(numbers.item())
 
 
 def barrier() -> None:
@@ -148,6 +165,58 @@ def sync_batchnorm(module: nn.Module) -> nn.Module:
     """BatchNorm statistics over all ranks."""
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     return converted
+
+
+class Lost(Exception):
+    """Another rank cannot be reached any more; the message names it."""
+
+
+def leave(cause: str) -> None:
+    """Tell the other ranks why this one goes, so that they need not wonder."""
+    if world() > 1:
+        with contextlib.suppress(Exception):  # the store may have gone with its host
+            _store().set(f"{_LEFT}/{rank()}", cause)
+
+
+def lost(error: BaseException) -> Lost | None:
+    """What an error says about other ranks: None where it is no broken connection between ranks.
+
+    Every rank that notices says so in the store, and after a few seconds those that are missing there are the dead.
+    """
+    broken = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _BROKEN)
+    )
+    if world() == 1 or not broken:
+        return None
+    left = dict.fromkeys(range(world()), "")
+    with contextlib.suppress(Exception):
+        leave(_NOTICED)
+        store, until = _store(), time.monotonic() + _POST_MORTEM
+        while time.monotonic() < until and not all(left.values()):
+            time.sleep(0.2)
+            left = {r: store.get(f"{_LEFT}/{r}").decode() if store.check([f"{_LEFT}/{r}"]) else "" for r in left}
+    told = [f"rank {r}: {cause}" for r, cause in left.items() if cause not in ("", _NOTICED)]
+    silent = [str(r) for r, cause in left.items() if not cause]
+    if told:
+        return Lost(f"another rank stopped: {'; '.join(told)}")
+    if not silent or len(silent) == world():
+        return Lost(f"the connection to another rank broke: {error}")
+    return Lost(
+        f"rank {', '.join(silent)} of {world()} vanished without a word: killed, out of memory, or its node is down"
+    )
+
+
+_LEFT = "sslcells/left"
+_NOTICED = "noticed"
+_POST_MORTEM = 5.0
+"""seconds for every living rank to notice"""
+_BROKEN = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo/transport"
+
+
+def _store() -> Any:
+    store = dist.distributed_c10d._get_default_store()
+    store.set_timeout(timedelta(seconds=_POST_MORTEM))
+    return store
 
 
 _cpu_groups: dict[int, dist.ProcessGroup] = {}

@@ -1,7 +1,9 @@
 """What follows from a run's configuration before and between its steps: sizes, lengths, the folder, the meter."""
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import Tensor
 from sslcells import checkpoint, distributed, methods, models, optim
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import open_splits
+from sslcells.interrupt import Stopped
+from sslcells.lock import Lock
 
 
 class TrainingError(Exception):
@@ -103,15 +107,17 @@ class Meter:
     def check(self, step: int) -> list[float]:
         """Losses of the steps since the last line, means over the ranks; raises where one is not finite."""
         local = torch.stack([x.float() for x in self._losses]) if self._losses else torch.empty(0)
-        losses: list[float] = distributed.gather(local[None].to(self._device)).mean(0).tolist()
+        by_rank = distributed.gather(local[None].to(self._device))  # (world, steps)
+        losses: list[float] = by_rank.mean(0).tolist()
         first = step - len(losses) + 1
         for at, loss in enumerate(losses, first):
             if not abs(loss) < float("inf"):
                 before = losses[at - first - 1] if at > first else self._last_loss
                 whole = checkpoint.newest(self._run.folder / "checkpoints")
                 on = f"the newest checkpoint is {whole}" if whole else "there is no checkpoint yet"
+                ranks = (~by_rank[:, at - first].isfinite()).nonzero()[:, 0].tolist()
                 raise TrainingError(
-                    f"the loss became {loss} at step {at} (before it: {before:.6g}); {on}. "
+                    f"the loss became {loss} at step {at} on {_ranks(ranks)} (before it: {before:.6g}); {on}. "
                     f"A lower optim.lr, optim.clip_norm or train.precision=no may help."
                 )
         return losses
@@ -126,22 +132,73 @@ class Meter:
         self._last_loss = state["last"]
 
 
-def start_folder(run: Run) -> Path | None:
-    """Make the run's folder, or find it; returns the whole checkpoint to go on from, if any.
+STOPPED = "stopped.txt"
+"""In a run's folder: why its last start ended, where the same would come again."""
+
+
+@contextmanager
+def claimed(run: Run) -> Iterator["Claim"]:
+    """The run's folder, from its making or finding to the run's end; no other job has it meanwhile.
+
+    An error that leaves the run is told to the other ranks, and written to `stopped.txt` unless another start may do
+    better: where a rank was lost, or the run was asked to stop.
 
     Raises:
-        ConfigError: where the folder cannot be written, or holds a run that must not be gone on with.
+        ConfigError: where the folder cannot be written, is in use, or holds a run that must not be gone on with.
+        Lost: in place of whatever a broken connection to another rank raises.
     """
+    claim = Claim()
+    try:
+        claim.whole = distributed.from_main(lambda: _take(run, claim))
+        claim.ours = True
+        yield claim
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if (lost := distributed.lost(error)) is not None:
+            raise lost from error
+        cause = f"rank {distributed.rank()}: {type(error).__name__}: {error}"
+        distributed.leave(cause)
+        if claim.ours:
+            with contextlib.suppress(OSError):  # a full disk holds no reasons
+                (run.folder / STOPPED).write_text(f"{cause}\n", encoding="utf-8")
+        raise
+    finally:
+        if claim.lock is not None:
+            claim.lock.release()
+
+
+class Claim:
+    """A run's folder in use."""
+
+    whole: Path | None = None
+    """the checkpoint to go on from"""
+    ours: bool = False
+    """whether another job has it not"""
+    lock: Lock | None = None
+    """of rank 0 alone"""
+
+    def check(self) -> None:
+        """Raise a TrainingError where another job has taken the folder away, in spite of the lock."""
+        if self.lock is not None and self.lock.lost:
+            raise TrainingError(f"the run's folder was taken by {self.lock.lost}: two jobs must not share one")
+
+
+def _take(run: Run, claim: Claim) -> Path | None:
+    """Make the run's folder, or find it; returns the whole checkpoint to go on from, if any."""
+    try:
+        (run.folder / "plots").mkdir(parents=True, exist_ok=True)
+        claim.lock = Lock(run.folder)
+        claim.ours = True
+        (run.folder / STOPPED).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={run.out!r}: the run's folder cannot be written: {error}") from None
     whole = checkpoint.newest(run.folder / "checkpoints")
     if whole is not None and run.resume == "never":
         raise ConfigError(f"{run.folder} holds {whole.name} and resume=never; choose another name=")
     if whole is not None:
         _same_run(run)
-    try:
-        (run.folder / "plots").mkdir(parents=True, exist_ok=True)
-        (run.folder / "config.yaml").write_text(dump(run), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"out={run.out!r}: the run's folder cannot be written: {error}") from None
+    (run.folder / "config.yaml").write_text(dump(run), encoding="utf-8")
     return whole
 
 
@@ -167,6 +224,10 @@ def _same_run(run: Run) -> None:
             f"{run.folder} holds a run with another configuration ({'; '.join(changed)}); choose another name=, "
             f"or go on with the one it has: --config {path}"
         )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
 def _memory(device: torch.device) -> float:

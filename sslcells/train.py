@@ -1,9 +1,11 @@
 """Training, from a configuration to an exported encoder: `accelerate launch -m sslcells.train`."""
 
 import math
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -16,8 +18,9 @@ from sslcells.config import Run
 from sslcells.data import Batch, ImageSet, open_splits
 from sslcells.data.loader import Steps, read
 from sslcells.evaluation import Evaluation
+from sslcells.interrupt import Interrupt, Stopped
 from sslcells.models import files
-from sslcells.plan import Meter, Plan, start_folder
+from sslcells.plan import Meter, Plan, claimed
 from sslcells.tracking import Log, read_metrics
 
 Watch = Callable[[str, Tensor], None]
@@ -31,81 +34,177 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
     Raises:
         ConfigError: where the configuration does not fit the data, the launch or the folder.
         DataError: where an image cannot be read.
-        TrainingError: where the loss is no longer a number.
+        TrainingError: where the loss is no longer a number, or a checkpoint cannot be written.
+        Stopped: where a signal asked for it, after the checkpoint of the last finished step.
+        Lost: where another rank is gone.
     """
-    accelerator = distributed.accelerator(run)
-    device, rank, world = accelerator.device, distributed.rank(), distributed.world()
-    splits = open_splits(run.data)
-    images = splits["train"]
-    plan = Plan(run, len(images), world)
-    whole = distributed.from_main(lambda: start_folder(run))
+    with Interrupt() as interrupt:
+        accelerator = distributed.accelerator(run)
+        splits = open_splits(run.data)
+        plan = Plan(run, len(splits["train"]), distributed.world())
+        with claimed(run) as claim:
+            training = Training(run, plan, splits, accelerator, watch)
+            training.begin(claim.whole)
+            with training.writer as writer:
+                for batch in in_step(training.batches(), (claim.check, writer.check), interrupt):
+                    training.learn(batch)
+                if training.step < plan.steps:
+                    training.stop(interrupt.asked)
+                training.finish()
+    return run.folder
 
-    learner = build(run, images, sync_batchnorm=world > 1 and device.type == "cuda")
-    network, optimizer = accelerator.prepare(learner, optim.build(run.optim, learner))
-    encoder, method, views = learner.backbone, learner.method, learner.method.views
-    augment = Augment(run.augment, *models.normalisation(run.model, images.channels))
-    evaluation = Evaluation(run, splits, augment, device)
-    meter, step = Meter(run, plan, device), 0
-    if whole is not None:
-        step, states = checkpoint.load(whole, learner)
-        optimizer.load_state_dict(states["optimizer"])
-        meter.load_state_dict(states["meter"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(states["scaler"])
 
-    log = Log(run, plan.steps, step, accelerator)
-    log.say(f"sslcells {__version__}  {plan.headline(device, accelerator.mixed_precision, views)}")
-    log.say(f"{run.folder}: goes on after step {step}" if step else f"{run.folder}: {plan.steps} steps")
-    if step == 0:
-        log.metrics(step, 0.0, evaluation.figures(encoder))
-        log.pictures(step, evaluation.view_sheet(views))
+class Training:
+    """What is trained and everything around it, at `step` finished optimizer steps."""
 
-    def rows_of(part: Batch, index: int) -> Tensor:
-        """Augment and embed images: the same numbers whenever the same part of the same step is asked for."""
-        x = augment(part.pixels.to(device, non_blocking=True), part.image, seed=run.seed, step=step, views=views)
-        watch("views", x)  # (V·b, C, S, S) float32
-        torch.manual_seed(stream(run.seed, step, rank, index))
-        rows: Tensor = network(x.contiguous(memory_format=plan.memory_format))
-        watch("rows", rows)  # (V·b, D)
-        return rows
+    def __init__(
+        self, run: Run, plan: Plan, splits: Mapping[str, ImageSet], accelerator: Accelerator, watch: Watch
+    ) -> None:
+        self._run, self._plan, self._accelerator, self._watch = run, plan, accelerator, watch
+        self._images = splits["train"]
+        self._device, world = accelerator.device, distributed.world()
+        self._learner = build(run, self._images, sync_batchnorm=world > 1 and self._device.type == "cuda")
+        self._network, self._optimizer = accelerator.prepare(self._learner, optim.build(run.optim, self._learner))
+        self._method, self._encoder = self._learner.method, self._learner.backbone
+        self._augment = Augment(run.augment, *models.normalisation(run.model, self._images.channels))
+        self._evaluation = Evaluation(run, splits, self._augment, self._device)
+        self._meter = Meter(run, plan, self._device)
+        self.step = self._saved = 0
 
-    steps = Steps(len(images), run.train.global_batch, run.seed, rank, world, start=step, stop=plan.steps)
-    meter.start()
-    for batch in read(images, steps, run.train.workers, pin_memory=device.type == "cuda"):
+    def begin(self, whole: Path | None) -> None:
+        """Start at step 0 with the figures of the untrained encoder, or go on from a whole checkpoint."""
+        run, plan = self._run, self._plan
+        if whole is not None:
+            self.step, states = checkpoint.load(whole, self._learner)
+            self._optimizer.load_state_dict(states["optimizer"])
+            self._meter.load_state_dict(states["meter"])
+            if self._accelerator.scaler is not None:
+                self._accelerator.scaler.load_state_dict(states["scaler"])
+        self._saved = self.step
+        self._log = log = Log(run, plan.steps, self.step, self._accelerator)
+        self.writer = checkpoint.Writer(run.folder / "checkpoints", run.checkpoint.keep, log.say)
+        views, precision = self._method.views, self._accelerator.mixed_precision
+        log.say(f"sslcells {__version__}  {plan.headline(self._device, precision, views)}")
+        log.say(f"{run.folder}: {f'goes on after step {self.step}' if self.step else f'{plan.steps} steps'}")
+        if self.step == 0:
+            log.metrics(0, 0.0, self._evaluation.figures(self._encoder))
+            log.pictures(0, self._evaluation.view_sheet(views))
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's part of the global batches of the steps to come."""
+        run, plan = self._run, self._plan
+        steps = Steps(
+            len(self._images),
+            run.train.global_batch,
+            run.seed,
+            distributed.rank(),
+            distributed.world(),
+            start=self.step,
+            stop=plan.steps,
+        )
+        self._meter.start()
+        return read(self._images, steps, run.train.workers, pin_memory=self._device.type == "cuda")
+
+    def learn(self, batch: Batch) -> None:
+        """One optimizer step, with the figures, the evaluation and the checkpoint that are due after it."""
+        run, plan, meter = self._run, self._plan, self._meter
         meter.arrived()
-        watch("pixels", batch.pixels)  # (B, C, H, W) uint8
-        optim.set_learning_rate(optimizer, lr := optim.learning_rate(run.optim, step, plan.steps, plan.warmup))
-        parts = batch.split(plan.micro_batch)
-        if len(parts) == 1:
-            loss, figures = method.loss(rows_of(batch, 0), batch.to(device))
-            accelerator.backward(loss)
-        else:
-            loss, figures = cached_backward(accelerator, network, rows_of, method, parts, batch.to(device))
-        watch("loss", loss)  # ()
-        norm = accelerator.clip_grad_norm_(network.parameters(), run.optim.clip_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+        self._watch("pixels", batch.pixels)  # (B, C, H, W) uint8
+        rate = optim.learning_rate(run.optim, self.step, plan.steps, plan.warmup)
+        optim.set_learning_rate(self._optimizer, rate)
+        loss, figures = self._backward(batch)
+        self._watch("loss", loss)  # ()
+        norm = self._accelerator.clip_grad_norm_(self._network.parameters(), run.optim.clip_norm or math.inf)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
-        step += 1
+        self.step = step = self.step + 1
         meter.add(loss, {"gradient_norm": norm, **figures})
-        log.advance(step)
+        self._log.advance(step)
         if plan.due(step, run.log.every):
-            log.metrics(step, step / plan.per_epoch, {**meter.read(step), "lr": lr})
+            self._log.metrics(step, step / plan.per_epoch, {**meter.read(step), "lr": rate})
         if plan.due(step, plan.evaluate):
-            log.metrics(step, step / plan.per_epoch, evaluation.figures(encoder))
+            self._log.metrics(step, step / plan.per_epoch, self._evaluation.figures(self._encoder))
             meter.start()
         if plan.due(step, run.checkpoint.every):
-            meter.check(step)
-            save(run, step, learner, optimizer, meter, accelerator)
+            self._save()
 
-    drawn = evaluation.pictures(encoder, read_metrics(run.folder) if accelerator.is_main_process else [])
-    if accelerator.is_main_process:
-        files.export(encoder, run.model, images.channels, run.augment.size, run.folder)
-    log.pictures(step, drawn)
-    log.say(f"{run.folder}: {files.WEIGHTS}, {files.SPEC}, metrics.jsonl, plots/")
-    log.close()
-    distributed.barrier()
-    return run.folder
+    def stop(self, number: int) -> NoReturn:
+        """Write what a later start needs, and leave with all ranks together."""
+        self._save()
+        distributed.together(self.writer.wait)
+        self._log.close()
+        distributed.barrier()
+        name, folder = signal.Signals(number).name, self._run.folder
+        raise Stopped(number, f"{folder}: stopped by {name} after step {self.step}; the same command goes on")
+
+    def finish(self) -> None:
+        """The last pictures, and the encoder on its own."""
+        run, log, main = self._run, self._log, self._accelerator.is_main_process
+        distributed.together(self.writer.wait)
+        drawn = self._evaluation.pictures(self._encoder, read_metrics(run.folder) if main else [])
+        if main:
+            files.export(self._encoder, run.model, self._images.channels, run.augment.size, run.folder)
+        log.pictures(self.step, drawn)
+        log.say(f"{run.folder}: {files.WEIGHTS}, {files.SPEC}, metrics.jsonl, plots/")
+        log.close()
+        distributed.barrier()
+
+    def _backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, figures, and the gradients in the parameters: in one pass, or in micro-batches."""
+        parts, whole = batch.split(self._plan.micro_batch), batch.to(self._device)
+        if len(parts) > 1:
+            return cached_backward(self._accelerator, self._network, self._rows, self._method, parts, whole)
+        loss, figures = self._method.loss(self._rows(batch, 0), whole)
+        self._accelerator.backward(loss)
+        return loss, figures
+
+    def _rows(self, part: Batch, index: int) -> Tensor:
+        """Augment and embed images: the same numbers whenever the same part of the same step is asked for."""
+        seed, pixels = self._run.seed, part.pixels.to(self._device, non_blocking=True)
+        x = self._augment(pixels, part.image, seed=seed, step=self.step, views=self._method.views)
+        self._watch("views", x)  # (V·b, C, S, S) float32
+        torch.manual_seed(stream(seed, self.step, distributed.rank(), index))
+        rows: Tensor = self._network(x.contiguous(memory_format=self._plan.memory_format))
+        self._watch("rows", rows)  # (V·b, D)
+        return rows
+
+    def _save(self) -> None:
+        """Have rank 0 begin to write the checkpoint of the finished steps, if they were sound and some are new."""
+        self._meter.check(self.step)
+        if self._accelerator.is_main_process and self.step > self._saved:
+            states = {"optimizer": self._optimizer.state_dict(), "meter": self._meter.state_dict()}
+            if self._accelerator.scaler is not None:
+                states["scaler"] = self._accelerator.scaler.state_dict()
+            self.writer.save(self.step, self._learner, states)
+        self._saved = self.step
+
+
+def in_step(batches: Iterator[Batch], checks: Sequence[Callable[[], None]], interrupt: Interrupt) -> Iterator[Batch]:
+    """This rank's batches, until they end or any rank is asked to stop; every rank must take part in each.
+
+    Where a check or the reading raises on one rank, every rank raises that error, which says on which.
+    """
+    while True:
+        batch, failure = None, None
+        try:
+            for check in checks:
+                check()
+            batch = next(batches, None)
+        except Exception as error:  # handed to every rank, and raised there
+            failure = error
+        verdict = distributed.largest(_FAILED if failure is not None else interrupt.asked)
+        if verdict == _FAILED:
+            distributed.raise_first(failure)
+        if verdict:
+            interrupt.asked = verdict
+        if verdict or batch is None:
+            return
+        yield batch
+
+
+_FAILED = 1000
+"""above the number of any signal"""
 
 
 def cached_backward(
@@ -154,23 +253,6 @@ def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
     if run.train.compile:
         learner.backbone.compile()
     return learner
-
-
-def save(
-    run: Run,
-    step: int,
-    learner: methods.Learner,
-    optimizer: torch.optim.Optimizer,
-    meter: Meter,
-    accelerator: Accelerator,
-) -> None:
-    """Write the checkpoint of `step` finished steps; rank 0 writes, the others wait for it."""
-    if accelerator.is_main_process:
-        states = {"optimizer": optimizer.state_dict(), "meter": meter.state_dict()}
-        if accelerator.scaler is not None:
-            states["scaler"] = accelerator.scaler.state_dict()
-        checkpoint.save(run.folder / "checkpoints", step, learner, states, run.checkpoint.keep)
-    distributed.barrier()
 
 
 def stream(*numbers: int) -> int:

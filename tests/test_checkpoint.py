@@ -1,7 +1,11 @@
 """Checkpoints: whole or passed over, pruned, and never code."""
 
+import errno
 import json
 import pickle
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +22,8 @@ def network(value=0.0):
 
 def saved(folder, *steps, keep=3):
     for step in steps:
-        path = checkpoint.save(folder, step, network(step), {"number": step, "tensor": torch.ones(2)}, keep)
+        states = {"number": step, "tensor": torch.ones(2)}
+        path = checkpoint.write(folder, step, checkpoint.files(step, network(step), states), keep)
     return path
 
 
@@ -79,3 +84,59 @@ def test_reading_executes_nothing(tmp_path):
     torch.save({"x": Exploit()}, path / "optimizer.pt")
     with pytest.raises(pickle.UnpicklingError):
         checkpoint.load(path, network())
+
+
+def test_the_writer_writes_beside_the_training(tmp_path, monkeypatch):
+    """What was asked for is written, whatever the training does to the weights meanwhile, and one after the other."""
+    begun, go_on, said, write = threading.Event(), threading.Event(), [], checkpoint.write
+
+    def slowly(*arguments):
+        begun.set()
+        assert go_on.wait(10)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", slowly)
+    net = network(1.0)
+    with checkpoint.Writer(tmp_path, 3, said.append) as writer:
+        writer.save(1, net, {})
+        assert begun.wait(10)
+        nn.init.constant_(net.weight, 2.0)
+        assert checkpoint.newest(tmp_path) is None
+        go_on.set()
+        writer.save(2, net, {})
+    one, two = network(), network()
+    checkpoint.load(tmp_path / "step_00000001", one)
+    checkpoint.load(tmp_path / "step_00000002", two)
+    assert (one.weight == 1).all()
+    assert (two.weight == 2).all()
+    assert [line.split(":")[0] for line in said] == ["checkpoint step_00000001", "checkpoint step_00000002"]
+    assert "of which training waited" in said[0]
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_said_and_leaves_the_one_before(tmp_path, monkeypatch):
+    with checkpoint.Writer(tmp_path, 3, print) as writer:
+        writer.save(1, network(), {})
+        writer.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            writer.save(2, network(), {})
+            with pytest.raises(checkpoint.CheckpointError, match=r"step 2 .*No space.* on from .*step_00000001"):
+                writer.wait()
+        with pytest.raises(checkpoint.CheckpointError):
+            writer.check()
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_a_folder_that_comes_back_is_waited_for(tmp_path):
+    run = tmp_path / "run"
+    with checkpoint.Writer(run / "checkpoints", 3, print) as writer:
+        writer.save(1, network(), {})  # no folder yet, and none is made in its place
+        time.sleep(0.3)
+        assert not run.exists()
+        run.mkdir()
+        writer.wait()
+    assert checkpoint.newest(run / "checkpoints").name == "step_00000001"

@@ -1,7 +1,9 @@
 """The loop from end to end: what it leaves behind, that it resumes exactly, and how it stops."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sslcells import losses
+from sslcells import checkpoint, losses
 from sslcells.config import ConfigError, load
+from sslcells.interrupt import Stopped
+from sslcells.lock import Lock
 from sslcells.models import files
 from sslcells.plan import TrainingError
 from sslcells.tracking import read_metrics
@@ -91,6 +95,70 @@ def test_a_killed_run_goes_on_exactly(finished, tmp_path, step):
     assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
+def signalled_in(step, number):
+    """Sends the signal in the middle of a step; it must be answered after it."""
+    count = 0
+
+    def watch(station, x):
+        nonlocal count
+        count += station == "loss"
+        if count == step and station == "loss":
+            os.kill(os.getpid(), number)
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ([], (3, 9)),
+        pytest.param(["train.micro_batch=4", "train.workers=1"], (6,), marks=pytest.mark.slow),
+        pytest.param(["optim.warmup_epochs=2", "method.name=triplet"], (7,), marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_run_goes_on_exactly(tmp_path, changes, steps):
+    """At any step, also between two checkpoints, in the middle of an epoch and of a warm-up; nothing is done twice."""
+    whole = train(tiny(tmp_path / "whole", *changes))
+    done = 0
+    for step, number in zip(steps, (signal.SIGUSR1, signal.SIGTERM), strict=False):
+        with pytest.raises(Stopped, match=rf"stopped by SIG\w+ after step {step}; the same command") as stopped:
+            train(tiny(tmp_path, *changes), signalled_in(step - done, number))
+        assert stopped.value.number == number
+        assert checkpoint.newest(tmp_path / "quickstart" / "checkpoints").name == f"step_{step:08d}"
+        done = step
+    folder = train(tiny(tmp_path, *changes))
+    assert untimed(folder) == untimed(whole)
+    alone, again = (load_file(f / "encoder.safetensors") for f in (whole, folder))
+    assert all(torch.equal(alone[k], again[k]) for k in alone)
+    assert not (folder / "lock.json").exists()
+    assert not (folder / "stopped.txt").exists()
+
+
+def test_what_would_come_again_is_written_down(tmp_path):
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "lock.json").write_text("")
+
+    def breaks(station, x):
+        if station == "loss":
+            raise RuntimeError("no such operation")
+
+    with pytest.raises(RuntimeError):
+        train(tiny(tmp_path), breaks)
+    assert (tmp_path / "quickstart" / "stopped.txt").read_text() == "rank 0: RuntimeError: no such operation\n"
+    with pytest.raises(Stopped):
+        train(tiny(tmp_path), signalled_in(1, signal.SIGUSR1))
+    assert not (tmp_path / "quickstart" / "stopped.txt").exists()
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    (tmp_path / "quickstart").mkdir()
+    other = Lock(tmp_path / "quickstart")
+    with pytest.raises(ConfigError, match="is in use by process"):
+        train(tiny(tmp_path))
+    other.release()
+    assert [p.name for p in (tmp_path / "quickstart").iterdir()] == ["plots"]
+
+
 def test_a_finished_run_is_left_as_it_is(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "quickstart")
     before = untimed(tmp_path / "quickstart")
@@ -131,7 +199,7 @@ def test_a_loss_that_is_not_a_number_stops(tmp_path, monkeypatch):
         return plain(self, *args) * (float("nan") if next(calls) == 6 else 1)
 
     monkeypatch.setattr(losses.NTXentLoss, "forward", poisoned)
-    with pytest.raises(TrainingError, match=r"nan at step 7 \(before it: \d.*step_00000004"):
+    with pytest.raises(TrainingError, match=r"nan at step 7 on rank 0 \(before it: \d.*step_00000004"):
         train(tiny(tmp_path))
     assert [p.name for p in (tmp_path / "quickstart" / "checkpoints").iterdir()] == ["step_00000004"]
 

@@ -19,6 +19,7 @@ from sslcells.data import DataError, ImageSet
 from sslcells.data._decode import Decoder, Fit, Intensity, Size, Unreadable, header_size
 from sslcells.data._scan import SUFFIXES, find_root, find_splits, subfolders, walk
 from sslcells.data._sources import find_sources, read_table, source_ids
+from sslcells.storage import patiently
 
 _SHOWN = 10  # broken images in one message
 _THREADS = 16  # that look at images; at most one per core
@@ -119,8 +120,19 @@ class FolderImages(ImageSet):
             DataError: naming the file, where it has become unreadable.
         """
         file = f"{self._root}/{self._names[index]}"
+
+        def read() -> Tensor:
+            try:
+                return self._decoder(file)
+            except Unreadable as error:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
+                    raise error.__cause__ from None  # not the file's fault
+                raise
+
         try:
-            return self._decoder(file)
+            return patiently(read, file)
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror}") from None
         except Unreadable as error:
             raise DataError(f"{file}: {error}") from None
 

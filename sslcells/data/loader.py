@@ -93,10 +93,15 @@ def read(images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield Batch(*batch)
+    try:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield Batch(*batch)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(f"a process that reads images died, for lack of memory perhaps: {error}") from None
 
 
 class InOrder(Sampler[list[int]]):

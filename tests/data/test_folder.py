@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from sslcells import storage
 from sslcells.config import ConfigError
 from sslcells.data import DataError, folder, open_split
 from sslcells.data._sources import source_id
@@ -402,7 +403,8 @@ def test_nothing_left_to_skip_to(tmp_path):
     assert "1 of 1 images are broken:" in mistake(tmp_path, on_error="skip")
 
 
-def test_an_image_that_goes_later_is_named(tmp_path):
+def test_an_image_that_goes_later_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE", 0.2)
     file = image(tmp_path / "a/1.png")
     images = opened(tmp_path)
     file.unlink()

@@ -1,0 +1,115 @@
+"""A run's folder belongs to one job at a time, also on a file system that several machines share.
+
+The file `lock.json` says who: host, process, and a beat that its owner counts up. Who finds one looks whether the
+process lives, on the same host, or whether the beat goes on: file locks of the system do not reach across all shared
+file systems, and clocks differ.
+"""
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sslcells.config import ConfigError
+
+FILE = "lock.json"
+BEAT = 10.0
+"""seconds"""
+
+
+class Lock:
+    """The folder is this process's until `release`; for one rank to hold."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take the folder, from a process that is no more if need be.
+
+        Raises:
+            ConfigError: where another process has it; one on another host is watched for three beats.
+            OSError: where the folder cannot be written.
+        """
+        self._path = folder / FILE
+        process = psutil.Process()
+        self._owner = {
+            "host": socket.gethostname(),
+            "process": process.pid,
+            "started": process.create_time(),
+            "job": os.environ.get("SLURM_JOB_ID", ""),
+            "start": os.environ.get("SLURM_RESTART_COUNT", "0"),
+            "token": secrets.token_hex(8),
+        }
+        self.lost = ""
+        """who took the folder away from this process, if somebody did"""
+        other = self._read()
+        if other is not None and self._lives(other):
+            raise ConfigError(f"{folder} is in use by {_name(other)}; wait for its end, or choose another name=")
+        self._write(0)
+        if other is not None:
+            time.sleep(1.0)  # two that found the same dead owner: the last to write has it
+            if (now := self._read()) is not None and now["token"] != self._owner["token"]:
+                raise ConfigError(f"{folder} was just taken by {_name(now)}; wait for its end, or choose another name=")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Let the folder go."""
+        self._ended.set()
+        self._thread.join()
+        if not self.lost:
+            self._path.unlink(missing_ok=True)
+
+    def _lives(self, other: dict[str, Any]) -> bool:
+        if other["host"] == self._owner["host"]:
+            try:
+                return bool(psutil.Process(other["process"]).create_time() == other["started"])
+            except psutil.NoSuchProcess:
+                return False
+        if other["job"] and other["job"] == self._owner["job"] and other["start"] != self._owner["start"]:
+            return False  # an earlier start of this job: SLURM ended it before it began this one
+        until = time.monotonic() + 3 * BEAT
+        while time.monotonic() < until:
+            time.sleep(min(1.0, BEAT / 4))
+            if (now := self._read()) is None:
+                return False
+            if (now["token"], now["beat"]) != (other["token"], other["beat"]):
+                return True
+        return False
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._ended.wait(BEAT):
+            beat += 1
+            try:
+                now = self._read()
+                if now is not None and now["token"] != self._owner["token"]:
+                    self.lost = _name(now)
+                    return
+                self._write(beat)
+            except OSError:
+                continue  # the folder is away; what must be written there will say so
+
+    def _read(self) -> dict[str, Any] | None:
+        """What the file says; None where there is none, or it was cut off."""
+        try:
+            owner: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return owner
+
+    def _write(self, beat: int) -> None:
+        """Replace the file: whoever reads it finds the old or the new one, whole."""
+        new = self._path.with_suffix(f".{self._owner['token']}")
+        text = json.dumps(self._owner | {"beat": beat})
+        new.write_text(text, encoding="utf-8")
+        new.replace(self._path)
+
+
+def _name(owner: dict[str, Any]) -> str:
+    job = f"job {owner['job']}, " if owner["job"] else ""
+    return f"{job}process {owner['process']} on {owner['host']}"
