@@ -149,6 +149,8 @@ class Train(Section):
     """BatchNorm statistics over all ranks, where the device has it (CUDA)."""
     workers: int = Field(1, ge=0)
     """Data loader processes per rank."""
+    timeout: float = Field(10.0, gt=0)
+    """Minutes that a rank waits for the others before it takes one for lost."""
     device: Literal["auto", "cpu"] = "auto"
     """`cpu` trains on the CPU even where there is an accelerator."""
 

@@ -30,6 +30,8 @@ def accelerator(run: Run) -> Accelerator:
     Raises:
         ConfigError: where Accelerate would silently run apart the ranks that the launcher started.
     """
+    global _timeout
+    _timeout = timedelta(minutes=run.train.timeout)
     started = Accelerator(
         mixed_precision=run.train.precision,
         cpu=run.train.device == "cpu" or not torch.accelerator.is_available(),
@@ -37,7 +39,7 @@ def accelerator(run: Run) -> Accelerator:
         project_dir=run.folder,
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
+            InitProcessGroupKwargs(timeout=_timeout),
         ],
     )
     if started.num_processes != launched_world():
@@ -202,7 +204,7 @@ def lost(error: BaseException) -> Lost | None:
     if not silent or len(silent) == world():
         return Lost(f"the connection to another rank broke: {error}")
     return Lost(
-        f"rank {', '.join(silent)} of {world()} vanished without a word: killed, out of memory, or its node is down"
+        f"rank {', '.join(silent)} of {world()} vanished without a word: killed, out of memory, hung, or its node is down"
     )
 
 
@@ -219,6 +221,7 @@ def _store() -> Any:
     return store
 
 
+_timeout = timedelta(minutes=10)
 _cpu_groups: dict[int, dist.ProcessGroup] = {}
 
 
@@ -230,7 +233,7 @@ def _cpu_group() -> dist.ProcessGroup:
         return default
     if id(default) not in _cpu_groups:
         _cpu_groups.clear()
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=_timeout)
         assert isinstance(group, dist.ProcessGroup)
         _cpu_groups[id(default)] = group
     return _cpu_groups[id(default)]

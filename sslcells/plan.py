@@ -202,7 +202,7 @@ def _take(run: Run, claim: Claim) -> Path | None:
     return whole
 
 
-FREE = {"train.workers", "train.device", "log", "evaluate", "checkpoint", "resume", "out"}
+FREE = {"train.workers", "train.device", "train.timeout", "log", "evaluate", "checkpoint", "resume", "out"}
 """What may change when a run goes on: nothing of it changes what is learned."""
 
 
