@@ -25,7 +25,7 @@ TEMPERATURE = 0.1
 MARGIN = 0.2
 SIZES = {
     "cpu": [512, 1024, 2048, 4096, 8192, 16384],
-    "cuda": [512, 1024, 4096, 16384, 65536, 262144, 1048576],
+    "cuda": [1024, 4096, 16384, 65536, 131072, 1048576],
 }
 LARGEST_REFERENCE = 4096
 COLUMNS = ["N", "implementation", "best s", "median s", "extra peak MiB", "time ÷ ours", "memory ÷ ours"]
@@ -131,11 +131,11 @@ def flex_nt_xent(ids: Tensor) -> Loss:
     return loss
 
 
-def sslcells_triplet(ids: Tensor) -> Loss:
+def sslcells_triplet(ids: Tensor, precision: str = "exact") -> Loss:
     """Ours."""
     from sslcells.losses import BatchHardTripletLoss
 
-    loss = BatchHardTripletLoss(MARGIN)
+    loss = BatchHardTripletLoss(MARGIN, precision=precision)
     return lambda z: loss(z, ids)
 
 
@@ -184,6 +184,7 @@ TASKS = {
             Form("sslcells", sslcells_triplet),
             Form("plain torch", plain_triplet),
             Form("pytorch-metric-learning", pml_triplet),
+            Form("sslcells, mined in bf16", functools.partial(sslcells_triplet, precision="bf16"), cuda_only=True),
         ),
     ),
 }
