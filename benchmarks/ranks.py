@@ -118,8 +118,8 @@ def main() -> None:
     heads = ["ranks", "global batch", "vote, ms", "gather, ms", "loss, ms", "10⁹ operations/s a rank", "gradient error"]
     notes = (
         f"{args.images} images a rank, two views, rows of {WIDTH}. On paper, of a rank and a step; SyncBatchNorm has "
-        f"{2 * len(norms)} collectives a step, the loss two gathers and the vote one, on the CPUs. Measured: the best of "
-        f"{args.repeats} calls of the slowest rank; the ranks share the cores."
+        f"{2 * len(norms)} collectives a step, the loss two gathers and the vote one, on the CPUs. Measured: the best "
+        f"of {args.repeats} calls of the slowest rank; the ranks share the cores."
     )
     text = section("Ranks", "cpu", notes, [markdown(columns, rows), markdown(heads, found)])
     print(text)
