@@ -428,7 +428,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(Path(folder))
         for name in args.only:
-            results = [strike(setting, name) for _ in range(args.repeats)]
+            try:
+                results = [strike(setting, name) for _ in range(args.repeats)]
+            except RuntimeError as error:
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+                rows.append([name, f"not as expected: {str(error).splitlines()[0]}", "", "", "no"])
+                continue
             status = ", ".join(sorted({str(result.status) for result, _ in results}))
             seconds = max(result.seconds for result, _ in results)
             said = results[0][0].said.replace(folder, "…").replace("|", "\\|")

@@ -5,15 +5,17 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sslcells import __version__, distributed
+from sslcells import __version__, distributed, lock, tracking
 from sslcells.checkpoint import CheckpointError
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import DataError
 from sslcells.interrupt import Stopped
+from sslcells.models import files
 from sslcells.plan import TrainingError, consequences
 from sslcells.selfcheck import selfcheck
 from sslcells.train import train
@@ -42,8 +44,12 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--debug", action="store_true", help="five steps in one process, checked and shown in detail")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     commands.add_parser("selfcheck", help="does this machine or cluster compute what it should?")
+    sub = commands.add_parser("sync", help="send runs to W&B, as far as it has not got them yet")
+    sub.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, such as runs/quickstart")
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args([command, *argv] if command else argv)
+    if args.command == "sync":
+        return _guarded(lambda: _sync(args.runs))
     return _guarded((lambda: _train(args)) if args.command == "train" else _selfcheck)
 
 
@@ -59,6 +65,21 @@ def _train(args: argparse.Namespace) -> None:
         _debug(run)
     else:
         train(run)
+
+
+def _sync(runs: Sequence[str]) -> None:
+    """Each run on its own, whatever became of the others; the exit status is the highest of theirs."""
+    status = 0
+    for folder in map(Path, runs):
+        ended, busy = (folder / files.SPEC).exists(), (folder / lock.FILE).exists()
+        try:
+            print(tracking.sync(folder, "ended" if ended else "died" if busy else "stopped"), flush=True)
+        except ConfigError as error:
+            status = max(status, _told(error, 2))
+        except tracking.TrackingError as error:
+            status = max(status, _told(error, 1))
+    if status:
+        raise SystemExit(status)
 
 
 def _selfcheck() -> None:
@@ -86,7 +107,7 @@ def _guarded(command: Callable[[], None]) -> int:
         command()
     except ConfigError as error:
         return _told(error, 2)
-    except (TrainingError, CheckpointError, DataError) as error:
+    except (TrainingError, CheckpointError, DataError, tracking.LogError) as error:
         return _told(error, 1)
     except Stopped as stopped:
         return _told(stopped, stopped.status)
