@@ -18,19 +18,32 @@ logger = logging.getLogger(__name__)
 
 
 def patiently(call: Callable[[], T], what: str) -> T:
-    """What `call` returns; called again, for up to PATIENCE seconds, where it raises an OSError that may pass.
+    """What `call` returns; called again where it raises an OSError that may pass.
+
+    Up to PATIENCE seconds, which count from the first error that no success has followed in this process: of a hundred
+    images on a disk that is gone only the first is waited for.
 
     Raises:
         OSError: the last one, where it does not pass.
     """
-    until, pause = time.monotonic() + PATIENCE, 0.1
+    global _away_since
+    pause = 0.1
     while True:
         try:
-            return call()
+            answer = call()
         except OSError as error:
-            if error.errno in _FINAL or time.monotonic() + pause > until:
+            if error.errno in _FINAL:
                 raise
-            if pause == 0.1:
+            if _away_since is None:
                 logger.warning("%s: %s; trying again for %.0f s", what, error.strerror, PATIENCE)
+                _away_since = time.monotonic()
+            if time.monotonic() + pause > _away_since + PATIENCE:
+                raise
+        else:
+            _away_since = None
+            return answer
         time.sleep(pause)
         pause = min(2 * pause, 5.0)
+
+
+_away_since: float | None = None

@@ -1,6 +1,7 @@
 """Storage that is away for a while."""
 
 import errno
+import time
 
 import pytest
 
@@ -32,7 +33,15 @@ def test_what_waiting_does_not_mend_is_raised_at_once(number):
     assert calls() == "here"
 
 
-def test_patience_ends(monkeypatch):
+def test_patience_ends_and_the_next_call_is_tried_once(monkeypatch):
     monkeypatch.setattr(storage, "PATIENCE", 0.5)
+    monkeypatch.setattr(storage, "_away_since", None)
     with pytest.raises(OSError, match="away"):
         patiently(failing(100, errno.EIO), "a file")
+    began = time.monotonic()
+    for _ in range(20):
+        with pytest.raises(OSError, match="away"):
+            patiently(failing(100, errno.EIO), "another file")
+    assert time.monotonic() - began < 0.4
+    assert patiently(failing(0, errno.EIO), "a file") == "here"
+    assert patiently(failing(2, errno.EIO), "a file") == "here"  # patient anew
