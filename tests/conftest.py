@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
+from sslcells import storage
+
 
 @pytest.fixture(scope="session")
 def realdata() -> Path:
@@ -23,3 +25,9 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def storage_is_there(monkeypatch):
+    """No test inherits the patience that another one spent."""
+    monkeypatch.setattr(storage, "_away_since", None)
