@@ -417,7 +417,7 @@ def main() -> None:
     """Injects what was asked for, prints the tables and appends them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", choices=CASES, default=list(CASES), metavar="FAILURE", help="; ".join(CASES)
+        "--only", nargs="*", choices=CASES, default=list(CASES), metavar="FAILURE", help="; ".join(CASES)
     )
     parser.add_argument("--repeats", type=int, default=2, help="how often each failure is injected")
     parser.add_argument("--kills", type=int, default=20, help="how many SIGKILLs in all, over several runs")
