@@ -1,6 +1,7 @@
 """Command line: `sslcells <command>`, also as `accelerate launch -m sslcells.train`."""
 
 import argparse
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -122,6 +123,8 @@ def _guarded(command: Callable[[], None]) -> int:
         return 130
     finally:
         distributed.close()
+        for reader in multiprocessing.active_children():
+            reader.kill()  # one that an error left behind waits for work for ever, and ignores SIGTERM
     return 0
 
 

@@ -2,8 +2,8 @@
 
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,8 +46,8 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
         with claimed(run) as claim:
             training = Training(run, plan, splits, accelerator, watch)
             training.begin(claim.whole)
-            with training.writer as writer:
-                for batch in in_step(training.batches(), (claim.check, writer.check), interrupt):
+            with training.writer as writer, closing(training.batches()) as batches:
+                for batch in in_step(batches, (claim.check, writer.check), interrupt):
                     training.learn(batch)
                 if training.step < plan.steps:
                     training.stop(interrupt.asked)
@@ -91,8 +91,8 @@ class Training:
             log.metrics(0, 0.0, self._evaluation.figures(self._encoder))
             log.pictures(0, self._evaluation.view_sheet(views))
 
-    def batches(self) -> Iterator[Batch]:
-        """This rank's part of the global batches of the steps to come."""
+    def batches(self) -> Generator[Batch, None, None]:
+        """This rank's part of the global batches of the steps to come; to be closed, as processes read them."""
         run, plan = self._run, self._plan
         steps = Steps(
             len(self._images),

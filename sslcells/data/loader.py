@@ -1,7 +1,7 @@
 """Which images a rank sees at a step, and how they are read: a function of (seed, step), so any step can be gone to."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def _quiet(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def read(images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool) -> Iterator[Batch]:
+def read(images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
     """The batches of images that a sampler names, in its order, read ahead by `workers` processes.
 
     Raises:
