@@ -119,9 +119,12 @@ class Run:
         raise RuntimeError(f"no process of rank {number}")
 
     def kill(self) -> None:
-        """SIGKILL to every process of the run."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """SIGKILL to every process of the run; the launcher's ranks have sessions of their own."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(self.process.pid)
+            for process in [launcher, *launcher.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         self.process.wait()
 
 
