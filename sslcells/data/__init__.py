@@ -5,13 +5,15 @@ A kind is a module with a `Config` and `open_split(config, split) -> ImageSet | 
 
 import importlib
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sslcells import distributed
 from sslcells.config import ConfigError, Section
+from sslcells.data._decode import Decoder as Decoder
+from sslcells.data._decode import Unreadable as Unreadable
 
 SPLITS = ("train", "val", "test")
 
@@ -108,3 +110,13 @@ def open_split(config: Section, split: str) -> ImageSet | None:
     module = importlib.import_module(f"sslcells.data.{config.kind}")  # type: ignore[attr-defined]
     images: ImageSet | None = module.open_split(config, split)
     return images
+
+
+def reading(config: Section | None, size: int) -> dict[str, Any]:
+    """How image files become pixels for an encoder trained on this data set: Decoder's size, fit and intensity.
+
+    As the folder was read that it learned from; where it learned from no folder, squares of `size` px, cut.
+    """
+    if getattr(config, "kind", None) == "folder" and config is not None:
+        return config.model_dump(mode="json", include={"size", "fit", "intensity"})
+    return {"size": [size, size], "fit": "crop", "intensity": "percentile"}

@@ -141,6 +141,28 @@ class FolderImages(ImageSet):
         return self._names[index]
 
 
+def list_images(folder: Path) -> list[str]:
+    """Paths below a folder of the images in it at any depth, sorted.
+
+    Raises:
+        ConfigError: where there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        what = "is a file, not a folder of images" if folder.is_file() else f"no such folder{nearest_folder(folder)}"
+        raise ConfigError(f"{folder}: {what}")
+    names = sorted(walk(folder))
+    if not names:
+        raise ConfigError(f"{folder} holds no images ({', '.join(SUFFIXES)}) at any depth")
+    return names
+
+
+def nearest_folder(missing: Path) -> str:
+    """` (did you mean x?)`, x being a folder where the path stops to exist, or nothing where no name is near."""
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    return nearest(missing.name, subfolders(missing.parent)) if missing.parent.is_dir() else ""
+
+
 def open_split(config: Config, split: str) -> FolderImages | None:
     """The images of one split in the order of their paths; None where the folder has no such split.
 
