@@ -13,6 +13,8 @@ from sslcells import __version__, distributed
 from sslcells.checkpoint import CheckpointError
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import DataError
+from sslcells.delivery import DeliveryError
+from sslcells.delivery.export import export
 from sslcells.interrupt import Stopped
 from sslcells.plan import TrainingError, consequences
 from sslcells.selfcheck import selfcheck
@@ -42,9 +44,13 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--debug", action="store_true", help="five steps in one process, checked and shown in detail")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     commands.add_parser("selfcheck", help="does this machine or cluster compute what it should?")
+    sub = commands.add_parser("export", help="write the encoder for timm, torch and ONNX, with a model card")
+    sub.add_argument("run", metavar="RUN", help="folder of a finished run")
+    sub.add_argument("--to", metavar="FOLDER", help="where to; RUN/export otherwise")
+    sub.add_argument("--no-onnx", action="store_true", help="leave ONNX out")
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args([command, *argv] if command else argv)
-    return _guarded((lambda: _train(args)) if args.command == "train" else _selfcheck)
+    return _guarded(lambda: _COMMANDS[args.command](args))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -61,9 +67,13 @@ def _train(args: argparse.Namespace) -> None:
         train(run)
 
 
-def _selfcheck() -> None:
+def _selfcheck(args: argparse.Namespace) -> None:
     if not selfcheck():
         raise SystemExit(1)
+
+
+def _export(args: argparse.Namespace) -> None:
+    export(args.run, args.to, onnx=not args.no_onnx)
 
 
 def _debug(run: Run) -> None:
@@ -80,13 +90,16 @@ def _debug(run: Run) -> None:
         train(run, watch)
 
 
+_COMMANDS = {"train": _train, "selfcheck": _selfcheck, "export": _export}
+
+
 def _guarded(command: Callable[[], None]) -> int:
     """The exit status of a command; a mistake of the user's is told once, without a traceback."""
     try:
         command()
     except ConfigError as error:
         return _told(error, 2)
-    except (TrainingError, CheckpointError, DataError) as error:
+    except (TrainingError, CheckpointError, DataError, DeliveryError) as error:
         return _told(error, 1)
     except Stopped as stopped:
         return _told(stopped, stopped.status)

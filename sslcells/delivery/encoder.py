@@ -31,14 +31,18 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, spec: dict[str, Any], decoder: Decoder | None, digest: str) -> None:
+    def __init__(self, backbone: nn.Module, spec: dict[str, Any], reading: dict[str, Any], digest: str) -> None:
         super().__init__()
         self.backbone = backbone
         self.channels: int = spec["channels"]
         self.size: int = spec["size"]
         self.features = width(backbone, self.channels, self.size)
         """F"""
-        self.decoder = decoder
+        self.reading = reading
+        """how files become pixels: size, fit and intensity"""
+        size = None if reading["size"] is None else (int(reading["size"][0]), int(reading["size"][1]))
+        fit, intensity = reading["fit"], reading["intensity"]
+        self.decoder = Decoder(spec["channels"], size, fit, intensity) if self.channels in (1, 3) else None
         """from files and PIL images to pixels; none where the encoder takes neither grey nor RGB"""
         self.digest = digest
         """equal for equal weights and preprocessing"""
@@ -123,10 +127,7 @@ def load_encoder(run: str | os.PathLike[str] | Run, device: str | torch.device =
     folder = find_run(run.folder if isinstance(run, Run) else run)
     backbone, spec = files.load(folder)
     how = spec.get("reading") or _reading_of(folder, spec["size"])
-    channels = spec["channels"]
-    size = None if how["size"] is None else (int(how["size"][0]), int(how["size"][1]))
-    decoder = Decoder(channels, size, how["fit"], how["intensity"]) if channels in (1, 3) else None
-    return Encoder(backbone, spec, decoder, _digest(folder, spec, how)).eval().to(device)
+    return Encoder(backbone, spec, how, _digest(folder, spec, how)).eval().to(device)
 
 
 def embed(
