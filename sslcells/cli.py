@@ -14,6 +14,7 @@ from sslcells.checkpoint import CheckpointError
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import DataError
 from sslcells.delivery import DeliveryError
+from sslcells.delivery.embedding import embed_folder
 from sslcells.delivery.export import export
 from sslcells.interrupt import Stopped
 from sslcells.plan import TrainingError, consequences
@@ -29,6 +30,13 @@ Train an encoder. With no argument: SimCLR on synthetic blood cells, small enoug
   accelerate launch -m sslcells.train --config configs/simclr_bloodcells.yaml data.path=my/cells
   sslcells train --config configs/simclr_bloodcells.yaml --check
   sslcells train --debug method.name=triplet
+"""
+
+_EMBED = """\
+Embed every image below a folder: shards of path, id, vector, label. Killed at any moment and given again, it goes on.
+
+  sslcells embed runs/my_cells path/to/images
+  accelerate launch --config_file launch/gpu8.yaml -m sslcells embed runs/my_cells path/to/images
 """
 
 
@@ -48,6 +56,16 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("run", metavar="RUN", help="folder of a finished run")
     sub.add_argument("--to", metavar="FOLDER", help="where to; RUN/export otherwise")
     sub.add_argument("--no-onnx", action="store_true", help="leave ONNX out")
+    sub = commands.add_parser("embed", help="embed a folder of images", description=_EMBED, formatter_class=raw)
+    sub.add_argument("run", metavar="RUN", help="folder of a finished run, or an exported encoder")
+    sub.add_argument("images", metavar="IMAGES", help="folder of images, at any depth")
+    sub.add_argument("--out", metavar="FOLDER", help="where to; RUN/embeddings/NAME otherwise")
+    sub.add_argument("--format", default="parquet", choices=["parquet", "npz", "h5ad"], help="of the shards (parquet)")
+    sub.add_argument("--no-labels", action="store_true", help="the first sub-folder is not a class")
+    sub.add_argument("--batch", type=int, default=256, metavar="N", help="images a rank and forward pass (256)")
+    sub.add_argument("--workers", type=int, metavar="N", help="processes a rank that read images")
+    sub.add_argument("--shard", type=int, metavar="N", help="images a shard (4096)")
+    sub.add_argument("--cpu", action="store_true", help="even where there is an accelerator")
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args([command, *argv] if command else argv)
     return _guarded(lambda: _COMMANDS[args.command](args))
@@ -90,7 +108,21 @@ def _debug(run: Run) -> None:
         train(run, watch)
 
 
-_COMMANDS = {"train": _train, "selfcheck": _selfcheck, "export": _export}
+def _embed(args: argparse.Namespace) -> None:
+    embed_folder(
+        args.run,
+        args.images,
+        args.out,
+        args.format,
+        not args.no_labels,
+        args.batch,
+        args.workers,
+        args.shard,
+        args.cpu,
+    )
+
+
+_COMMANDS = {"train": _train, "selfcheck": _selfcheck, "export": _export, "embed": _embed}
 
 
 def _guarded(command: Callable[[], None]) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sslcells.config import ConfigError, Section, nearest
 from sslcells.data import DataError, ImageSet
 from sslcells.data._decode import Decoder, Fit, Intensity, Size, Unreadable, header_size
-from sslcells.data._scan import SUFFIXES, find_root, find_splits, subfolders, walk
+from sslcells.data._scan import SUFFIXES, find_root, find_splits, is_split, subfolders, walk
 from sslcells.data._sources import find_sources, read_table, source_ids
 from sslcells.storage import patiently
 
@@ -154,6 +154,14 @@ def list_images(folder: Path) -> list[str]:
     if not names:
         raise ConfigError(f"{folder} holds no images ({', '.join(SUFFIXES)}) at any depth")
     return names
+
+
+def class_of(name: str) -> str | None:
+    """The first sub-folder on an image's path, or the first below a split's; None where there is none."""
+    folders = name.split("/")[:-1]
+    if folders and is_split(folders[0]):
+        folders = folders[1:]
+    return folders[0] if folders else None
 
 
 def nearest_folder(missing: Path) -> str:
