@@ -16,6 +16,7 @@ from sslcells.data import DataError
 from sslcells.delivery import DeliveryError
 from sslcells.delivery.embedding import embed_folder
 from sslcells.delivery.export import export
+from sslcells.delivery.search import search
 from sslcells.interrupt import Stopped
 from sslcells.plan import TrainingError, consequences
 from sslcells.selfcheck import selfcheck
@@ -65,6 +66,16 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--batch", type=int, default=256, metavar="N", help="images a rank and forward pass (256)")
     sub.add_argument("--workers", type=int, metavar="N", help="processes a rank that read images")
     sub.add_argument("--shard", type=int, metavar="N", help="images a shard (4096)")
+    sub.add_argument("--cpu", action="store_true", help="even where there is an accelerator")
+    sub = commands.add_parser("search", help="find the embedded images nearest to others")
+    sub.add_argument("target", metavar="RUN_OR_EMBEDDINGS", help="what sslcells embed wrote, or the run it used")
+    sub.add_argument("queries", metavar="QUERY", nargs="+", help="image files")
+    sub.add_argument("--k", type=int, default=10, metavar="N", help="neighbours of each (10)")
+    sub.add_argument("--out", metavar="FOLDER", help="for the picture and the table; EMBEDDINGS/search otherwise")
+    sub.add_argument("--encoder", metavar="RUN", help="where the run is not where it was")
+    sub.add_argument("--sources", metavar="CSV", help="columns path and source: a query's own source is left out")
+    sub.add_argument("--source-pattern", metavar="REGEX", help="its one group, searched in the path, is the source")
+    sub.add_argument("--faiss", action="store_true", help="with an index that is made once: quicker, may miss some")
     sub.add_argument("--cpu", action="store_true", help="even where there is an accelerator")
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args([command, *argv] if command else argv)
@@ -122,7 +133,23 @@ def _embed(args: argparse.Namespace) -> None:
     )
 
 
-_COMMANDS = {"train": _train, "selfcheck": _selfcheck, "export": _export, "embed": _embed}
+def _search(args: argparse.Namespace) -> None:
+    if distributed.launched_world() > 1:
+        raise ConfigError(f"search is for one process; {distributed.launched_world()} were launched")
+    search(
+        args.target,
+        args.queries,
+        args.k,
+        args.out,
+        args.encoder,
+        args.sources,
+        args.source_pattern,
+        args.faiss,
+        args.cpu,
+    )
+
+
+_COMMANDS = {"train": _train, "selfcheck": _selfcheck, "export": _export, "embed": _embed, "search": _search}
 
 
 def _guarded(command: Callable[[], None]) -> int:

@@ -14,6 +14,10 @@ from sslcells import distributed
 from sslcells.config import ConfigError, Section
 from sslcells.data._decode import Decoder as Decoder
 from sslcells.data._decode import Unreadable as Unreadable
+from sslcells.data._sources import check_pattern as check_pattern
+from sslcells.data._sources import find_sources as find_sources
+from sslcells.data._sources import read_table as read_table
+from sslcells.data._sources import source_ids as source_ids
 
 SPLITS = ("train", "val", "test")
 

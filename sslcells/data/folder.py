@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -18,7 +17,7 @@ from sslcells.config import ConfigError, Section, nearest
 from sslcells.data import DataError, ImageSet
 from sslcells.data._decode import Decoder, Fit, Intensity, Size, Unreadable, header_size
 from sslcells.data._scan import SUFFIXES, find_root, find_splits, is_split, subfolders, walk
-from sslcells.data._sources import find_sources, read_table, source_ids
+from sslcells.data._sources import check_pattern, find_sources, read_table, source_ids
 from sslcells.storage import patiently
 
 _SHOWN = 10  # broken images in one message
@@ -77,14 +76,8 @@ class Config(Section):
     @field_validator("source_pattern")
     @classmethod
     def _one_group(cls, pattern: str | None) -> str | None:
-        if pattern is None:
-            return None
-        try:
-            groups = re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"no regular expression: {error}") from None
-        if groups != 1:
-            raise ValueError(f"needs one group in parentheses, the source; it has {groups}")
+        if pattern is not None:
+            check_pattern(pattern)
         return pattern
 
 
