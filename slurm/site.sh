@@ -22,6 +22,3 @@ sbatch_options=(
 # The network between the nodes, where NCCL or gloo do not find the right one by themselves (`ip -br address`).
 # export NCCL_SOCKET_IFNAME=ib0
 # export GLOO_SOCKET_IFNAME=ib0
-
-# Until the training answers SIGUSR1 with a checkpoint of its own, a requeued run goes on from the one it wrote last.
-# export SSLCELLS_FORWARD_SIGNAL=1

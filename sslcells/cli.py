@@ -5,11 +5,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sslcells import __version__, distributed
+from sslcells import __version__, distributed, lock, tracking
 from sslcells.checkpoint import CheckpointError
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import DataError
@@ -18,6 +19,7 @@ from sslcells.delivery.embedding import embed_folder
 from sslcells.delivery.export import export
 from sslcells.delivery.search import search
 from sslcells.interrupt import Stopped
+from sslcells.models import files
 from sslcells.plan import TrainingError, consequences
 from sslcells.selfcheck import selfcheck
 from sslcells.train import train
@@ -77,6 +79,8 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--source-pattern", metavar="REGEX", help="its one group, searched in the path, is the source")
     sub.add_argument("--faiss", action="store_true", help="with an index that is made once: quicker, may miss some")
     sub.add_argument("--cpu", action="store_true", help="even where there is an accelerator")
+    sub = commands.add_parser("sync", help="send runs to W&B, as far as it has not got them yet")
+    sub.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, such as runs/quickstart")
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args([command, *argv] if command else argv)
     return _guarded(lambda: _COMMANDS[args.command](args))
@@ -94,6 +98,21 @@ def _train(args: argparse.Namespace) -> None:
         _debug(run)
     else:
         train(run)
+
+
+def _sync(args: argparse.Namespace) -> None:
+    """Each run on its own, whatever became of the others; the exit status is the highest of theirs."""
+    status = 0
+    for folder in map(Path, args.runs):
+        ended, busy = (folder / files.SPEC).exists(), (folder / lock.FILE).exists()
+        try:
+            print(tracking.sync(folder, "ended" if ended else "died" if busy else "stopped"), flush=True)
+        except ConfigError as error:
+            status = max(status, _told(error, 2))
+        except tracking.TrackingError as error:
+            status = max(status, _told(error, 1))
+    if status:
+        raise SystemExit(status)
 
 
 def _selfcheck(args: argparse.Namespace) -> None:
@@ -149,7 +168,14 @@ def _search(args: argparse.Namespace) -> None:
     )
 
 
-_COMMANDS = {"train": _train, "selfcheck": _selfcheck, "export": _export, "embed": _embed, "search": _search}
+_COMMANDS = {
+    "train": _train,
+    "selfcheck": _selfcheck,
+    "sync": _sync,
+    "export": _export,
+    "embed": _embed,
+    "search": _search,
+}
 
 
 def _guarded(command: Callable[[], None]) -> int:
@@ -158,7 +184,7 @@ def _guarded(command: Callable[[], None]) -> int:
         command()
     except ConfigError as error:
         return _told(error, 2)
-    except (TrainingError, CheckpointError, DataError, DeliveryError) as error:
+    except (TrainingError, CheckpointError, DataError, DeliveryError, tracking.LogError) as error:
         return _told(error, 1)
     except Stopped as stopped:
         return _told(stopped, stopped.status)

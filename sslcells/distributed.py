@@ -217,7 +217,8 @@ def lost(error: BaseException) -> Lost | None:
     if not silent or len(silent) == world():
         return Lost(f"the connection to another rank broke: {error}")
     return Lost(
-        f"rank {', '.join(silent)} of {world()} vanished without a word: killed, out of memory, hung, or its node is down"
+        f"rank {', '.join(silent)} of {world()} vanished without a word: "
+        f"killed, out of memory, hung, or its node is down"
     )
 
 

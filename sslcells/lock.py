@@ -5,6 +5,7 @@ process lives, on the same host, or whether the beat goes on: file locks of the 
 file systems, and clocks differ.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -62,7 +63,8 @@ class Lock:
         self._ended.set()
         self._thread.join()
         if not self.lost:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder is away, and with it this run
+                self._path.unlink()
 
     def _lives(self, other: dict[str, Any]) -> bool:
         if other["host"] == self._owner["host"]:

@@ -1,10 +1,7 @@
-"""What follows from a run's configuration before and between its steps: sizes, lengths, the folder, the meter."""
+"""What follows from a run's configuration before and between its steps: sizes, lengths, the meter."""
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -12,10 +9,8 @@ import torch
 from torch import Tensor
 
 from sslcells import checkpoint, distributed, methods, models, optim
-from sslcells.config import ConfigError, Run, dump, load
+from sslcells.config import ConfigError, Run
 from sslcells.data import open_splits
-from sslcells.interrupt import Stopped
-from sslcells.lock import Lock
 
 
 class TrainingError(Exception):
@@ -130,100 +125,6 @@ class Meter:
         """Go on with the losses of `state_dict`."""
         self._losses = [torch.tensor(x, device=self._device) for x in state["losses"]]
         self._last_loss = state["last"]
-
-
-STOPPED = "stopped.txt"
-"""In a run's folder: why its last start ended, where the same would come again."""
-
-
-@contextmanager
-def claimed(run: Run) -> Iterator["Claim"]:
-    """The run's folder, from its making or finding to the run's end; no other job has it meanwhile.
-
-    An error that leaves the run is told to the other ranks, and written to `stopped.txt` unless another start may do
-    better: where a rank was lost, or the run was asked to stop.
-
-    Raises:
-        ConfigError: where the folder cannot be written, is in use, or holds a run that must not be gone on with.
-        Lost: in place of whatever a broken connection to another rank raises.
-    """
-    claim = Claim()
-    try:
-        claim.whole = distributed.from_main(lambda: _take(run, claim))
-        claim.ours = True
-        yield claim
-    except (Stopped, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        if (lost := distributed.lost(error)) is not None:
-            raise lost from error
-        cause = f"rank {distributed.rank()}: {type(error).__name__}: {error}"
-        distributed.leave(cause)
-        if claim.ours:
-            with contextlib.suppress(OSError):  # a full disk holds no reasons
-                (run.folder / STOPPED).write_text(f"{cause}\n", encoding="utf-8")
-        raise
-    finally:
-        if claim.lock is not None:
-            claim.lock.release()
-
-
-class Claim:
-    """A run's folder in use."""
-
-    whole: Path | None = None
-    """the checkpoint to go on from"""
-    ours: bool = False
-    """whether another job has it not"""
-    lock: Lock | None = None
-    """of rank 0 alone"""
-
-    def check(self) -> None:
-        """Raise a TrainingError where another job has taken the folder away, in spite of the lock."""
-        if self.lock is not None and self.lock.lost:
-            raise TrainingError(f"the run's folder was taken by {self.lock.lost}: two jobs must not share one")
-
-
-def _take(run: Run, claim: Claim) -> Path | None:
-    """Make the run's folder, or find it; returns the whole checkpoint to go on from, if any."""
-    try:
-        (run.folder / "plots").mkdir(parents=True, exist_ok=True)
-        claim.lock = Lock(run.folder)
-        claim.ours = True
-        (run.folder / STOPPED).unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out={run.out!r}: the run's folder cannot be written: {error}") from None
-    whole = checkpoint.newest(run.folder / "checkpoints")
-    if whole is not None and run.resume == "never":
-        raise ConfigError(f"{run.folder} holds {whole.name} and resume=never; choose another name=")
-    if whole is not None:
-        _same_run(run)
-    (run.folder / "config.yaml").write_text(dump(run), encoding="utf-8")
-    return whole
-
-
-FREE = {"train.workers", "train.device", "train.timeout", "log", "evaluate", "checkpoint", "resume", "out"}
-"""What may change when a run goes on: nothing of it changes what is learned."""
-
-
-def _same_run(run: Run) -> None:
-    """Raise a ConfigError unless the folder's configuration decides the same training."""
-    path = run.folder / "config.yaml"
-    before, now = load(str(path)).model_dump(mode="json"), run.model_dump(mode="json")
-    changed = [
-        f"{section}.{key}: {before[section].get(key)!r} → {now[section].get(key)!r}"
-        for section in now
-        if isinstance(now[section], dict) and section not in FREE
-        for key in now[section] | before[section]
-        if before[section].get(key) != now[section].get(key) and f"{section}.{key}" not in FREE
-    ]
-    if before["seed"] != now["seed"]:
-        changed.append(f"seed: {before['seed']} → {now['seed']}")
-    if changed:
-        raise ConfigError(
-            f"{run.folder} holds a run with another configuration ({'; '.join(changed)}); choose another name=, "
-            f"or go on with the one it has: --config {path}"
-        )
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from sslcells import __version__, checkpoint, distributed, methods, models, optim
 from sslcells.augment import Augment
+from sslcells.claim import claimed
 from sslcells.config import Run
 from sslcells.data import Batch, ImageSet, open_splits, reading
 from sslcells.data.loader import Steps, read
 from sslcells.evaluation import Evaluation
 from sslcells.interrupt import Interrupt, Stopped
 from sslcells.models import files
-from sslcells.plan import Meter, Plan, claimed
+from sslcells.plan import Meter, Plan
 from sslcells.tracking import Log, read_metrics
 
 Watch = Callable[[str, Tensor], None]

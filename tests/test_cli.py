@@ -1,6 +1,9 @@
 """The command line."""
 
+import time
+
 import pytest
+from test_tracking import handmade, no_credentials, standin  # noqa: F401 (fixtures; the second is for every test)
 
 from sslcells.cli import main
 from sslcells.config import load
@@ -68,3 +71,51 @@ def test_selfcheck(capsys):
     out = capsys.readouterr().out
     assert "gradient of NT-Xent" in out
     assert "FAIL" not in out
+
+
+def synced(*folders):
+    with pytest.raises(SystemExit) as status:
+        main(None, ["sync", *map(str, folders)])
+    return status.value.code
+
+
+def test_sync_sends_several_runs_and_says_what_is_wrong_with_others(tmp_path, standin, capsys):  # noqa: F811
+    """A run that is in use is sent but for its newest step; one that is no run does not stop the others."""
+    one, two = handmade(tmp_path / "one", 0, 5), handmade(tmp_path / "two", 0, 5, 10)
+    (one / "encoder.json").touch()
+    (two / "lock.json").touch()
+    assert main(None, ["sync", str(one)]) == 0
+    assert f"{one}: 2 steps sent, up to step 5" in capsys.readouterr().out
+    (tmp_path / "store").unlink()
+    (tmp_path / "empty").mkdir()
+    assert synced(tmp_path / "none", tmp_path / "empty", two) == 2
+    told = capsys.readouterr()
+    assert f"{tmp_path / 'none'}: no such folder" in told.err
+    assert f"{tmp_path / 'empty'}: no run: there is no config.yaml" in told.err
+    assert "2 steps sent, up to step 5; step 10 is kept back" in told.out
+    (two / "metrics.jsonl").unlink()
+    assert synced(two) == 2
+    assert "there is no metrics.jsonl" in capsys.readouterr().err
+
+
+def test_sync_without_a_key(tmp_path, capsys):
+    assert synced(handmade(tmp_path / "run", 0)) == 1
+    assert "no key for W&B here: set WANDB_API_KEY" in capsys.readouterr().err
+
+
+def test_sync_asked_to_stay_offline(tmp_path, capsys, standin, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert synced(handmade(tmp_path / "run", 0)) == 1
+    assert "WANDB_MODE=offline" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sync_without_a_network(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    began = time.monotonic()
+    assert synced(handmade(tmp_path / "run", 0)) == 1
+    assert time.monotonic() - began < 75
+    told = capsys.readouterr().err
+    assert "W&B cannot be reached, or refuses" in told
+    assert "connection refused" in told

@@ -40,15 +40,17 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=1,sched_interval=5
 SlurmdParameters=config_overrides
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
-KillWait=5
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdSpoolDir={folder}/spool-%n
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=1000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=1000
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -104,18 +106,29 @@ class Cluster:
             raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}: {done.stdout}")
         return done.stdout.strip()
 
-    def job(self, number: int) -> dict[str, str]:
-        """What SLURM says of a job: JobState, ExitCode, Restarts, …"""
+    def job(self, number: int | str) -> dict[str, str]:
+        """What SLURM says of a job, or of an array's task 7_0: JobState, ExitCode, Restarts, …"""
         words = self.call("scontrol", "--oneliner", "show", "job", str(number)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: int, state: str, seconds: float, log: Path) -> dict[str, str]:
+    def wait(self, number: int | str, state: str, seconds: float, log: Path, restarts: int = 0) -> dict[str, str]:
         """What SLURM says of a job when it is in a state; fails with the end of its log where it ends in another."""
-        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-        wait_for(lambda: self.job(number)["JobState"] in ended | {state}, seconds, f"job {number} to be {state}")
+        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+
+        def there() -> bool:
+            job = self.job(number)
+            return job["JobState"] in ended or (job["JobState"] == state and int(job["Restarts"]) >= restarts)
+
+        wait_for(there, seconds, f"job {number} to be {state}; see {log}")
         job = self.job(number)
         assert job["JobState"] == state, f"{job}\n{log.read_text()[-4000:]}"
         return job
+
+    def again(self, number: int | str, log: Path, restarts: int = 1) -> None:
+        """Wait until a job is back in the queue, and spare it SLURM's own pause of two minutes there."""
+        self.wait(number, "PENDING", 600, log, restarts)
+        time.sleep(2)  # a start in the second of the last one's end would be refused as that one's
+        self.call("scontrol", "update", f"jobid={number}", "StartTime=now")
 
     def steps(self, number: int) -> int:
         """How many steps of a job were started on n1, its batch script not counted."""
@@ -139,7 +152,7 @@ class Cluster:
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
         idle = ("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")
-        wait_for(lambda: self.call(*idle, check=False).split() == list(NODES), 60, f"both nodes; see {self.folder}")
+        wait_for(lambda: {*self.call(*idle, check=False).split()} == {*NODES}, 60, f"both nodes; see {self.folder}")
 
     def _daemon(self, *command: str) -> None:
         name = command[0] if command[0] != "slurmd" else f"slurmd-{command[-1]}"
