@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from sslcells import __version__, distributed
 from sslcells.checkpoint import CheckpointError
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import DataError
+from sslcells.evaluate import evaluate
 from sslcells.interrupt import Stopped
 from sslcells.plan import TrainingError, consequences
 from sslcells.selfcheck import selfcheck
@@ -29,6 +31,15 @@ Train an encoder. With no argument: SimCLR on synthetic blood cells, small enoug
   sslcells train --debug method.name=triplet
 """
 
+_EVALUATE = """\
+Measure a finished run: leaks first, then kNN, linear probe, few-shot, retrieval, clustering, figures without labels.
+Printed, and written to RUN/evaluation.json.
+
+  sslcells evaluate runs/my_cells
+  sslcells evaluate runs/my_cells data.sources=sources.csv evaluate.split=val
+  accelerate launch --config_file launch/gpu8.yaml -m sslcells.evaluate runs/my_cells
+"""
+
 
 def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0 done, 1 could not go on, 2 a mistake in what was asked for."""
@@ -41,10 +52,14 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--check", action="store_true", help="print the whole configuration, what follows from it; stop")
     sub.add_argument("--debug", action="store_true", help="five steps in one process, checked and shown in detail")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    sub = commands.add_parser("evaluate", help="measure a finished run", description=_EVALUATE, formatter_class=raw)
+    sub.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to data, evaluate or train")
     commands.add_parser("selfcheck", help="does this machine or cluster compute what it should?")
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args([command, *argv] if command else argv)
-    return _guarded((lambda: _train(args)) if args.command == "train" else _selfcheck)
+    does = {"train": lambda: _train(args), "evaluate": lambda: _evaluate(args), "selfcheck": _selfcheck}
+    return _guarded(does[args.command])
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -59,6 +74,10 @@ def _train(args: argparse.Namespace) -> None:
         _debug(run)
     else:
         train(run)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    evaluate(args.run, args.overrides)
 
 
 def _selfcheck() -> None:
