@@ -33,7 +33,7 @@ Train an encoder. With no argument: SimCLR on synthetic blood cells, small enoug
 
 _EVALUATE = """\
 Measure a finished run: leaks first, then kNN, linear probe, few-shot, retrieval, clustering, figures without labels.
-Printed, and written to RUN/evaluation.json.
+Printed, written to RUN/evaluation.json, and with pictures to RUN/report.html.
 
   sslcells evaluate runs/my_cells
   sslcells evaluate runs/my_cells data.sources=sources.csv evaluate.split=val

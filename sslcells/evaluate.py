@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from sslcells.data import Batch, DataError, ImageSet, open_splits
 from sslcells.evaluation import VIEWED
 from sslcells.evaluation.features import collect, features, spread
 from sslcells.evaluation.figures import Figures
+from sslcells.evaluation.gallery import Picture, draw
 from sslcells.evaluation.health import alignment
 from sslcells.evaluation.leaks import COPIES, Look, copies, digests, histograms, leaks
-from sslcells.evaluation.report import say_figures, say_leaks
+from sslcells.evaluation.report import page, say_figures, say_leaks
+from sslcells.evaluation.sheets import Image
 from sslcells.models import files
 
-RESULTS = "evaluation.json"
+RESULTS, REPORT = "evaluation.json", "report.html"
 
 
 def evaluate(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -40,22 +42,23 @@ def evaluate(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     began = time.perf_counter()
     run = _run(folder, overrides)
-    result = measured(run, folder, distributed.accelerator(run).device)
+    result, pictures = measured(run, folder, distributed.accelerator(run).device)
     if result:
         seconds = round(time.perf_counter() - began, 1)
         result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": distributed.world()}
         _write(folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        print(f"{folder / RESULTS}: everything above; {seconds:.0f} s")
+        _write(folder / REPORT, page(result, pictures))
+        print(f"{folder / RESULTS}, {REPORT}: everything above, and pictures; {seconds:.0f} s")
     return result
 
 
-def measured(run: Run, folder: Path, device: torch.device) -> dict[str, Any]:
-    """What `evaluate` finds and prints, on rank 0; nothing on the others."""
+def measured(run: Run, folder: Path, device: torch.device) -> tuple[dict[str, Any], list[Picture]]:
+    """What `evaluate` finds, prints and draws, on rank 0; nothing on the others."""
     splits = open_splits(run.data)
     encoder, spec = distributed.together(lambda: _encoder(folder, run, splits["train"].channels))
     encoded = Encoded(run, encoder.to(device), splits, device)
     if distributed.rank() > 0:
-        return {}
+        return {}, []
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
@@ -81,7 +84,19 @@ def measured(run: Run, folder: Path, device: torch.device) -> dict[str, Any]:
         "notes": figures.notes,
     }
     say_figures(console, result)
-    return result
+    shown = asked or "train"
+    with one_thread():
+        pictures = draw(
+            encoded.looks[shown],
+            shown,
+            classes,
+            figures.predictions,
+            encoded.pixels_of(splits[shown]),
+            (encoded.views[0], encoded.views[1]),
+            folder / "plots",
+            run.seed,
+        )
+    return result, pictures
 
 
 class Encoded:
@@ -120,6 +135,11 @@ class Encoded:
         if broken := int((~z.isfinite().all(1)).sum()):
             raise DataError(f"the encoder gives no finite features for {broken} of {len(z)} images of {split}")
         return Look(digest, histogram, z, images.labels[index], images.sources[index], lambda i: images.name(index[i]))
+
+    def pixels_of(self, images: ImageSet) -> Callable[[int], Image]:
+        """Row i's image of a split as it was read, (H, W, C) uint8."""
+        index = spread(len(images), self._run.evaluate.max_images)
+        return lambda i: images.pixels(index[i]).permute(1, 2, 0).numpy()
 
     def _view(self, images: ImageSet, which: int) -> Tensor:
         run = self._run

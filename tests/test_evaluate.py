@@ -57,6 +57,7 @@ def test_what_it_prints_and_leaves(run, capsys):
     assert {"effective rank", "row std", "uniformity", "alignment"} == set(result["health"]["train"])
     assert any("chosen on the validation split" in note for note in result["notes"])
     assert not list(run.glob("*.partial"))
+    assert (run / "report.html").read_text().count("<figcaption>") == 6
 
 
 def test_the_knn_is_that_of_the_run(run):
@@ -69,7 +70,8 @@ def test_the_knn_is_that_of_the_run(run):
 
 
 def on_one_rank(folder):
-    return json.dumps(measured(load(f"{folder}/config.yaml", QUICK), Path(folder), torch.device("cpu")))
+    result, _ = measured(load(f"{folder}/config.yaml", QUICK), Path(folder), torch.device("cpu"))
+    return json.dumps(result)
 
 
 def test_the_same_to_the_last_digit_on_one_two_and_four_ranks(run):

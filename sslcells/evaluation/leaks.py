@@ -205,13 +205,14 @@ def _near(looks: Mapping[str, Look], pair: tuple[Tensor, Tensor] | None, known: 
         cosine, index = (x[:, 0] for x in neighbours(look.z - mean, bank, 1))
         found = cosine >= threshold
         images, sources = int(found.sum()), _distinct(look.sources[found])
+        expected = max(_STRANGERS, 1 / len(strange)) * len(look.z)  # by chance alone
         order = cosine.argsort(descending=True, stable=True)[: min(images, _EXAMPLES)].tolist()
         examples = [[train.name(int(index[i])), look.name(i)] for i in order]
         out[f"train and {split}"] = {"images": images, "sources": sources if known else None, "examples": examples}
         text = f"{images:,} of {_plural(len(look.z), 'image')} of {split}"
         text += f" (from {sources:,} of {_plural(_distinct(look.sources), 'source')})" * known
         text += f" lie nearer to one of train than {1 - _STRANGERS:.1%} of train lie to any of another {kind}"
-        out["findings"].append(_finding(_such_as(text, examples), warning=images > _STRANGERS * len(look.z)))
+        out["findings"].append(_finding(_such_as(text, examples), warning=images > expected + 3 * expected**0.5))
     if recall < 0.5 and len(looks) > 1:
         text = f"that finds only {recall:.0%} of copies that are turned and cut by 5 %: these features see little of it"
         out["findings"].append(_finding(text, warning=True))

@@ -1,10 +1,14 @@
-"""What was found, as tables: on the console."""
+"""What was found, as tables: on the console, and with the pictures as one page that opens offline."""
 
+import base64
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table as RichTable
+
+from sslcells.evaluation.gallery import Picture
 
 CLASSIFIERS = ("kNN", "linear probe", "fine-tuning", "few-shot")
 
@@ -114,3 +118,56 @@ def say_figures(console: Console, result: Mapping[str, Any]) -> None:
         console.print(drawn, markup=False)
     for note in result["notes"]:
         console.print(f"  · {note}", markup=False, soft_wrap=True)
+
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 75rem;
+  padding: 1rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #bbb; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { border-bottom: 2px solid #888; }
+figure { margin: 1rem 0; break-inside: avoid; }
+figure img { max-width: 100%; height: auto; }
+figcaption, .caption, .made { color: #555; font-size: .85rem; margin: .3rem 0; }
+.warning { border-left: .3rem solid #D55E00; padding-left: .5rem; font-weight: 600; list-style: "! "; }
+@media print { body { font-size: 9pt; max-width: none; padding: 0; } table { font-size: 7pt; }
+  .scroll { overflow: visible; } th, td { white-space: normal; padding: .1rem .3rem; } tr { break-inside: avoid; } }
+"""
+
+
+def page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
+    """One HTML page with leaks, figures and pictures, which needs no other file and no network."""
+    encoder = result["encoder"]
+    about = f"sslcells {result['sslcells']}, {encoder['model']}, weights sha256 {encoder['sha256'][:16]}…"
+    body = [f"<h1>{escape(result['run'])}</h1>", f'<p class="made">{escape(about)}</p>', "<h2>Leaks</h2>", "<ul>"]
+    for finding in result["leaks"]["findings"]:
+        kind = ' class="warning"' if finding["warning"] else ""
+        body.append(f"<li{kind}>{escape(finding['text'])}</li>")
+    body += ["</ul>", "<h2>Figures</h2>"]
+    for table in tables(result):
+        body += [f"<h3>{escape(table.title)}</h3>", f'<div class="scroll" tabindex="0">{_html(table)}</div>']
+        body.append(f'<p class="caption">{escape(table.caption)}</p>')
+    if result["notes"]:
+        body += ["<h3>Notes</h3>", "<ul>", *(f"<li>{escape(note)}</li>" for note in result["notes"]), "</ul>"]
+    body.append("<h2>Pictures</h2>")
+    for picture in pictures:
+        data = base64.b64encode(picture.path.read_bytes()).decode()
+        image = f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}">'
+        body.append(f"<h3>{escape(picture.title)}</h3>")
+        body.append(f"<figure>{image}<figcaption>{escape(picture.caption)}</figcaption></figure>")
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(result['run'])}: what was learned</title><style>{_STYLE}</style>"
+    )
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{chr(10).join(body)}\n</body></html>\n'
+
+
+def _html(table: Table) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
