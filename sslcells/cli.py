@@ -18,6 +18,7 @@ from sslcells.delivery import DeliveryError
 from sslcells.delivery.embedding import embed_folder
 from sslcells.delivery.export import export
 from sslcells.delivery.search import search
+from sslcells.evaluate import evaluate
 from sslcells.interrupt import Stopped
 from sslcells.models import files
 from sslcells.plan import TrainingError, consequences
@@ -42,6 +43,15 @@ Embed every image below a folder: shards of path, id, vector, label. Killed at a
   accelerate launch --config_file launch/gpu8.yaml -m sslcells embed runs/my_cells path/to/images
 """
 
+_EVALUATE = """\
+Measure a finished run: leaks first, then kNN, linear probe, few-shot, retrieval, clustering, figures without labels.
+Printed, written to RUN/evaluation.json, and with pictures to RUN/report.html.
+
+  sslcells evaluate runs/my_cells
+  sslcells evaluate runs/my_cells data.sources=sources.csv evaluate.split=val
+  accelerate launch --config_file launch/gpu8.yaml -m sslcells.evaluate runs/my_cells
+"""
+
 
 def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0 done, 1 could not go on, 2 a mistake in what was asked for."""
@@ -54,6 +64,9 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--check", action="store_true", help="print the whole configuration, what follows from it; stop")
     sub.add_argument("--debug", action="store_true", help="five steps in one process, checked and shown in detail")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    sub = commands.add_parser("evaluate", help="measure a finished run", description=_EVALUATE, formatter_class=raw)
+    sub.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to data, evaluate or train")
     commands.add_parser("selfcheck", help="does this machine or cluster compute what it should?")
     sub = commands.add_parser("export", help="write the encoder for timm, torch and ONNX, with a model card")
     sub.add_argument("run", metavar="RUN", help="folder of a finished run")
@@ -115,6 +128,10 @@ def _sync(args: argparse.Namespace) -> None:
         raise SystemExit(status)
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    evaluate(args.run, args.overrides)
+
+
 def _selfcheck(args: argparse.Namespace) -> None:
     if not selfcheck():
         raise SystemExit(1)
@@ -170,6 +187,7 @@ def _search(args: argparse.Namespace) -> None:
 
 _COMMANDS = {
     "train": _train,
+    "evaluate": _evaluate,
     "selfcheck": _selfcheck,
     "sync": _sync,
     "export": _export,
