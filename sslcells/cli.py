@@ -15,6 +15,11 @@ from sslcells import __version__, distributed, lock, tracking
 from sslcells.checkpoint import CheckpointError
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import DataError
+from sslcells.delivery import DeliveryError
+from sslcells.delivery.embedding import embed_folder
+from sslcells.delivery.export import export
+from sslcells.delivery.search import search
+from sslcells.evaluate import evaluate
 from sslcells.interrupt import Stopped
 from sslcells.models import files
 from sslcells.plan import TrainingError, consequences
@@ -32,6 +37,22 @@ Train an encoder. With no argument: SimCLR on synthetic blood cells, small enoug
   sslcells train --debug method.name=triplet
 """
 
+_EMBED = """\
+Embed every image below a folder: shards of path, id, vector, label. Killed at any moment and given again, it goes on.
+
+  sslcells embed runs/my_cells path/to/images
+  accelerate launch --config_file launch/gpu8.yaml -m sslcells embed runs/my_cells path/to/images
+"""
+
+_EVALUATE = """\
+Measure a finished run: leaks first, then kNN, linear probe, few-shot, retrieval, clustering, figures without labels.
+Printed, written to RUN/evaluation.json, and with pictures to RUN/report.html.
+
+  sslcells evaluate runs/my_cells
+  sslcells evaluate runs/my_cells data.sources=sources.csv evaluate.split=val
+  accelerate launch --config_file launch/gpu8.yaml -m sslcells.evaluate runs/my_cells
+"""
+
 
 def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0 done, 1 could not go on, 2 a mistake in what was asked for."""
@@ -44,14 +65,39 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--check", action="store_true", help="print the whole configuration, what follows from it; stop")
     sub.add_argument("--debug", action="store_true", help="five steps in one process, checked and shown in detail")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    sub = commands.add_parser("evaluate", help="measure a finished run", description=_EVALUATE, formatter_class=raw)
+    sub.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to data, evaluate or train")
     commands.add_parser("selfcheck", help="does this machine or cluster compute what it should?")
+    sub = commands.add_parser("export", help="write the encoder for timm, torch and ONNX, with a model card")
+    sub.add_argument("run", metavar="RUN", help="folder of a finished run")
+    sub.add_argument("--to", metavar="FOLDER", help="where to; RUN/export otherwise")
+    sub.add_argument("--no-onnx", action="store_true", help="leave ONNX out")
+    sub = commands.add_parser("embed", help="embed a folder of images", description=_EMBED, formatter_class=raw)
+    sub.add_argument("run", metavar="RUN", help="folder of a finished run, or an exported encoder")
+    sub.add_argument("images", metavar="IMAGES", help="folder of images, at any depth")
+    sub.add_argument("--out", metavar="FOLDER", help="where to; RUN/embeddings/NAME otherwise")
+    sub.add_argument("--format", default="parquet", choices=["parquet", "npz", "h5ad"], help="of the shards (parquet)")
+    sub.add_argument("--no-labels", action="store_true", help="the first sub-folder is not a class")
+    sub.add_argument("--batch", type=int, default=256, metavar="N", help="images a rank and forward pass (256)")
+    sub.add_argument("--workers", type=int, metavar="N", help="processes a rank that read images")
+    sub.add_argument("--shard", type=int, metavar="N", help="images a shard (4096)")
+    sub.add_argument("--cpu", action="store_true", help="even where there is an accelerator")
+    sub = commands.add_parser("search", help="find the embedded images nearest to others")
+    sub.add_argument("target", metavar="RUN_OR_EMBEDDINGS", help="what sslcells embed wrote, or the run it used")
+    sub.add_argument("queries", metavar="QUERY", nargs="+", help="image files")
+    sub.add_argument("--k", type=int, default=10, metavar="N", help="neighbours of each (10)")
+    sub.add_argument("--out", metavar="FOLDER", help="for the picture and the table; EMBEDDINGS/search otherwise")
+    sub.add_argument("--encoder", metavar="RUN", help="where the run is not where it was")
+    sub.add_argument("--sources", metavar="CSV", help="columns path and source: a query's own source is left out")
+    sub.add_argument("--source-pattern", metavar="REGEX", help="its one group, searched in the path, is the source")
+    sub.add_argument("--faiss", action="store_true", help="with an index that is made once: quicker, may miss some")
+    sub.add_argument("--cpu", action="store_true", help="even where there is an accelerator")
     sub = commands.add_parser("sync", help="send runs to W&B, as far as it has not got them yet")
     sub.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, such as runs/quickstart")
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args([command, *argv] if command else argv)
-    if args.command == "sync":
-        return _guarded(lambda: _sync(args.runs))
-    return _guarded((lambda: _train(args)) if args.command == "train" else _selfcheck)
+    return _guarded(lambda: _COMMANDS[args.command](args))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -68,10 +114,10 @@ def _train(args: argparse.Namespace) -> None:
         train(run)
 
 
-def _sync(runs: Sequence[str]) -> None:
+def _sync(args: argparse.Namespace) -> None:
     """Each run on its own, whatever became of the others; the exit status is the highest of theirs."""
     status = 0
-    for folder in map(Path, runs):
+    for folder in map(Path, args.runs):
         ended, busy = (folder / files.SPEC).exists(), (folder / lock.FILE).exists()
         try:
             print(tracking.sync(folder, "ended" if ended else "died" if busy else "stopped"), flush=True)
@@ -83,9 +129,17 @@ def _sync(runs: Sequence[str]) -> None:
         raise SystemExit(status)
 
 
-def _selfcheck() -> None:
+def _evaluate(args: argparse.Namespace) -> None:
+    evaluate(args.run, args.overrides)
+
+
+def _selfcheck(args: argparse.Namespace) -> None:
     if not selfcheck():
         raise SystemExit(1)
+
+
+def _export(args: argparse.Namespace) -> None:
+    export(args.run, args.to, onnx=not args.no_onnx)
 
 
 def _debug(run: Run) -> None:
@@ -102,13 +156,54 @@ def _debug(run: Run) -> None:
         train(run, watch)
 
 
+def _embed(args: argparse.Namespace) -> None:
+    embed_folder(
+        args.run,
+        args.images,
+        args.out,
+        args.format,
+        not args.no_labels,
+        args.batch,
+        args.workers,
+        args.shard,
+        args.cpu,
+    )
+
+
+def _search(args: argparse.Namespace) -> None:
+    if distributed.launched_world() > 1:
+        raise ConfigError(f"search is for one process; {distributed.launched_world()} were launched")
+    search(
+        args.target,
+        args.queries,
+        args.k,
+        args.out,
+        args.encoder,
+        args.sources,
+        args.source_pattern,
+        args.faiss,
+        args.cpu,
+    )
+
+
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "selfcheck": _selfcheck,
+    "sync": _sync,
+    "export": _export,
+    "embed": _embed,
+    "search": _search,
+}
+
+
 def _guarded(command: Callable[[], None]) -> int:
     """The exit status of a command; a mistake of the user's is told once, without a traceback."""
     try:
         command()
     except ConfigError as error:
         return _told(error, 2)
-    except (TrainingError, CheckpointError, DataError, tracking.LogError) as error:
+    except (TrainingError, CheckpointError, DataError, DeliveryError, tracking.LogError) as error:
         return _told(error, 1)
     except Stopped as stopped:
         return _told(stopped, stopped.status)

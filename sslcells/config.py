@@ -194,6 +194,8 @@ class Evaluate(Section):
     """At most this many images of each split, evenly spread; none for all."""
     split: Literal["val", "test"] = "test"
     """The labelled split that is asked for its neighbours in `train`; without one, train itself, leave-one-out."""
+    bootstrap: int = Field(1000, ge=100)
+    """Resamples behind the 95 % intervals of `sslcells evaluate`."""
 
 
 class Run(Section):

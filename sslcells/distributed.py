@@ -30,17 +30,30 @@ def accelerator(run: Run) -> Accelerator:
     Raises:
         ConfigError: where Accelerate would silently run apart the ranks that the launcher started.
     """
-    global _timeout
-    _timeout = timedelta(minutes=run.train.timeout)
-    started = Accelerator(
+    return start(
+        run.train.device == "cpu",
+        run.train.timeout,
         mixed_precision=run.train.precision,
-        cpu=run.train.device == "cpu" or not torch.accelerator.is_available(),
         log_with=None if run.log.tracker == "none" else run.log.tracker,
         project_dir=run.folder,
+    )
+
+
+def start(cpu: bool, minutes: float, **options: Any) -> Accelerator:
+    """As `accelerator`, on the CPU if asked to or where there is nothing else; ranks wait for each other `minutes`.
+
+    Raises:
+        ConfigError: as `accelerator`.
+    """
+    global _timeout
+    _timeout = timedelta(minutes=minutes)
+    started = Accelerator(
+        cpu=cpu or not torch.accelerator.is_available(),
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=_timeout),
         ],
+        **options,
     )
     if started.num_processes != launched_world():
         raise ConfigError(

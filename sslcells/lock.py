@@ -27,8 +27,8 @@ BEAT = 10.0
 class Lock:
     """The folder is this process's until `release`; for one rank to hold."""
 
-    def __init__(self, folder: Path) -> None:
-        """Take the folder, from a process that is no more if need be.
+    def __init__(self, folder: Path, otherwise: str = "choose another name=") -> None:
+        """Take the folder, from a process that is no more if need be; `otherwise` is advice where it is in use.
 
         Raises:
             ConfigError: where another process has it; one on another host is watched for three beats.
@@ -48,12 +48,12 @@ class Lock:
         """who took the folder away from this process, if somebody did"""
         other = self._read()
         if other is not None and self._lives(other):
-            raise ConfigError(f"{folder} is in use by {_name(other)}; wait for its end, or choose another name=")
+            raise ConfigError(f"{folder} is in use by {_name(other)}; wait for its end, or {otherwise}")
         self._write(0)
         if other is not None:
             time.sleep(1.0)  # two that found the same dead owner: the last to write has it
             if (now := self._read()) is not None and now["token"] != self._owner["token"]:
-                raise ConfigError(f"{folder} was just taken by {_name(now)}; wait for its end, or choose another name=")
+                raise ConfigError(f"{folder} was just taken by {_name(now)}; wait for its end, or {otherwise}")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()

@@ -16,7 +16,7 @@ from sslcells import __version__, checkpoint, distributed, methods, models, opti
 from sslcells.augment import Augment
 from sslcells.claim import claimed
 from sslcells.config import Run
-from sslcells.data import Batch, ImageSet, open_splits
+from sslcells.data import Batch, ImageSet, open_splits, reading
 from sslcells.data.loader import Steps, read
 from sslcells.evaluation import Evaluation
 from sslcells.interrupt import Interrupt, Stopped
@@ -145,7 +145,8 @@ class Training:
         distributed.together(self.writer.wait)
         drawn = self._evaluation.pictures(self._encoder, read_metrics(run.folder) if main else [])
         if main:
-            files.export(self._encoder, run.model, self._images.channels, run.augment.size, run.folder)
+            size, channels = run.augment.size, self._images.channels
+            files.export(self._encoder, run.model, channels, size, run.folder, reading(run.data, size))
         log.pictures(self.step, drawn)
         log.say(f"{run.folder}: {files.WEIGHTS}, {files.SPEC}, metrics.jsonl, plots/")
         log.close()

@@ -6,17 +6,29 @@ import sys
 from pathlib import Path
 
 import pytest
+from trained import make_cells, make_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_losses_run_in_anyones_loop():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "sslcells.losses" in c)
     space = {}
     exec(code, space)
     assert space["encoder"].weight.grad.isfinite().all()
     assert len(code.strip().splitlines()) <= 10
+
+
+def test_an_encoder_is_used_in_three_lines(tmp_path, monkeypatch):
+    make_run(tmp_path / "runs" / "quickstart")
+    make_cells(tmp_path / "path" / "to" / "cells", 5)
+    monkeypatch.chdir(tmp_path)
+    code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "load_encoder" in c)
+    assert len([line for line in code.splitlines() if line]) == 3
+    space = {}
+    exec(code, space)
+    assert space["vectors"].shape == (5, 32)
 
 
 def test_the_mistakes_read_as_printed():

@@ -5,13 +5,19 @@ A kind is a module with a `Config` and `open_split(config, split) -> ImageSet | 
 
 import importlib
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sslcells import distributed
 from sslcells.config import ConfigError, Section
+from sslcells.data._decode import Decoder as Decoder
+from sslcells.data._decode import Unreadable as Unreadable
+from sslcells.data._sources import check_pattern as check_pattern
+from sslcells.data._sources import find_sources as find_sources
+from sslcells.data._sources import read_table as read_table
+from sslcells.data._sources import source_ids as source_ids
 
 SPLITS = ("train", "val", "test")
 
@@ -108,3 +114,13 @@ def open_split(config: Section, split: str) -> ImageSet | None:
     module = importlib.import_module(f"sslcells.data.{config.kind}")  # type: ignore[attr-defined]
     images: ImageSet | None = module.open_split(config, split)
     return images
+
+
+def reading(config: Section | None, size: int) -> dict[str, Any]:
+    """How image files become pixels for an encoder trained on this data set: Decoder's size, fit and intensity.
+
+    As the folder was read that it learned from; where it learned from no folder, squares of `size` px, cut.
+    """
+    if getattr(config, "kind", None) == "folder" and config is not None:
+        return config.model_dump(mode="json", include={"size", "fit", "intensity"})
+    return {"size": [size, size], "fit": "crop", "intensity": "percentile"}

@@ -42,11 +42,12 @@ class Decoder:
         """
         try:
             with Image.open(file, formats=_FORMATS) as image:
-                return self._pixels(image)
+                return self.pixels(image)
         except Exception as error:  # Pillow's plugins raise whatever happens to break
             raise Unreadable(_reason(error, file)) from error
 
-    def _pixels(self, image: Image.Image) -> Tensor:
+    def pixels(self, image: Image.Image) -> Tensor:
+        """The pixels of an image that Pillow has opened, which is turned upright in place: (C, H, W) uint8."""
         if self.size is not None:
             # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the time; twice the size leaves the rest to _fit.
             image.draft(None, (2 * max(self.size), 2 * max(self.size)))

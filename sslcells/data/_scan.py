@@ -17,6 +17,11 @@ _SPLIT_NAMES = {
 _SHOWN = 10  # names in one message
 
 
+def is_split(folder: str) -> bool:
+    """Whether a folder of this name is taken for a split."""
+    return any(folder.casefold() in names for names in _SPLIT_NAMES.values())
+
+
 def find_root(path: str) -> Path:
     """The folder that data.path names.
 

@@ -39,6 +39,16 @@ def find_sources(images: Sequence[str], table: dict[str, str], pattern: str | No
     return found
 
 
+def check_pattern(pattern: str) -> None:
+    """Raise a ValueError unless this is a regular expression with one group, the source."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from None
+    if groups != 1:
+        raise ValueError(f"needs one group in parentheses, the source; it has {groups}")
+
+
 def read_table(file: Path, path_column: str, source_column: str) -> dict[str, str]:
     """Image path → source, from a CSV with a header line, its columns parted by comma, semicolon or tab.
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -17,8 +16,8 @@ from torch import Tensor
 from sslcells.config import ConfigError, Section, nearest
 from sslcells.data import DataError, ImageSet
 from sslcells.data._decode import Decoder, Fit, Intensity, Size, Unreadable, header_size
-from sslcells.data._scan import SUFFIXES, find_root, find_splits, subfolders, walk
-from sslcells.data._sources import find_sources, read_table, source_ids
+from sslcells.data._scan import SUFFIXES, find_root, find_splits, is_split, subfolders, walk
+from sslcells.data._sources import check_pattern, find_sources, read_table, source_ids
 from sslcells.storage import patiently
 
 _SHOWN = 10  # broken images in one message
@@ -77,14 +76,8 @@ class Config(Section):
     @field_validator("source_pattern")
     @classmethod
     def _one_group(cls, pattern: str | None) -> str | None:
-        if pattern is None:
-            return None
-        try:
-            groups = re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"no regular expression: {error}") from None
-        if groups != 1:
-            raise ValueError(f"needs one group in parentheses, the source; it has {groups}")
+        if pattern is not None:
+            check_pattern(pattern)
         return pattern
 
 
@@ -139,6 +132,36 @@ class FolderImages(ImageSet):
     def name(self, index: int) -> str:
         """The image's path below data.path."""
         return self._names[index]
+
+
+def list_images(folder: Path) -> list[str]:
+    """Paths below a folder of the images in it at any depth, sorted.
+
+    Raises:
+        ConfigError: where there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        what = "is a file, not a folder of images" if folder.is_file() else f"no such folder{nearest_folder(folder)}"
+        raise ConfigError(f"{folder}: {what}")
+    names = sorted(walk(folder))
+    if not names:
+        raise ConfigError(f"{folder} holds no images ({', '.join(SUFFIXES)}) at any depth")
+    return names
+
+
+def class_of(name: str) -> str | None:
+    """The first sub-folder on an image's path, or the first below a split's; None where there is none."""
+    folders = name.split("/")[:-1]
+    if folders and is_split(folders[0]):
+        folders = folders[1:]
+    return folders[0] if folders else None
+
+
+def nearest_folder(missing: Path) -> str:
+    """` (did you mean x?)`, x being a folder where the path stops to exist, or nothing where no name is near."""
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    return nearest(missing.name, subfolders(missing.parent)) if missing.parent.is_dir() else ""
 
 
 def open_split(config: Config, split: str) -> FolderImages | None:

@@ -1,7 +1,8 @@
 """Which images a rank sees at a step, and how they are read: a function of (seed, step), so any step can be gone to."""
 
 import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +47,15 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
 Sample = tuple[Tensor, int, int, int]
 
 
-class _Samples(Dataset[Sample | DataError]):
-    """An image set as the data loader reads it: an unreadable image is handed over, to be raised where it is seen."""
+class Unread(NamedTuple):
+    """An image that cannot be read."""
+
+    image: int
+    error: DataError
+
+
+class _Samples(Dataset[Sample | Unread]):
+    """An image set as the data loader reads it: an unreadable image is handed over, to be told where it is seen."""
 
     def __init__(self, images: ImageSet) -> None:
         self._images = images
@@ -55,19 +63,21 @@ class _Samples(Dataset[Sample | DataError]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> Sample | DataError:
+    def __getitem__(self, index: int) -> Sample | Unread:
         try:
             pixels = self._images.pixels(index)
         except DataError as error:
-            return error
+            return Unread(index, error)
         return pixels, int(self._images.labels[index]), index, int(self._images.sources[index])
 
 
-def _collate(samples: Sequence[Sample | DataError]) -> Batch | DataError:
+def _collate(samples: Sequence[Sample | Unread]) -> Batch | DataError:
+    whole: list[Sample] = []
     for sample in samples:
-        if isinstance(sample, DataError):
-            return sample
-    pixels, *ids = zip(*samples, strict=True)
+        if isinstance(sample, Unread):
+            return sample.error
+        whole.append(sample)
+    pixels, *ids = zip(*whole, strict=True)
     return Batch(torch.stack(pixels), *(torch.tensor(i, dtype=torch.int64) for i in ids))
 
 
@@ -84,20 +94,62 @@ def read(images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory
     Raises:
         DataError: where an image cannot be read, naming it.
     """
-    loader: DataLoader[Sample | DataError] = DataLoader(
+    for batch in _loaded(images, batches, workers, pin_memory, _collate):
+        if isinstance(batch, DataError):
+            raise batch
+        yield Batch(*batch)
+
+
+class Readable(NamedTuple):
+    """What could be read of the images that were asked for together."""
+
+    asked: int
+    """how many were"""
+    image: list[int]
+    """the indices of those that could, in their order"""
+    pixels: Tensor | list[Tensor]
+    """theirs: (B, C, H, W) uint8, or (C, H, W) each where their sizes differ"""
+    unreadable: list[tuple[int, str]]
+    """the indices of the others, and why"""
+
+
+def read_readable(images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool) -> Iterator[Readable]:
+    """As `read`, but what cannot be read is listed instead, and sizes may differ.
+
+    Raises:
+        DataError: where a process that reads died.
+    """
+    for batch in _loaded(images, batches, workers, pin_memory, _collate_readable):
+        yield Readable(*batch)
+
+
+def _collate_readable(samples: Sequence[Sample | Unread]) -> Readable:
+    pixels = [sample[0] for sample in samples if not isinstance(sample, Unread)]
+    image = [sample[2] for sample in samples if not isinstance(sample, Unread)]
+    unreadable = [(sample.image, str(sample.error)) for sample in samples if isinstance(sample, Unread)]
+    one_size = len({x.shape for x in pixels}) == 1
+    return Readable(len(samples), image, torch.stack(pixels) if one_size else pixels, unreadable)
+
+
+def _loaded(
+    images: ImageSet,
+    batches: Sampler[list[int]],
+    workers: int,
+    pin_memory: bool,
+    collate: Callable[[Sequence[Sample | Unread]], Any],
+) -> Iterator[Any]:
+    """What `collate` makes of each batch; DataError where a process that reads died."""
+    loader: DataLoader[Sample | Unread] = DataLoader(
         _Samples(images),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         worker_init_fn=_quiet,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
     try:
-        for batch in loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield Batch(*batch)
+        yield from loader
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

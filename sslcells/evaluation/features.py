@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcells import distributed
-from sslcells.data import ImageSet
+from sslcells.data import Batch, ImageSet
 from sslcells.data.loader import InOrder, permutation, read
 
 
@@ -18,6 +18,45 @@ def spread(count: int, most: int | None) -> list[int]:
     if most is None or count <= most:
         return list(range(count))
     return sorted(permutation(count, 0, 0)[:most].tolist())
+
+
+def collect(
+    images: ImageSet,
+    indices: Sequence[int],
+    compute: Callable[[Batch], Sequence[Tensor]],
+    device: torch.device,
+    batch: int,
+    workers: int,
+) -> list[Tensor]:
+    """What `compute` makes of the images with these indices, in their order, on every rank: (N, ...) each, on the CPU.
+
+    Each image is read once, by one rank; nothing counts twice. The ranks take blocks of `batch` images in turn, the
+    same blocks on any number of ranks: what a convolution rounds may depend on the batch, and figures must not.
+
+    Raises:
+        DataError: on every rank, where an image cannot be read.
+    """
+    world, blocks = distributed.world(), -(-len(indices) // batch)
+    mine = [i for b in range(distributed.rank(), blocks, world) for i in indices[b * batch : (b + 1) * batch]]
+
+    def local() -> list[Tensor]:
+        parts = [compute(b) for b in read(images, InOrder(mine, batch), workers, pin_memory=device.type == "cuda")]
+        return [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
+
+    columns = distributed.together(local)
+    if not blocks:
+        return []
+    # A rank without a block learns from the first, which always has one, what to bring.
+    kinds = distributed.from_main(lambda: [(c.shape[1:], c.dtype) for c in columns])
+    rows, out = -(-blocks // world) * batch, []
+    for place, (shape, dtype) in enumerate(kinds):
+        padded = torch.zeros(rows, *shape, dtype=dtype, device=device)
+        if mine:
+            padded[: len(mine)] = columns[place]
+        gathered = distributed.gather(padded).view(world, rows // batch, batch, *shape)
+        # rank r's i-th block is block i·world + r
+        out.append(gathered.transpose(0, 1).flatten(0, 2)[: len(indices)].cpu())
+    return out
 
 
 @torch.no_grad()
@@ -32,21 +71,16 @@ def features(
 ) -> Tensor:
     """Features of the images with these indices, in their order, on every rank: (N, F) float32 on the CPU.
 
-    `prepare` turns pixels (B, C, H, W) uint8 and image ids (B,) into what the encoder takes. Each image is encoded
-    once, by one rank; nothing counts twice.
+    `prepare` turns pixels (B, C, H, W) uint8 and image ids (B,) into what the encoder takes.
     """
-    world, part = distributed.world(), -(-len(indices) // distributed.world())
-    mine = list(indices[distributed.rank() :: world])
     training = encoder.training
     encoder.eval()
-    rows = [
-        encoder(prepare(b.pixels.to(device, non_blocking=True), b.image)).float()
-        for b in read(images, InOrder(mine, batch), workers, pin_memory=device.type == "cuda")
-    ]
-    encoder.train(training)
-    width = rows[0].shape[1] if rows else 0
-    width = max(distributed.all_ranks(width))
-    padded = torch.zeros(part, width, device=device)
-    padded[: len(mine)] = torch.cat(rows) if rows else padded[:0]
-    gathered = distributed.gather(padded).view(world, part, width)  # rank r's i-th row is image i·world + r
-    return gathered.transpose(0, 1).flatten(0, 1)[: len(indices)].cpu()
+
+    def encode(b: Batch) -> list[Tensor]:
+        return [encoder(prepare(b.pixels.to(device, non_blocking=True), b.image)).float()]
+
+    try:
+        columns = collect(images, indices, encode, device, batch, workers)
+    finally:
+        encoder.train(training)
+    return columns[0] if columns else torch.zeros(0, 0)

@@ -38,11 +38,11 @@ def neighbours(
         cosine = (query[part] @ bank.T).nan_to_num_(nan=-math.inf)  # (m, N)
         if query_source is not None and bank_source is not None:
             cosine.masked_fill_(query_source[part, None] == bank_source, -math.inf)
-        nearest.append(_largest(cosine, k))
+        nearest.append(largest(cosine, k))
     return torch.cat([c for c, _ in nearest]), torch.cat([i for _, i in nearest])
 
 
-def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of x (m, N) with their indices, in order, equal ones by index.
 
     topk alone leaves open which of equal values it takes, and a stable sort of whole rows is far slower.
@@ -77,12 +77,19 @@ def knn_scores(
     known = bank_labels >= 0
     source = None if bank_source is None else bank_source[known]
     cosine, index = neighbours(query, bank[known], k, query_source, source)
+    return votes(cosine, bank_labels[known][index], classes, temperature)
+
+
+def votes(cosine: Tensor, label: Tensor, classes: int, temperature: float | None) -> Tensor:
+    """Votes for each class (M, K) float32 of neighbours with cosines and labels (M, k), nearest first.
+
+    Weighed as in `knn_scores`; a cosine of −inf, where there was no such neighbour, has no vote.
+    """
     if temperature is None:
         weight = cosine.isfinite().float()
     else:
         # The clamp keeps −inf − (−inf) out of rows without any neighbour.
         weight = ((cosine - cosine[:, :1].clamp_min(-1)) / temperature).exp()
-    label = bank_labels[known][index]  # (M, k)
     # One sum per class instead of scatter_add, whose order of summation varies on CUDA.
     return torch.stack([(weight * (label == c)).sum(1) for c in range(classes)], dim=1)
 

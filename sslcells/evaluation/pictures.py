@@ -4,9 +4,9 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart. Figures 
 global state is never touched, so that a picture can be drawn anywhere, in any thread.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -119,12 +119,20 @@ def _draw_health(ax: Axes, key: str, step: Floats, value: Floats) -> None:
     ax.set_title(_HEALTH.get(key.removeprefix("health/"), key), fontsize="medium")
 
 
-def embedding_map(z: Tensor, labels: Tensor, classes: Sequence[str], out: Path, seed: int, title: str) -> Path | None:
-    """A t-SNE map of unit rows z (N, F), coloured by true label (N,) int64; unknown ones, below 0, are grey.
+class Map(NamedTuple):
+    """Where t-SNE puts some of the rows."""
 
-    At most 2,000 rows, drawn at random. The 40 commonest classes have a look of their own, the others share one.
-    None, and no file, for fewer than 5 rows.
-    """
+    chosen: Tensor
+    """(n,) int64: which rows"""
+    place: Floats
+    """(n, 2)"""
+    how: str
+    rows: int
+    """N, of all"""
+
+
+def tsne_map(z: Tensor, seed: int) -> Map | None:
+    """A t-SNE map of unit rows z (N, F), at most 2,000 of them drawn at random; None for fewer than 5."""
     if len(z) < 5:
         return None
     # Drawn at random: every n-th row would miss whole classes where plates or slides are listed in turn.
@@ -133,28 +141,66 @@ def embedding_map(z: Tensor, labels: Tensor, classes: Sequence[str], out: Path, 
     perplexity = min(30.0, (len(rows) - 1) / 3)
     if rows.std(0).max() < _SAME:
         # t-SNE would tear equal rows apart into clusters that are not there.
-        place, how = np.zeros((len(rows), 2)), "all rows are the same: collapsed"
-    else:
-        tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
-        place, how = tsne.fit_transform(rows), f"t-SNE of unit rows, perplexity {perplexity:.0f}"
+        return Map(shown, np.zeros((len(rows), 2)), "all rows are the same: collapsed", len(z))
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
+    return Map(shown, tsne.fit_transform(rows), f"t-SNE of unit rows, perplexity {perplexity:.0f}", len(z))
+
+
+def embedding_map(z: Tensor, labels: Tensor, classes: Sequence[str], out: Path, seed: int, title: str) -> Path | None:
+    """A t-SNE map of unit rows z (N, F), coloured by true label (N,) int64; unknown ones, below 0, are grey.
+
+    At most 2,000 rows, drawn at random. The 40 commonest classes have a look of their own, the others share one.
+    None, and no file, for fewer than 5 rows.
+    """
+    drawn = tsne_map(z, seed)
+    return None if drawn is None else coloured_map(drawn, labels, classes, out, title)
+
+
+def coloured_map(
+    drawn: Map, groups: Tensor, names: Sequence[str], out: Path, title: str, others: str = "other classes"
+) -> Path:
+    """A map coloured by group: (N,) int64 of all the rows, numbers of `names`, and grey below 0."""
     figure = Figure(layout="constrained")
     ax = figure.subplots()
-    columns = _scatter(ax, place, labels.cpu()[shown].numpy(), classes)
+    columns = _scatter(ax, drawn.place, groups.cpu()[drawn.chosen].numpy(), names, others)
     figure.set_size_inches(6.2 + 2.6 * columns, 6.6)
     ax.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
     ax.set_aspect("equal", adjustable="datalim")
     ax.set_box_aspect(1)
-    ax.set_title(f"{short(title, 70)}\n{len(rows):,} of {len(z):,} images; {how}", fontsize="medium")
+    title = f"{short(title, 70)}\n{len(drawn.chosen):,} of {drawn.rows:,} images; {drawn.how}"
+    ax.set_title(title, fontsize="medium")
     return save(figure, out)
 
 
-def _scatter(ax: Axes, place: Floats, labels: NDArray[np.int64], classes: Sequence[str]) -> int:
+def similarity_histogram(kinds: Mapping[str, Tensor], out: Path) -> Path | None:
+    """How alike pairs of each kind are, cosines (n,) each; None, and no file, for fewer than two kinds of pairs."""
+    finite = {name: cosine[cosine.isfinite()].numpy() for name, cosine in kinds.items()}
+    kept = {name: cosine.clip(-1, 1) for name, cosine in finite.items() if len(cosine)}
+    if len(kept) < 2:
+        return None
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    ax = figure.subplots()
+    low = min(0.99, *(float(cosine.min()) for cosine in kept.values()))
+    edges = np.linspace(low, 1, 61).tolist()
+    for (name, cosine), color, line in zip(kept.items(), (GREEN, VERMILION), ("-", "--"), strict=False):
+        share = np.ones(len(cosine)) / len(cosine)
+        label = f"{name} ({len(cosine):,} pairs, median {np.median(cosine):.2f})"
+        ax.hist(cosine, edges, weights=share, color=color, alpha=0.25)
+        ax.hist(cosine, edges, weights=share, color=color, histtype="step", linestyle=line, label=label)
+    ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    ax.set(xlabel="cosine of the two features (no unit)", ylabel="share of the pairs", xlim=(low, 1))
+    ax.set_title("Positives against negatives: apart is good", fontsize="medium")
+    ax.legend(frameon=False, fontsize="small", loc="upper left")
+    return save(figure, out)
+
+
+def _scatter(ax: Axes, place: Floats, labels: NDArray[np.int64], classes: Sequence[str], others: str) -> int:
     """Points (N, 2) with a legend of classes and how many points each has; returns the legend's columns."""
     images = np.bincount(labels[labels >= 0], minlength=len(classes))
     looks = [(color, marker) for marker in MARKERS for color in OKABE_ITO]
     distinct = sorted(np.argsort(-images, kind="stable")[: len(looks)].tolist())
     other = (labels >= 0) & ~np.isin(labels, distinct)
-    groups = [("unlabelled", labels < 0, (GREY, "o")), ("other classes", other, (GREY, "P"))]
+    groups = [("unlabelled", labels < 0, (GREY, "o")), (others, other, (GREY, "P"))]
     groups += [(classes[c], labels == c, look) for c, look in zip(distinct, looks, strict=False)]
     size = float(np.clip(12_000 / len(place), 12, 60))  # points²
     for name, chosen, (color, marker) in groups:
@@ -176,7 +222,9 @@ def _scatter(ax: Axes, place: Floats, labels: NDArray[np.int64], classes: Sequen
     return columns
 
 
-def confusion(labels: Tensor, predicted: Tensor, classes: Sequence[str], out: Path) -> Path | None:
+def confusion(
+    labels: Tensor, predicted: Tensor, classes: Sequence[str], out: Path, who: str = "Confusion"
+) -> Path | None:
     """Which true class (rows) is taken for which (columns), from (N,) int64 each: shares of the true class, counts.
 
     Labels below 0 are ignored. Predictions below 0, of queries without a neighbour, get a column of their own
@@ -209,7 +257,7 @@ def confusion(labels: Tensor, predicted: Tensor, classes: Sequence[str], out: Pa
         _write_numbers(ax, share, count)
     recall = (np.diagonal(share)[images[:, 0] > 0]).mean()
     ax.set(xlabel="predicted class", ylabel="true class (images)")
-    ax.set_title(f"Confusion: {(true == guess).mean():.1%} right, {recall:.1%} balanced over classes")
+    ax.set_title(f"{who}: {(true == guess).mean():.1%} right, {recall:.1%} balanced over classes")
     return save(figure, out)
 
 

@@ -105,6 +105,28 @@ def neighbour_sheet(
     return save(figure, out)
 
 
+def found_sheet(rows: Sequence[Sequence[tuple[Image | None, str]]], title: str, out: Path) -> Path:
+    """One query a row, and what was found for it, each with its caption; None where an image cannot be shown."""
+    columns = max(map(len, rows))
+    figure, axes = _sheet(len(rows), columns, caption=0.24)
+    for cells, row in zip(axes, rows, strict=True):
+        for column, ax in enumerate(cells):
+            image, caption = row[column] if column < len(row) else (None, "")
+            if image is not None:
+                _show(ax, image, frame="black" if column == 0 else None, caption=caption)
+                continue
+            ax.set(xticks=[], yticks=[])
+            ax.set_xlabel(caption, fontsize=7.5, labelpad=2)
+            for spine in ax.spines.values():
+                spine.set_visible(False)
+            if caption:
+                ax.text(0.5, 0.5, "not there", ha="center", va="center", fontsize="small", transform=ax.transAxes)
+    for column, ax in enumerate(axes[0]):
+        ax.set_title(f"{column}" if column else "query", fontsize="small")
+    figure.suptitle(title, fontsize="medium", y=1 - 0.08 / figure.get_figheight(), va="top")
+    return save(figure, out)
+
+
 def _drawn_evenly(labels: Tensor, images: int, seed: int) -> Tensor:
     """Indices (n,) int64 of at most `images` rows, in turn one of each label (N,), in the order of the labels."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))

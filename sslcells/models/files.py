@@ -1,10 +1,12 @@
 """The encoder's file: weights as safetensors, and a JSON that says how timm makes the network they fit."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,8 +16,17 @@ from sslcells.models import create, normalisation, small_stem
 WEIGHTS, SPEC = "encoder.safetensors", "encoder.json"
 
 
-def export(encoder: nn.Module, config: Model, channels: int, size: int, folder: Path) -> None:
+def export(
+    encoder: nn.Module,
+    config: Model,
+    channels: int,
+    size: int,
+    folder: Path,
+    reading: Mapping[str, Any] | None = None,
+) -> None:
     """Write encoder.safetensors and encoder.json: what images it takes, and how to make it again.
+
+    `reading` says how files became the pixels it learned from: size, fit and intensity of a decoder.
 
     `timm.create_model(**spec["timm"], checkpoint_path="encoder.safetensors")` loads it; with stem "small", which timm
     has no argument for, the stem is replaced first, as `load` does.
@@ -28,6 +39,7 @@ def export(encoder: nn.Module, config: Model, channels: int, size: int, folder: 
         "size": size,
         "mean": mean,
         "std": std,
+        "reading": reading,
         "timm_version": timm.__version__,
     }
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
@@ -39,14 +51,19 @@ def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The encoder of a run's folder, in eval mode, and its encoder.json.
 
     Raises:
-        ConfigError: where the folder holds no encoder.
+        ConfigError: where the folder holds no encoder, or a damaged one.
     """
     if not (folder / SPEC).is_file():
         raise ConfigError(f"{folder} holds no {SPEC}: is it the folder of a finished run?")
-    spec: dict[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
-    args = dict(spec["timm"])
-    encoder = create(args.pop("model_name"), args.pop("in_chans"), args)
-    if spec["stem"] == "small":
-        small_stem(encoder, spec["channels"])
-    encoder.load_state_dict(load_file(folder / WEIGHTS))
+    try:
+        spec: dict[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+        weights = load_file(folder / WEIGHTS)
+        args = dict(spec["timm"])
+        encoder = create(args.pop("model_name"), args.pop("in_chans"), args)
+        if spec["stem"] == "small":
+            small_stem(encoder, spec["channels"])
+        encoder.load_state_dict(weights)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ConfigError(f"{folder} holds no whole encoder: {type(error).__name__}: {first}") from error
     return encoder.eval(), spec

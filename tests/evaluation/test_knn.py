@@ -72,8 +72,8 @@ def test_tiles_do_not_change_anything(monkeypatch):
     whole = neighbours(z, z, 9, source, source)
     monkeypatch.setattr(knn, "_TILE", 101 * 7)
     seen = []
-    largest = knn._largest
-    monkeypatch.setattr(knn, "_largest", lambda x, k: seen.append(len(x)) or largest(x, k))
+    largest = knn.largest
+    monkeypatch.setattr(knn, "largest", lambda x, k: seen.append(len(x)) or largest(x, k))
     tiled = neighbours(z, z, 9, source, source)
     assert max(seen) == 7
     assert sum(seen) == 101

@@ -1,0 +1,171 @@
+"""The model card: what the encoder learned from, how, with what figures, where not to trust it, how to load it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sslcells import __version__
+from sslcells.config import Run, load
+from sslcells.delivery.encoder import Encoder
+from sslcells.tracking import METRICS, read_metrics
+
+EVALUATION = "evaluation.json"
+_MOST = 60
+"""figures of one table"""
+
+
+def card(folder: Path, encoder: Encoder, spec: Mapping[str, Any], checks: Sequence[str], onnx: bool) -> str:
+    """The card of a run's encoder, in Markdown; what the folder does not say, the card says is not known."""
+    config = folder / "config.yaml"
+    run = load(str(config)) if config.is_file() else None
+    parts = [
+        _head(encoder, spec, run),
+        "## Data\n\n" + _data(run),
+        "## Recipe\n\n" + _recipe(run),
+        "## Figures\n\n" + _figures(folder, run),
+        "## Limits\n\n" + _limits(encoder, run),
+        "## How to load it\n\n" + _loading(encoder, spec, onnx),
+        "## Checked\n\nAgainst the network it was exported from, in float32 on the CPU:\n\n"
+        + "\n".join(f"- {line}" for line in checks),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(encoder: Encoder, spec: Mapping[str, Any], run: Run | None) -> str:
+    name = run.name if run is not None else "encoder"
+    parameters = sum(p.numel() for p in encoder.backbone.parameters()) / 1e6
+    colours = {1: "grey", 3: "RGB"}.get(encoder.channels, f"{encoder.channels}-channel")
+    stem = ", small stem" if spec["stem"] == "small" else ""
+    return (
+        "---\nlibrary_name: timm\ntags:\n- image-feature-extraction\n- microscopy\n- self-supervised-learning\n---\n\n"
+        f"# {name}\n\n"
+        f"An encoder of cell images: {colours} images of {encoder.size}×{encoder.size} px → {encoder.features} "
+        f"features. `{spec['timm']['model_name']}`{stem}, {parameters:.2f} M parameters, digest `{encoder.digest}`. "
+        f"Made with sslcells {__version__}, timm {spec['timm_version']}."
+    )
+
+
+def _data(run: Run | None) -> str:
+    if run is None:
+        return "Not known: the encoder's folder held no config.yaml."
+    return f"Of folders and files, names alone.\n\n{_yaml(_unpathed(run.model_dump(mode='json')['data']))}"
+
+
+def _recipe(run: Run | None) -> str:
+    if run is None:
+        return "Not known: the encoder's folder held no config.yaml."
+    kept = ("seed", "method", "augment", "model", "optim", "train")
+    tree = run.model_dump(mode="json")
+    return _yaml({key: tree[key] for key in kept})
+
+
+def _figures(folder: Path, run: Run | None) -> str:
+    parts = []
+    if (folder / METRICS).is_file():
+        rows = read_metrics(folder)
+        measured = sorted({key for row in rows for key in row if "/" in key or key == "loss"})
+        lines = [f"| {key} | {_number(_at(rows, key, 0))} | {_number(_last(rows, key))} |" for key in measured]
+        steps = max((row["step"] for row in rows), default=0)
+        parts.append(f"| figure | untrained | after step {steps} |\n|---|---|---|\n" + "\n".join(lines))
+        if run is not None and any(key.startswith("knn") for key in measured):
+            parts.append(
+                f"knn: {run.evaluate.k} neighbours, weighted, unit rows, same source left out; `knn` asks the labelled "
+                f"split {run.evaluate.split} in train, `knn_loo` train in itself."
+            )
+    if (folder / EVALUATION).is_file():
+        found = list(_flat(json.loads((folder / EVALUATION).read_text(encoding="utf-8"))))
+        lines = [f"| {key} | {_number(value)} |" for key, value in found[:_MOST]]
+        more = f"\n\n{len(found) - _MOST} more stand in {EVALUATION}." if len(found) > _MOST else ""
+        parts.append(f"From {EVALUATION}:\n\n| figure | value |\n|---|---|\n" + "\n".join(lines) + more)
+    return "\n\n".join(parts) or "None were found beside the encoder: nothing is known of its quality."
+
+
+def _limits(encoder: Encoder, run: Run | None) -> str:
+    lines = [
+        "For research: it was not validated for diagnosis.",
+        "The figures hold for images like those above. Another stain, microscope, magnification or preparation is "
+        "another question, which they do not answer: measure on your own images.",
+        f"It saw cells at {encoder.size}×{encoder.size} px; what an image shows in µm should be as in training.",
+    ]
+    data = run.model_dump(mode="json")["data"] if run is not None else {}
+    if run is not None and not (data.get("sources") or data.get("source_pattern")):
+        lines.append(
+            "Sources (slide, donor, photograph) of the images were not given: where images of one source lie on both "
+            "sides of the split, the figures flatter."
+        )
+    if data.get("kind") == "synthetic":
+        lines.append("It learned from drawn cells, not from real ones: good for trying the software out.")
+    if run is not None and run.model.pretrained:
+        lines.append("It started from weights that timm publishes; their terms hold too.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _loading(encoder: Encoder, spec: Mapping[str, Any], onnx: bool) -> str:
+    shape = f"(N, {encoder.channels}, {encoder.size}, {encoder.size})"
+    if spec["stem"] == "small":
+        alone = (
+            "timm has no argument for the small stem: after `timm.create_model`, two modules are replaced (`conv1` by "
+            "a 3×3 convolution of stride 1, `maxpool` by nothing), then the weights fit. `load.py` does it:\n\n"
+        )
+    elif spec["timm"]["model_name"] == "small_cnn":
+        alone = "The network is not one of timm's: `small_cnn.py` tells timm about it, and `load.py` imports that:\n\n"
+    else:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in spec["timm"].items())
+        alone = (
+            f"With timm alone, for images normalised by the mean and std in `encoder.json`:\n\n"
+            f"```python\nimport timm\n\n"
+            f'encoder = timm.create_model({arguments}, checkpoint_path="encoder.safetensors").eval()\n```\n\n'
+            f"With the resizing and the normalisation, `load.py` needs timm alone too:\n\n"
+        )
+    parts = [
+        f"{alone}```python\nfrom load import load, prepare\n\nfeatures = load()(prepare(pixels))  "
+        f"# pixels (N, {encoder.channels}, H, W) uint8 → (N, {encoder.features})\n```",
+        f"With torch alone, for pixels {shape} uint8, normalised inside:\n\n```python\nimport torch\n\n"
+        f'encoder = torch.export.load("encoder.pt2").module()\n```',
+        *(
+            [
+                f"With ONNX, for pixels {shape} uint8, normalised inside:\n\n```python\nimport onnxruntime\n\n"
+                f'session = onnxruntime.InferenceSession("encoder.onnx")\n'
+                f'(features,) = session.run(None, {{"pixels": pixels}})\n```'
+            ]
+            if onnx
+            else []
+        ),
+        "With sslcells, for folders, files, PIL images and tensors of any size:\n\n```python\nimport sslcells\n\n"
+        'vectors = sslcells.embed("path/to/cells", "path/to/this/folder")\n```',
+    ]
+    return "\n\n".join(parts)
+
+
+def _yaml(tree: Mapping[str, Any]) -> str:
+    return f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(dict(tree)))}```"
+
+
+def _unpathed(data: dict[str, Any]) -> dict[str, Any]:
+    """Paths of the machine it was trained on are nobody's business: their last names stay."""
+    shortened = {key: Path(data[key]).name for key in ("path", "sources", "root") if data.get(key)}
+    return {key: value for key, value in (data | shortened).items() if value is not None}
+
+
+def _at(rows: Sequence[Mapping[str, Any]], key: str, step: int) -> Any:
+    return next((row[key] for row in rows if row["step"] == step and key in row), None)
+
+
+def _last(rows: Sequence[Mapping[str, Any]], key: str) -> Any:
+    return next((row[key] for row in reversed(rows) if key in row and row["step"] > 0), None)
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _flat(tree: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of nested mappings, as a/b/c."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flat(value, f"{name}/{key}" if name else str(key))
+    elif isinstance(tree, (int, float)) and not isinstance(tree, bool):
+        yield name, tree

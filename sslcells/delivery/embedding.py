@@ -1,0 +1,349 @@
+"""`sslcells embed`: every image of a folder to a row in a shard, on any number of ranks, resumable at any moment."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from sslcells import distributed
+from sslcells.config import ConfigError
+from sslcells.data import DataError
+from sslcells.data.folder import FolderImages, class_of, list_images
+from sslcells.data.loader import Readable, read_readable
+from sslcells.delivery import extra
+from sslcells.delivery.encoder import Encoder, find_run, load_encoder
+from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, list_digest, spelt
+from sslcells.interrupt import Interrupt, Stopped
+from sslcells.lock import Lock
+
+SHARD = 4096
+"""images; what a kill loses a rank at most"""
+_WAIT = 7 * 24 * 60.0
+"""minutes that a rank which has done its part waits for the others"""
+_LINE = 15.0
+"""seconds between two lines of progress where there is no terminal"""
+
+_log = logging.getLogger(__name__)
+
+
+def embed_folder(
+    run: str,
+    images: str,
+    out: str | None = None,
+    format: str = "parquet",
+    labels: bool = True,
+    batch: int = 256,
+    workers: int | None = None,
+    shard: int | None = None,
+    cpu: bool = False,
+) -> Path:
+    """Embed every image below a folder, and return the folder of shards, RUN/embeddings/NAME where `out` names none.
+
+    Shard k holds the images k·`shard` … of the sorted list of paths, whatever the number of ranks; a shard that is
+    there is not made again. Every rank of a launch must call this.
+
+    Raises:
+        ConfigError: where there is no such run or folder, it holds no images, or `out` holds embeddings of another
+            encoder or of other images, or is in use.
+        DataError: where the storage is gone, or a shard cannot be written.
+        Stopped: where a signal asked for it, after what was written.
+        Lost: where another rank is gone.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"--format {format}: there are {', '.join(FORMATS)}")
+    for name, number in (("--batch", batch), ("--shard", SHARD if shard is None else shard)):
+        if number < 1:
+            raise ConfigError(f"{name} {number} should be at least 1")
+    if workers is None:
+        workers = max(1, min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    with Interrupt() as interrupt:
+        device = distributed.start(cpu, _WAIT).device
+        lock: list[Lock] = []
+        try:
+            encoder = distributed.together(lambda: _load(run, device))
+            begun = distributed.from_main(lambda: _begin(run, images, out, format, labels, shard, encoder, lock))
+            _work(*begun, encoder, device, batch, workers, interrupt)
+            return begun[0].folder
+        except BaseException as error:
+            if (lost := distributed.lost(error)) is not None:
+                raise lost from error
+            distributed.leave(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            for held in lock:
+                held.release()
+
+
+def _load(run: str, device: torch.device) -> Encoder:
+    encoder = load_encoder(run, device)
+    encoder.reader()
+    encoder.backbone.to(memory_format=torch.channels_last)
+    return encoder
+
+
+def _begin(
+    run: str,
+    images: str,
+    out: str | None,
+    format: str,
+    labels: bool,
+    shard: int | None,
+    encoder: Encoder,
+    lock: list[Lock],
+) -> tuple[Embeddings, list[str], list[int]]:
+    """Rank 0: take or find the folder of shards; returns it, the sorted images, and the shards that are missing."""
+    root = Path(images).expanduser()
+    names = list_images(root)
+    folder = Path(out).expanduser() if out is not None else find_run(run) / "embeddings" / root.resolve().name
+    if folder.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(f"--out {folder} lies in {images}, the folder of images; choose another")
+    if format == "h5ad":
+        extra("h5py", "anndata", "--format h5ad")
+        extra("pandas", "anndata", "--format h5ad")
+    fresh = {
+        "encoder": encoder.digest,
+        "run": str(find_run(run).resolve()),
+        "images": str(root.resolve()),
+        "count": len(names),
+        "list": list_digest(names),
+        "shard": shard or SHARD,
+        "format": format,
+        "labels": labels,
+        "features": encoder.features,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.append(Lock(folder, otherwise="choose another --out"))
+        if (folder / MANIFEST).is_file():
+            before = Embeddings.open(folder)
+            if shard is None:
+                fresh["shard"] = before.size
+            _same(before, Embeddings(folder, fresh))
+        embeddings = Embeddings(folder, fresh)
+        embeddings.begin()
+        there = set(embeddings.written())
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be written: {error}") from None
+    return embeddings, names, [number for number in range(embeddings.shards) if number not in there]
+
+
+def _same(before: Embeddings, now: Embeddings) -> None:
+    """Raise a ConfigError where the shards that are there would not fit those to come."""
+    folder, other = now.folder, "; choose another --out"
+    if before.encoder != now.encoder:
+        raise ConfigError(
+            f"{folder} holds embeddings of another encoder, {before.encoder} of {before.run}, not {now.encoder}{other}"
+        )
+    if before.listed != now.listed:
+        raise ConfigError(
+            f"{folder} was begun with other images: {before.count} below {before.root}, now {now.count} below "
+            f"{now.root}{other}"
+        )
+    for what, then, wanted in (
+        ("--format", before.format, now.format),
+        ("--shard", before.size, now.size),
+        ("--labels", before.labels, now.labels),
+    ):
+        if then != wanted:
+            raise ConfigError(f"{folder} was begun with {what} {then}, not {wanted}; go on with it, or{other[1:]}")
+
+
+def _work(
+    embeddings: Embeddings,
+    names: Sequence[str],
+    missing: Sequence[int],
+    encoder: Encoder,
+    device: torch.device,
+    batch: int,
+    workers: int,
+    interrupt: Interrupt,
+) -> None:
+    """This rank's part of the missing shards; then, together, the list of what could not be read."""
+    mine = missing[distributed.rank() :: distributed.world()]
+    console = Console(highlight=False, quiet=distributed.rank() > 0)
+    with _Meter(embeddings, missing, console) as meter:
+        failure: Exception | None = None
+        try:
+            _embed(embeddings, names, mine, encoder, device, batch, workers, interrupt, meter)
+        except Exception as error:  # told at once, and raised on every rank when each has done its part
+            failure = error
+            if distributed.world() > 1:
+                _log.error("rank %d stopped: %s; the other ranks go on with their parts", distributed.rank(), error)
+        distributed.raise_first(failure)
+        asked = distributed.largest(interrupt.asked)
+    folder = embeddings.folder
+    if asked:
+        there = len(distributed.from_main(embeddings.written))
+        name = signal.Signals(asked).name
+        raise Stopped(
+            asked, f"{folder}: stopped by {name} with {there} of {embeddings.shards} shards; the same command goes on"
+        )
+
+    def finish() -> tuple[int, str]:
+        unreadable = embeddings.write_unreadable()
+        return unreadable, f", {embeddings.write_h5ad().name}" if embeddings.format == "h5ad" else ""
+
+    unreadable, more = distributed.from_main(finish)
+    listed = f"; {unreadable} could not be read: {folder / UNREADABLE}" if unreadable else ""
+    console.print(
+        f"{folder}: {embeddings.count - unreadable} images of {embeddings.features} features in "
+        f"{embeddings.shards} shards{more}{listed}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _embed(
+    embeddings: Embeddings,
+    names: Sequence[str],
+    mine: Sequence[int],
+    encoder: Encoder,
+    device: torch.device,
+    batch: int,
+    workers: int,
+    interrupt: Interrupt,
+    meter: "_Meter",
+) -> None:
+    """Make and write these shards, one after the other, until done or asked to stop."""
+    root, unknown = embeddings.root, torch.full((len(names),), -1)
+    images = FolderImages(Path(root), names, encoder.reader(), (), unknown, unknown, {})
+    parts = read_readable(images, _Parts(embeddings, mine, batch), workers, pin_memory=device.type == "cuda")
+    for number in mine:
+        rows, wanted, held = [], len(embeddings.members(number)), list[Readable]()
+        while wanted:
+            if interrupt.asked:
+                return
+            part = next(parts)
+            wanted -= part.asked
+            if part.unreadable:
+                _still_there(root)
+            if part.image:
+                rows.append(_rows(encoder, part.pixels))
+            held.append(part._replace(pixels=[]))
+            meter.add(part.asked)
+        ids = [i for part in held for i in part.image]
+        embeddings.write(
+            number,
+            Shard(
+                np.array(ids, dtype=np.int64),
+                [spelt(names[i]) for i in ids],
+                torch.cat(rows).numpy() if rows else np.zeros((0, encoder.features), dtype=np.float32),
+                [_label(names[i]) for i in ids] if embeddings.labels else None,
+                [
+                    (spelt(names[i]), spelt(why.removeprefix(f"{root}/{names[i]}: ")))
+                    for part in held
+                    for i, why in part.unreadable
+                ],
+            ),
+        )
+
+
+@torch.inference_mode()
+def _rows(encoder: Encoder, pixels: Tensor | list[Tensor]) -> Tensor:
+    """(B, F) float32 on the CPU."""
+    rows: Tensor = encoder(pixels)
+    return rows.cpu()
+
+
+def _label(name: str) -> str | None:
+    label = class_of(name)
+    return None if label is None else spelt(label)
+
+
+def _still_there(root: str) -> None:
+    """Raise a DataError where not images are broken, but their folder is away: they must not be listed as broken."""
+    try:
+        with os.scandir(root) as entries:
+            there = next(entries, None) is not None
+    except OSError:
+        there = False
+    if not there:
+        raise DataError(f"{root} is away, or empty now; the same command goes on when it is back")
+
+
+class _Parts(Sampler[list[int]]):
+    """The images of some shards, `batch` at a time, and never of two shards together."""
+
+    def __init__(self, embeddings: Embeddings, shards: Sequence[int], batch: int) -> None:
+        self._embeddings, self._shards, self._batch = embeddings, shards, batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in self._shards:
+            members = self._embeddings.members(number)
+            for start in range(0, len(members), self._batch):
+                yield list(members[start : start + self._batch])
+
+    def __len__(self) -> int:
+        return sum(-(-len(self._embeddings.members(number)) // self._batch) for number in self._shards)
+
+
+class _Meter:
+    """Progress of all ranks, seen from rank 0: the shards that are there, and its own unfinished one."""
+
+    def __init__(self, embeddings: Embeddings, missing: Sequence[int], console: Console) -> None:
+        self._embeddings, self._console = embeddings, console
+        self._todo = sum(len(embeddings.members(number)) for number in missing)
+        self._before = embeddings.count - self._todo
+        self._seen = self._others = 0
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> "_Meter":
+        self._began = self._looked = time.monotonic()
+        console, already = self._console, f", {self._before} of them already" if self._before else ""
+        console.print(
+            f"{self._embeddings.root}: {self._embeddings.count} images{already}; {distributed.world()} ranks",
+            markup=False,
+            soft_wrap=True,
+        )
+        if console.is_terminal and not console.quiet:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=console)
+            self._task = self._progress.add_task("images", total=self._embeddings.count, completed=self._before)
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._seen and error[0] is None:
+            self._line()
+
+    def add(self, images: int) -> None:
+        """So many more were looked at on this rank."""
+        self._seen += images
+        now = time.monotonic()
+        if self._console.quiet or now - self._looked < (1.0 if self._progress is not None else _LINE):
+            return
+        self._looked = now
+        if self._progress is not None:
+            rate = f"{self._rate():,.0f} images/s"
+            self._progress.update(self._task, completed=self._before + self._done(), description=rate)
+        else:
+            self._line()
+
+    def _done(self) -> int:
+        """Images of this start on all ranks: as far as rank 0 can see."""
+        there = sum(len(self._embeddings.members(number)) for number in self._embeddings.written())
+        return max(self._seen, there - self._before)
+
+    def _rate(self) -> float:
+        return self._done() / max(1e-6, time.monotonic() - self._began)
+
+    def _line(self) -> None:
+        done, rate = self._done(), self._rate()
+        left = time.strftime("%H:%M:%S", time.gmtime((self._todo - done) / max(rate, 1e-6)))
+        self._console.print(
+            f"{time.strftime('%H:%M:%S')}  {self._before + done} of {self._embeddings.count} images  "
+            f"{rate:,.1f} images/s  {left} left",
+            markup=False,
+            soft_wrap=True,
+        )

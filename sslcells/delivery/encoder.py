@@ -1,0 +1,216 @@
+"""A trained encoder in Python: the network with what must happen to images before it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sslcells.augment import resized
+from sslcells.config import ConfigError, Run, load
+from sslcells.data import DataError, Decoder, Unreadable, reading
+from sslcells.data.folder import list_images, nearest_folder
+from sslcells.models import files, width
+
+Picture = Tensor | Image.Image
+Pictures = Picture | Sequence[Picture]
+"""A tensor (N, C, H, W) or (C, H, W), uint8 or float in 0..1; a PIL image; or a sequence of images of any sizes."""
+
+
+class Encoder(nn.Module):
+    """Images as they are → features (N, F) float32: brought to the size, and normalised, as in training.
+
+    `backbone` is the bare network, which takes what `prepare` returns. Gradients flow; `sslcells.embed` needs none.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, spec: dict[str, Any], reading: dict[str, Any], digest: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.channels: int = spec["channels"]
+        self.size: int = spec["size"]
+        self.features = width(backbone, self.channels, self.size)
+        """F"""
+        self.reading = reading
+        """how files become pixels: size, fit and intensity"""
+        size = None if reading["size"] is None else (int(reading["size"][0]), int(reading["size"][1]))
+        fit, intensity = reading["fit"], reading["intensity"]
+        self.decoder = Decoder(spec["channels"], size, fit, intensity) if self.channels in (1, 3) else None
+        """from files and PIL images to pixels; none where the encoder takes neither grey nor RGB"""
+        self.digest = digest
+        """equal for equal weights and preprocessing"""
+        self.register_buffer("mean", torch.tensor(spec["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(spec["std"])[:, None, None], persistent=False)
+
+    def forward(self, images: Pictures) -> Tensor:
+        """Images → (N, F) float32 on the encoder's device.
+
+        Raises:
+            ValueError: where they are no images, or of another number of channels.
+        """
+        features: Tensor = self.backbone(self.prepare(images)).float()
+        return features
+
+    def prepare(self, images: Pictures) -> Tensor:
+        """Images → (N, C, S, S) float32, resized and normalised, on the encoder's device.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        if isinstance(images, Tensor):
+            batch = images if images.ndim == 4 else images[None]
+            return self._normalised(batch)
+        pixels = [self._pixels(image) for image in ([images] if isinstance(images, Image.Image) else images)]
+        if not pixels:
+            return self.mean.new_zeros(0, self.channels, self.size, self.size)
+        if len({(x.shape, x.dtype) for x in pixels}) == 1:
+            return self._normalised(torch.stack(pixels))
+        return torch.cat([self._normalised(x[None]) for x in pixels])
+
+    def _pixels(self, image: Picture) -> Tensor:
+        """One image of a sequence: (C, H, W)."""
+        if isinstance(image, Tensor):
+            return image
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"neither a PIL image nor a tensor: {type(image).__name__}; numpy: PIL.Image.fromarray(x)")
+        return self.reader().pixels(image.copy())
+
+    def reader(self) -> Decoder:
+        """The decoder.
+
+        Raises:
+            ConfigError: where files hold no images of so many channels.
+        """
+        if self.decoder is None:
+            raise ConfigError(
+                f"the encoder takes images of {self.channels} channels; files and PIL images are read as 1 or 3: "
+                f"give it tensors (N, {self.channels}, H, W)"
+            )
+        return self.decoder
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """(N, C, H, W) uint8 or float in 0..1 → (N, C, S, S)."""
+        if pixels.ndim != 4 or pixels.shape[1] != self.channels:
+            raise ValueError(
+                f"the encoder takes images (N, {self.channels}, H, W) or ({self.channels}, H, W); "
+                f"these have the shape {tuple(pixels.shape)}"
+            )
+        pixels = pixels.to(self.mean.device, non_blocking=True)
+        if pixels.dtype == torch.uint8:
+            x = pixels.float() / 255
+        elif pixels.is_floating_point():
+            x = pixels.float()
+            low, high = (x.min().item(), x.max().item()) if x.numel() else (0.0, 1.0)
+            if not (low >= 0 and high <= 1):
+                raise ValueError(
+                    f"float images are pixels in 0..1; these go from {low:.4g} to {high:.4g}. uint8 is 0..255; what is "
+                    f"normalised already goes to encoder.backbone"
+                )
+        else:
+            raise ValueError(f"images are uint8 or float in 0..1, not {pixels.dtype}")
+        return (resized(x, self.size) - self.mean) / self.std
+
+
+def load_encoder(run: str | os.PathLike[str] | Run, device: str | torch.device = "cpu") -> Encoder:
+    """The encoder of a run's folder, or of an exported one, in eval mode: `encoder(images)` gives (N, F) float32.
+
+    Raises:
+        ConfigError: where there is no such folder, or no whole encoder in it.
+    """
+    folder = find_run(run.folder if isinstance(run, Run) else run)
+    backbone, spec = files.load(folder)
+    how = spec.get("reading") or _reading_of(folder, spec["size"])
+    return Encoder(backbone, spec, how, _digest(folder, spec, how)).eval().to(device)
+
+
+def embed(
+    images: str | os.PathLike[str] | Pictures | Sequence[str | os.PathLike[str]],
+    encoder: "Encoder | str | os.PathLike[str]",
+    batch: int = 64,
+) -> Tensor:
+    """The features of images: (N, F) float32 on the CPU, one row an image, in their order.
+
+    `images`: a folder, whose images at any depth come in the order of their paths; a file; a list of files; or what an
+    Encoder takes. `encoder`: one, or the folder of a run. Evaluation mode, no gradient, `batch` images at a time.
+
+    Raises:
+        ConfigError: where there is no such folder, image or encoder.
+        DataError: where a file cannot be read, naming it.
+        ValueError: where tensors are no images, or of another number of channels.
+    """
+    if not isinstance(encoder, Encoder):
+        encoder = load_encoder(encoder)
+    training = encoder.training
+    encoder.eval()
+    try:
+        with torch.inference_mode():
+            rows = [encoder(part).cpu() for part in _parts(images, encoder, batch)]
+    finally:
+        encoder.train(training)
+    return torch.cat(rows) if rows else torch.zeros(0, encoder.features)
+
+
+def _parts(images: Any, encoder: Encoder, batch: int) -> Iterator[Pictures]:
+    """The images as Encoder takes them, `batch` at a time; files are opened when their part is asked for."""
+    if isinstance(images, (str, os.PathLike)):
+        images = _files(Path(images))
+    elif isinstance(images, Image.Image) or (isinstance(images, Tensor) and images.ndim == 3):
+        images = [images]
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        if isinstance(part, Tensor):
+            yield part
+        else:
+            yield [_opened(x, encoder.reader()) if isinstance(x, (str, os.PathLike)) else x for x in part]
+
+
+def _opened(file: str | os.PathLike[str], decoder: Decoder) -> Tensor:
+    try:
+        return decoder(os.fspath(file))
+    except Unreadable as error:
+        raise DataError(f"{file}: {error}") from None
+
+
+def _files(path: Path) -> list[Path]:
+    """The image files that a path names: itself, or those below it in the order of their paths."""
+    path = path.expanduser()
+    if path.is_file():
+        return [path]
+    return [path / name for name in list_images(path)]
+
+
+def find_run(path: str | os.PathLike[str]) -> Path:
+    """The folder of an encoder, named itself or by one of its two files.
+
+    Raises:
+        ConfigError: where there is none, with the nearest name that is.
+    """
+    folder = Path(path).expanduser()
+    if folder.name in (files.SPEC, files.WEIGHTS) and folder.is_file():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ConfigError(f"{path}: no such run's folder{nearest_folder(folder)}")
+    if not (folder / files.SPEC).is_file() and (folder / "config.yaml").is_file():
+        raise ConfigError(f"{path} holds no {files.SPEC}: the run has not come to its end; its own command goes on")
+    return folder
+
+
+def _reading_of(folder: Path, size: int) -> dict[str, Any]:
+    """How files are read, for an encoder.json that does not say: as the configuration beside it has it."""
+    config = folder / "config.yaml"
+    return reading(load(str(config)).data if config.is_file() else None, size)
+
+
+def _digest(folder: Path, spec: dict[str, Any], how: dict[str, Any]) -> str:
+    with (folder / files.WEIGHTS).open("rb") as weights:
+        whole = hashlib.file_digest(weights, "sha256")
+    what = {k: v for k, v in spec.items() if k not in {"timm_version", "reading"}} | {"reading": how}
+    whole.update(json.dumps(what, sort_keys=True).encode())
+    return whole.hexdigest()[:16]

@@ -1,0 +1,194 @@
+"""`sslcells export`: the encoder as a folder for others, each form of it checked against the network it came from."""
+
+import inspect
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sslcells import models
+from sslcells.augment import resized
+from sslcells.config import ConfigError
+from sslcells.data import synthetic
+from sslcells.delivery import DeliveryError, extra, standalone
+from sslcells.delivery.card import card
+from sslcells.delivery.encoder import Encoder, find_run, load_encoder
+from sslcells.models import files
+
+ONNX, PROGRAM = "encoder.onnx", "encoder.pt2"
+TOLERANCE = 1e-3
+"""of the largest feature, in float32; convolutions that sum in another order differ by 1e-6 or so"""
+
+
+class Check(NamedTuple):
+    """How far one form of the encoder is from the network."""
+
+    what: str
+    difference: float
+    """largest absolute difference of any feature"""
+    largest: float
+    """largest absolute feature"""
+
+    def __str__(self) -> str:
+        return f"{self.what}: largest difference {self.difference:.2e}, features up to {self.largest:.3g}"
+
+
+class FromPixels(nn.Module):
+    """(N, C, S, S) uint8 → (N, F) float32: the normalisation is inside, so that nobody can forget it."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.backbone = encoder.backbone
+        self.register_buffer("mean", encoder.mean.clone())
+        self.register_buffer("std", encoder.std.clone())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, C, S, S) uint8 → (N, F)."""
+        out: Tensor = self.backbone((pixels.float() / 255 - self.mean) / self.std)
+        return out
+
+
+def export(run: str, to: str | None = None, onnx: bool = True, say: Callable[[str], None] = print) -> Path:
+    """Write a run's encoder for others, and return the folder, RUN/export where `to` names none.
+
+    encoder.safetensors and encoder.json (timm), load.py (what timm has no argument for), encoder.pt2 (torch.export),
+    encoder.onnx, README.md (the model card). Files appear whole or not at all.
+
+    Raises:
+        ConfigError: where there is no such run, or what ONNX needs is not installed.
+        DeliveryError: where a form cannot be made, or gives other features than the network.
+    """
+    folder = find_run(run)
+    encoder = load_encoder(folder)
+    if onnx:
+        extra("onnxscript", "export", "ONNX (--no-onnx leaves it out)")
+        extra("onnxruntime", "export", "ONNX (--no-onnx leaves it out)")
+    out = Path(to).expanduser() if to is not None else folder / "export"
+    if out.resolve() == folder.resolve():
+        raise ConfigError(f"--to {to} is the run's own folder; choose another")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as partial:
+            _write(encoder, folder, Path(partial), onnx, say)
+            for file in sorted(Path(partial).iterdir()):
+                os.replace(file, out / file.name)
+    except OSError as error:
+        raise ConfigError(f"--to {out}: cannot be written: {error}") from None
+    say(f"{out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    return out
+
+
+def _write(encoder: Encoder, folder: Path, out: Path, onnx: bool, say: Callable[[str], None]) -> None:
+    spec = json.loads((folder / files.SPEC).read_text(encoding="utf-8")) | {"reading": encoder.reading}
+    (out / files.SPEC).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(folder / files.WEIGHTS, out / files.WEIGHTS)
+    shutil.copyfile(standalone.__file__, out / "load.py")
+    if spec["timm"]["model_name"] == "small_cnn":
+        (out / "small_cnn.py").write_text(inspect.getsource(models.small_cnn), encoding="utf-8")
+    network = FromPixels(encoder).eval()
+    asked = {"noise": noise(encoder, 3), "one image of noise": noise(encoder, 1), "drawn cells": drawn(encoder, 8)}
+    checks = [compare("timm", lambda x: standalone.load(out)(standalone.prepare(x, out)), network, asked, say)]
+    program = write_program(network, encoder, out / PROGRAM)
+    loaded = torch.export.load(out / PROGRAM).module()
+    checks.append(compare("torch.export", loaded, network, asked, say))
+    if onnx:
+        write_onnx(program, out / ONNX)
+        checks.append(compare("ONNX", onnx_session(out / ONNX), network, asked, say))
+    (out / "README.md").write_text(card(folder, encoder, spec, [str(c) for c in checks], onnx), encoding="utf-8")
+
+
+def noise(encoder: Encoder, count: int) -> Tensor:
+    """(count, C, S, S) uint8."""
+    shape = count, encoder.channels, encoder.size, encoder.size
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def drawn(encoder: Encoder, count: int) -> Tensor:
+    """(count, C, S, S) uint8: cells in the size that the encoder is used with, in grey where it takes no RGB."""
+    side = min(max(encoder.size, 16), 1024)
+    cells = synthetic.open_split(synthetic.Config(size=side, train=count), "train")
+    assert cells is not None
+    x = torch.stack([cells.pixels(i) for i in range(count)]).float() / 255
+    if encoder.channels != 3:
+        x = x.mean(1, keepdim=True).expand(-1, encoder.channels, -1, -1)
+    return (resized(x, encoder.size) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def compare(
+    what: str,
+    other: Callable[[Tensor], Tensor],
+    network: nn.Module,
+    asked: dict[str, Tensor],
+    say: Callable[[str], None] = print,
+) -> Check:
+    """How far `other` is from the network, at most, over what it is asked; each is said.
+
+    Raises:
+        DeliveryError: where it is further than TOLERANCE allows.
+    """
+    worst = Check(what, 0.0, 0.0)
+    for name, pixels in asked.items():
+        expected = network(pixels)
+        check = Check(what, (other(pixels) - expected).abs().max().item(), expected.abs().max().item())
+        say(f"{what} on {name} {tuple(pixels.shape)}: {str(check).partition(': ')[2]}")
+        if not check.difference <= TOLERANCE * max(check.largest, 1e-6):  # also where it is NaN
+            raise DeliveryError(f"{check}: not the same encoder, on {name}")
+        worst = max(worst, check, key=lambda c: c[1:])
+    return worst
+
+
+def write_program(network: nn.Module, encoder: Encoder, file: Path) -> torch.export.ExportedProgram:
+    """The network for any number of images, as torch.export has it.
+
+    Raises:
+        DeliveryError: where torch.export cannot follow it.
+    """
+    images = torch.export.Dim("images")
+    try:
+        with torch.no_grad():
+            program = torch.export.export(network, (noise(encoder, 2),), dynamic_shapes={"pixels": {0: images}})
+        torch.export.save(program, file)
+    except Exception as error:  # whatever a backbone does that cannot be followed
+        raise DeliveryError(f"torch.export cannot follow this backbone: {_first(error)}") from error
+    return program
+
+
+def write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
+    """The program as ONNX.
+
+    Raises:
+        DeliveryError: where it has what ONNX has not.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter's own libraries
+            made = torch.onnx.export(program, input_names=["pixels"], output_names=["features"], verbose=False)
+        assert made is not None
+        made.save(str(file))
+    except Exception as error:  # as above
+        raise DeliveryError(
+            f"this backbone cannot be written as ONNX: {_first(error)}; --no-onnx leaves it out"
+        ) from error
+
+
+def onnx_session(file: Path) -> Callable[[Tensor], Tensor]:
+    """What onnxruntime makes of a file, on the CPU: (N, C, S, S) uint8 → (N, F)."""
+    runtime = extra("onnxruntime", "export", "ONNX")
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,314 @@
+"""`sslcells search`: the images nearest to a query by cosine, among all that were embedded."""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from sslcells.config import ConfigError, nearest
+from sslcells.data import Decoder, Unreadable, check_pattern, find_sources, read_table, source_ids
+from sslcells.delivery import extra
+from sslcells.delivery.encoder import Encoder, embed, find_run, load_encoder
+from sslcells.delivery.shards import MANIFEST, Embeddings, Shard, spelt, whole
+from sslcells.evaluation.knn import neighbours
+from sslcells.evaluation.sheets import Image, found_sheet
+from sslcells.models import files
+
+_MOST_SHOWN = 20
+"""queries, and neighbours of each, on the picture"""
+_SMALL = 10_000
+"""images below which FAISS looks at all of them too"""
+
+
+class Found(NamedTuple):
+    """One image near a query."""
+
+    path: str
+    """below the folder of images"""
+    distance: float
+    """1 − cosine: 0 for the same direction, 2 for the opposite one"""
+    label: str | None
+
+
+Sources = Callable[[Sequence[str]], Tensor]
+"""Paths → (N,) int64: equal numbers must not be neighbours; an image's own where nothing else is known."""
+
+
+def search(
+    target: str,
+    queries: Sequence[str],
+    k: int = 10,
+    out: str | None = None,
+    encoder: str | None = None,
+    sources: str | None = None,
+    source_pattern: str | None = None,
+    faiss: bool = False,
+    cpu: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[list[Found]]:
+    """The `k` images nearest to each query, nearest first; prints a table, and writes it and a picture into `out`.
+
+    Neither the query itself nor, where `sources` or `source_pattern` say them, images of its source are neighbours.
+
+    Raises:
+        ConfigError: where there are no such embeddings, they are not complete, or of another encoder.
+        DataError: where a query or a shard cannot be read.
+    """
+    if k < 1:
+        raise ConfigError(f"--k {k} should be at least 1")
+    embeddings = find_embeddings(target)
+    embeddings.check_complete()
+    ids = source_finder(sources, source_pattern)
+    paths = [_query(query, embeddings) for query in queries]
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else None
+    network = _encoder_of(embeddings, encoder, device or torch.device("cpu"))
+    rows = embed(paths, network)
+    names = [_name(path, embeddings) for path in paths]
+    look = approximately if faiss else exactly
+    found = look(embeddings, rows, ids(names), k, ids, network.mean.device)
+    for query, near in zip(queries, found, strict=True):
+        say(f"{query}\n" + "\n".join(_lines(near)) if near else f"{query}\n  no image is left to compare it with")
+    folder = Path(out).expanduser() if out is not None else embeddings.folder / "search"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_csv(folder / "neighbours.csv", queries, found)
+        picture = _draw(folder / "neighbours.png", embeddings, network, paths, found)
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be written: {error}") from None
+    say(f"{picture}, {folder / 'neighbours.csv'}")
+    return found
+
+
+def find_embeddings(target: str) -> Embeddings:
+    """The embeddings in a folder, or the only ones that lie in a run's.
+
+    Raises:
+        ConfigError: where there are none, or several.
+    """
+    folder = Path(target).expanduser()
+    if (folder / MANIFEST).is_file():
+        return Embeddings.open(folder)
+    folder = find_run(target)
+    if not (folder / files.SPEC).is_file():
+        raise ConfigError(f"{target} holds neither {MANIFEST} nor {files.SPEC}: it is neither embeddings nor a run")
+    inside = sorted(manifest.parent for manifest in folder.glob(f"embeddings/*/{MANIFEST}"))
+    if not inside:
+        raise ConfigError(f"{target} has no embeddings yet: sslcells embed {target} IMAGES")
+    if len(inside) > 1:
+        raise ConfigError(f"{target} has several embeddings; name one of them: {', '.join(map(str, inside))}")
+    return Embeddings.open(inside[0])
+
+
+def source_finder(table: str | None, pattern: str | None) -> Sources:
+    """Paths to the numbers of their sources, as a CSV file lists them, or a pattern finds them.
+
+    Raises:
+        ConfigError: where the file or the pattern is not right.
+    """
+    listed: dict[str, str] = {}
+    if table is not None:
+        file = Path(table).expanduser()
+        if not file.is_file():
+            near = nearest(file.name, sorted(p.name for p in file.parent.glob("*.csv")))
+            raise ConfigError(f"--sources {table}: no such file{near}")
+        try:
+            listed = read_table(file, "path", "source")
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("data.sources", "--sources")) from None
+    if pattern is not None:
+        try:
+            check_pattern(pattern)
+        except ValueError as error:
+            raise ConfigError(f"--source-pattern {pattern!r} {error}") from None
+    return lambda names: source_ids(names, find_sources(names, listed, pattern))
+
+
+def exactly(
+    embeddings: Embeddings, query: Tensor, source: Tensor, k: int, sources: Sources, device: torch.device
+) -> list[list[Found]]:
+    """Neighbours of query (M, F) of sources (M,) among all rows, a shard at a time on the device."""
+    query, source = query.to(device), source.to(device)
+    best = torch.full((len(query), 0), -math.inf, device=device)  # (M, ≤ k) cosines
+    rows = torch.zeros((len(query), 0), dtype=torch.int64, device=device)
+    about: dict[int, tuple[str, str | None]] = {}
+    first = 0
+    for shard in embeddings.read_all():
+        if not shard.path:
+            continue
+        bank = torch.from_numpy(np.array(shard.vector)).to(device)
+        cosine, index = neighbours(query, bank, k, source, sources(shard.path).to(device))
+        # Stable, and what is kept comes first: of equal cosines the first path wins, however the shards are cut.
+        best, order = torch.cat([best, cosine], 1).sort(dim=1, descending=True, stable=True)
+        rows = torch.cat([rows, index + first], 1).gather(1, order)[:, :k]
+        best = best[:, :k]
+        kept = set(rows.flatten().tolist())
+        new = {row: row - first for row in kept if first <= row < first + len(shard.path)}
+        about = {row: what for row, what in about.items() if row in kept} | {
+            row: (shard.path[i], shard.label[i] if shard.label else None) for row, i in new.items()
+        }
+        first += len(shard.path)
+    return [
+        [
+            Found(about[row][0], max(0.0, 1 - cos), about[row][1])
+            for cos, row in zip(*pair, strict=True)
+            if cos > -math.inf
+        ]
+        for pair in zip(best.tolist(), rows.tolist(), strict=True)
+    ]
+
+
+def approximately(
+    embeddings: Embeddings, query: Tensor, source: Tensor, k: int, sources: Sources, device: torch.device
+) -> list[list[Found]]:
+    """As `exactly`, from a FAISS index that is made once and kept: for millions of images, and some may be missed."""
+    index, starts = _index(embeddings)
+    asked: NDArray[np.float32] = F.normalize(query.float(), dim=1).cpu().numpy()
+    total = int(starts[-1])
+    found: list[list[Found]] = []
+    cache: dict[int, Shard] = {}
+    for row, own in zip(asked, source.tolist(), strict=True):
+        more, near = 2 * k + 1, list[Found]()
+        while total:
+            cosines, rows = index.search(row[None], min(more, total))
+            near = []
+            for cosine, at in zip(cosines[0].tolist(), rows[0].tolist(), strict=True):
+                if at < 0:
+                    continue
+                number = int(np.searchsorted(starts, at, side="right")) - 1
+                if number not in cache:
+                    cache[number] = embeddings.read(number)
+                shard = cache[number]
+                place = at - int(starts[number])
+                if sources([shard.path[place]]).item() != own:
+                    label = shard.label[place] if shard.label else None
+                    near.append(Found(shard.path[place], max(0.0, 1 - cosine), label))
+            if len(near) >= k or more >= total:
+                break
+            more *= 4  # the query's own source took the places
+        found.append(near[:k])
+    return found
+
+
+def _index(embeddings: Embeddings) -> tuple[Any, NDArray[np.int64]]:
+    """The FAISS index of all rows, made where it is missing; and (shards + 1,) the first row of each shard."""
+    library = extra("faiss", "faiss", "--faiss")
+    file = embeddings.folder / f"index-{embeddings.encoder}-{embeddings.listed[:16]}.faiss"
+    starts_file = file.with_suffix(".npy")
+    if file.is_file() and starts_file.is_file():
+        return _probing(library, library.read_index(str(file))), np.load(starts_file)
+    counts = [len(shard.path) for shard in embeddings.read_all()]
+    total = sum(counts)
+    index = library.IndexFlatIP(embeddings.features)
+    if total >= _SMALL:
+        lists = int(4 * math.sqrt(total))
+        index = library.IndexIVFFlat(index, embeddings.features, lists, library.METRIC_INNER_PRODUCT)
+        share = min(1.0, 64 * lists / total)  # of each shard, so that every part of the folder is seen
+        sample = [_unit(shard.vector[:: max(1, round(1 / share))]) for shard in embeddings.read_all()]
+        index.train(np.concatenate(sample))
+    for shard in embeddings.read_all():
+        index.add(_unit(shard.vector))
+    starts = np.cumsum([0, *counts]).astype(np.int64)
+    whole(file, lambda opened: opened.write(library.serialize_index(index).tobytes()))
+    whole(starts_file, lambda opened: np.save(opened, starts))
+    return _probing(library, index), starts
+
+
+def _probing(library: Any, index: Any) -> Any:
+    """The index, looking into a sixteenth of its lists."""
+    if isinstance(index, library.IndexIVF):
+        index.nprobe = max(8, index.nlist // 16)
+    return index
+
+
+def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    unit: NDArray[np.float32] = F.normalize(torch.from_numpy(np.array(rows)), dim=1).numpy()
+    return unit
+
+
+def _encoder_of(embeddings: Embeddings, given: str | None, device: torch.device) -> Encoder:
+    """The encoder that made the embeddings: the queries must go through the same."""
+    run = given if given is not None else embeddings.run
+    try:
+        encoder = load_encoder(run, device)
+    except ConfigError as error:
+        if given is not None:
+            raise
+        raise ConfigError(f"the encoder of {embeddings.folder} is not where it was: {error}; --encoder RUN") from None
+    if encoder.digest != embeddings.encoder:
+        raise ConfigError(
+            f"{embeddings.folder} holds embeddings of another encoder, {embeddings.encoder}; {run} has {encoder.digest}"
+        )
+    return encoder
+
+
+def _query(query: str, embeddings: Embeddings) -> Path:
+    """The file of a query, as given or below the folder of images."""
+    path = Path(query).expanduser()
+    for file in (path, Path(embeddings.root) / query):
+        if file.is_file():
+            return file
+    if path.is_dir():
+        raise ConfigError(f"{query} is a folder; a query is an image")
+    beside = path.parent if path.parent.is_dir() else Path(embeddings.root)
+    near = nearest(path.name, sorted(p.name for p in beside.iterdir() if p.is_file()))
+    raise ConfigError(f"{query}: no such image, neither here nor in {embeddings.root}{near}")
+
+
+def _name(path: Path, embeddings: Embeddings) -> str:
+    """What the embeddings call a file; its own path where it is not one of theirs."""
+    for whole_path in (Path(os.path.abspath(path)), path.resolve()):
+        if whole_path.is_relative_to(embeddings.root):
+            return spelt(whole_path.relative_to(embeddings.root).as_posix())
+    return spelt(str(path))
+
+
+def _lines(near: Sequence[Found]) -> list[str]:
+    width = max(len(found.path) for found in near)
+    head = f"  {'':>3}  {'distance':>8}  image"
+    return [head] + [
+        f"  {rank:>3}  {found.distance:8.4f}  {found.path:{width}}  {found.label or ''}".rstrip()
+        for rank, found in enumerate(near, 1)
+    ]
+
+
+def _write_csv(file: Path, queries: Sequence[str], found: Sequence[Sequence[Found]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["query", "rank", "distance", "path", "label"])
+    for query, near in zip(queries, found, strict=True):
+        for rank, one in enumerate(near, 1):
+            writer.writerow([spelt(query), rank, f"{one.distance:.6f}", one.path, one.label or ""])
+    whole(file, lambda opened: opened.write(text.getvalue().encode()))
+
+
+def _draw(
+    file: Path, embeddings: Embeddings, encoder: Encoder, paths: Sequence[Path], found: Sequence[Sequence[Found]]
+) -> Path:
+    decoder = Decoder(encoder.reader().channels, None, "crop", encoder.reader().intensity)  # as they are, not cut
+
+    def image(path: Path) -> Image | None:
+        try:
+            return decoder(str(path)).permute(1, 2, 0).numpy()
+        except Unreadable:
+            return None  # moved since it was embedded; its row is still there
+
+    rows = [
+        [
+            (image(path), path.name[-24:]),
+            *(
+                (image(Path(embeddings.root) / one.path), f"{one.distance:.3f} {(one.label or '')[:15]}".rstrip())
+                for one in near[:_MOST_SHOWN]
+            ),
+        ]
+        for path, near in zip(paths[:_MOST_SHOWN], found, strict=False)
+    ]
+    return found_sheet(rows, "Nearest images, with their cosine distance", file)

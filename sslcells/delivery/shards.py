@@ -1,0 +1,310 @@
+"""Embeddings as a folder of shards: which images each holds, how it is written whole or not at all, and read again."""
+
+import hashlib
+import json
+import os
+import secrets
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sslcells.config import ConfigError
+from sslcells.data import DataError
+from sslcells.delivery import extra
+from sslcells.storage import patiently
+
+T = TypeVar("T")
+
+MANIFEST = "embeddings.json"
+UNREADABLE = "unreadable.csv"
+FORMATS = ("parquet", "npz", "h5ad")
+
+
+class Shard(NamedTuple):
+    """A run of consecutive images of the sorted list: n that could be read, and the others' reasons."""
+
+    id: NDArray[np.int64]
+    """(n,): places in the sorted list of all images"""
+    path: list[str]
+    """n paths below the folder of images"""
+    vector: NDArray[np.float32]
+    """(n, F)"""
+    label: list[str | None] | None
+    """n classes, where labels were asked for"""
+    unreadable: list[tuple[str, str]]
+    """path and reason"""
+
+
+class Embeddings:
+    """A folder of embeddings, complete or not, and what it says of itself in embeddings.json."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.encoder: str = manifest["encoder"]
+        """digest of the encoder"""
+        self.run: str = manifest["run"]
+        """its folder, as it was"""
+        self.root: str = manifest["images"]
+        """the folder of images, as it was"""
+        self.count: int = manifest["count"]
+        """images, readable or not"""
+        self.listed: str = manifest["list"]
+        """digest of their sorted paths"""
+        self.size: int = manifest["shard"]
+        """images a shard"""
+        self.format: str = manifest["format"]
+        self.labels: bool = manifest["labels"]
+        self.features: int = manifest["features"]
+        """F"""
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """The embeddings in a folder.
+
+        Raises:
+            ConfigError: where it holds none.
+        """
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            return cls(folder, manifest)
+        except FileNotFoundError:
+            raise ConfigError(f"{folder} holds no {MANIFEST}: is it a folder that sslcells embed wrote?") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from None
+
+    def begin(self) -> None:
+        """Write embeddings.json, and clear away what a killed process left half-written."""
+        for left in self.folder.glob(".*.partial"):
+            with suppress(OSError):
+                left.unlink()
+        manifest = {
+            "encoder": self.encoder,
+            "run": self.run,
+            "images": self.root,
+            "count": self.count,
+            "list": self.listed,
+            "shard": self.size,
+            "format": self.format,
+            "labels": self.labels,
+            "features": self.features,
+        }
+        text = json.dumps(manifest, indent=2) + "\n"
+        whole(self.folder / MANIFEST, lambda file: file.write(text.encode()))
+
+    @property
+    def shards(self) -> int:
+        """How many there are when all are written."""
+        return -(-self.count // self.size)
+
+    def members(self, number: int) -> range:
+        """The images of a shard, by their places in the sorted list."""
+        return range(number * self.size, min((number + 1) * self.size, self.count))
+
+    def file(self, number: int) -> Path:
+        """Where a shard is, when it is written."""
+        return self.folder / f"part-{number:06}.{'parquet' if self.format == 'parquet' else 'npz'}"
+
+    def written(self) -> list[int]:
+        """Numbers of the shards that are there; each is whole, as it got its name last."""
+        there = set(patiently(lambda: os.listdir(self.folder), str(self.folder)))
+        return [number for number in range(self.shards) if self.file(number).name in there]
+
+    def write(self, number: int, shard: Shard) -> None:
+        """Write a shard, whole or not at all.
+
+        Raises:
+            DataError: where the file system refuses.
+        """
+        write = _write_parquet if self.format == "parquet" else _write_npz
+        target = self.file(number)
+        try:
+            patiently(lambda: whole(target, lambda file: write(file, shard)), str(target))
+        except OSError as error:
+            raise DataError(f"{target} cannot be written: {error.strerror or error}") from None
+
+    def read(self, number: int) -> Shard:
+        """A shard.
+
+        Raises:
+            DataError: where it is missing, damaged, or holds other images than it should.
+        """
+        read = _read_parquet if self.format == "parquet" else _read_npz
+        shard = self._opened(number, read)
+        self._counted(number, len(shard.id), len(shard.unreadable))
+        return shard
+
+    def read_all(self) -> Iterator[Shard]:
+        """Every shard, in order.
+
+        Raises:
+            ConfigError: where some are not written yet.
+            DataError: as `read`.
+        """
+        self.check_complete()
+        return (self.read(number) for number in range(self.shards))
+
+    def check_complete(self) -> None:
+        """Raise a ConfigError where some shards are not written yet."""
+        there = len(self.written())
+        if there < self.shards:
+            raise ConfigError(
+                f"{self.folder} is not complete: {there} of {self.shards} shards are there; "
+                f"the same embed command goes on"
+            )
+
+    def unreadable(self) -> Iterator[tuple[str, str]]:
+        """Path and reason of every image that could not be read; vectors stay on the disk.
+
+        Raises:
+            ConfigError: where some shards are not written yet.
+            DataError: as `read`.
+        """
+        self.check_complete()
+        look = _look_parquet if self.format == "parquet" else _look_npz
+        for number in range(self.shards):
+            rows, unreadable = self._opened(number, look)
+            self._counted(number, rows, len(unreadable))
+            yield from unreadable
+
+    def _opened(self, number: int, read: Callable[[Path], T]) -> T:
+        file = self.file(number)
+        try:
+            return read(file)
+        except FileNotFoundError:
+            raise DataError(f"{file} is missing; the same embed command writes it") from None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, pa.ArrowException) as error:
+            raise DataError(f"{file} is damaged ({error}); delete it, and the same embed command writes it") from None
+
+    def _counted(self, number: int, rows: int, unreadable: int) -> None:
+        if rows + unreadable != len(self.members(number)):
+            raise DataError(f"{self.file(number)} holds other images than it should; delete it, and embed again")
+
+    def write_unreadable(self) -> int:
+        """List in unreadable.csv what could not be read, and return how many; no such file where all could."""
+        lines = [f'"{_quoted(path)}","{_quoted(why)}"\n' for path, why in self.unreadable()]
+        target = self.folder / UNREADABLE
+        if lines:
+            text = "path,reason\n" + "".join(lines)
+            whole(target, lambda file: file.write(text.encode()))
+        else:
+            target.unlink(missing_ok=True)
+        return len(lines)
+
+    def write_h5ad(self) -> Path:
+        """All shards in one AnnData file; they are in memory together meanwhile."""
+        pandas, shards = extra("pandas", "anndata", "--format h5ad"), list(self.read_all())
+        index = [path for shard in shards for path in shard.path]
+        columns: dict[str, Any] = {"id": np.concatenate([shard.id for shard in shards])}
+        if self.labels:
+            columns["label"] = pandas.Categorical([label for shard in shards for label in shard.label or ()])
+        target = self.folder / "embeddings.h5ad"
+        partial = _partial(target)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own dependencies
+            anndata = extra("anndata", "anndata", "--format h5ad")
+            table = anndata.AnnData(
+                X=np.concatenate([shard.vector for shard in shards]),
+                obs=pandas.DataFrame(columns, index=pandas.Index(index, name="path")),
+                uns={"encoder": self.encoder},
+            )
+            table.write_h5ad(partial)
+        partial.replace(target)
+        return target
+
+
+def list_digest(names: Sequence[str]) -> str:
+    """Equal for equal sorted lists of paths."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        digest.update(os.fsencode(name) + b"\0")
+    return digest.hexdigest()
+
+
+def spelt(name: str) -> str:
+    r"""A path as text: bytes that are no UTF-8 as \xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def whole(target: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under another name and rename it: it is there whole or not at all, also after a power cut."""
+    partial = _partial(target)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+
+
+def _quoted(text: str) -> str:
+    return text.replace('"', '""')
+
+
+def _write_parquet(file: BinaryIO, shard: Shard) -> None:
+    flat = pa.array(np.ascontiguousarray(shard.vector).reshape(-1), pa.float32())
+    columns: dict[str, Any] = {
+        "path": pa.array(shard.path, pa.string()),
+        "id": pa.array(shard.id, pa.int64()),
+        "vector": pa.FixedSizeListArray.from_arrays(flat, shard.vector.shape[1]),
+    }
+    if shard.label is not None:
+        columns["label"] = pa.array(shard.label, pa.string())
+    about = {"unreadable": json.dumps(shard.unreadable)}
+    pq.write_table(pa.table(columns).replace_schema_metadata(about), file)
+
+
+def _read_parquet(file: Path) -> Shard:
+    table = pq.read_table(file)
+    rows = table["vector"].combine_chunks()
+    vector = np.asarray(rows.values[rows.offset * rows.type.list_size :]).reshape(-1, rows.type.list_size)
+    label = table["label"].to_pylist() if "label" in table.column_names else None
+    return Shard(table["id"].to_numpy(), table["path"].to_pylist(), vector, label, _unreadable(table.schema))
+
+
+def _look_parquet(file: Path) -> tuple[int, list[tuple[str, str]]]:
+    with pq.ParquetFile(file) as parquet:
+        return parquet.metadata.num_rows, _unreadable(parquet.schema_arrow)
+
+
+def _unreadable(schema: Any) -> list[tuple[str, str]]:
+    return [(path, why) for path, why in json.loads(schema.metadata[b"unreadable"])]
+
+
+def _write_npz(file: BinaryIO, shard: Shard) -> None:
+    labels = {} if shard.label is None else {"label": np.array([label or "" for label in shard.label], dtype=str)}
+    np.savez(
+        file,
+        path=np.array(shard.path, dtype=str),
+        id=shard.id,
+        vector=shard.vector,
+        unreadable=np.array(shard.unreadable, dtype=str).reshape(-1, 2),
+        **labels,  # type: ignore[arg-type]
+    )
+
+
+def _read_npz(file: Path) -> Shard:
+    with file.open("rb") as opened, np.load(opened) as arrays:  # numpy leaves a damaged file open
+        label = [text or None for text in arrays["label"].tolist()] if "label" in arrays.files else None
+        unreadable = [(path, why) for path, why in arrays["unreadable"].tolist()]
+        return Shard(arrays["id"], arrays["path"].tolist(), arrays["vector"], label, unreadable)
+
+
+def _look_npz(file: Path) -> tuple[int, list[tuple[str, str]]]:
+    with file.open("rb") as opened, np.load(opened) as arrays:  # numpy leaves a damaged file open
+        return len(arrays["id"]), [(path, why) for path, why in arrays["unreadable"].tolist()]

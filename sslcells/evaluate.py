@@ -1,0 +1,217 @@
+"""What a run has learned: `sslcells evaluate RUN`, also `accelerate launch -m sslcells.evaluate RUN` on many ranks."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+
+from sslcells import __version__, distributed, models
+from sslcells.augment import Augment
+from sslcells.config import ConfigError, Run, load
+from sslcells.data import Batch, DataError, ImageSet, open_splits
+from sslcells.evaluation import VIEWED
+from sslcells.evaluation.features import collect, features, spread
+from sslcells.evaluation.figures import Figures
+from sslcells.evaluation.gallery import Picture, draw
+from sslcells.evaluation.health import alignment
+from sslcells.evaluation.leaks import COPIES, Look, copies, digests, histograms, leaks
+from sslcells.evaluation.report import page, say_figures, say_leaks
+from sslcells.evaluation.sheets import Image
+from sslcells.models import files
+
+RESULTS, REPORT = "evaluation.json", "report.html"
+
+
+def evaluate(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure a finished run, print what was found, and write it to the run's folder; what was found on rank 0.
+
+    Every rank encodes its part of each split, once; rank 0 does the rest alone. The figures are the same on any number
+    of ranks, to the last digit.
+
+    Raises:
+        ConfigError: where the folder is not that of a finished run, or its data does not fit.
+        DataError: where an image cannot be read, or the encoder gives no numbers.
+    """
+    began = time.perf_counter()
+    run = _run(folder, overrides)
+    result, pictures = measured(run, folder, distributed.accelerator(run).device)
+    if result:
+        seconds = round(time.perf_counter() - began, 1)
+        result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": distributed.world()}
+        _write(folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        _write(folder / REPORT, page(result, pictures))
+        print(f"{folder / RESULTS}, {REPORT}: everything above, and pictures; {seconds:.0f} s")
+    return result
+
+
+def measured(run: Run, folder: Path, device: torch.device) -> tuple[dict[str, Any], list[Picture]]:
+    """What `evaluate` finds, prints and draws, on rank 0; nothing on the others."""
+    splits = open_splits(run.data)
+    encoder, spec = distributed.together(lambda: _encoder(folder, run, splits["train"].channels))
+    encoded = Encoded(run, encoder.to(device), splits, device)
+    if distributed.rank() > 0:
+        return {}, []
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    classes, asked = splits["train"].classes, _asked(run, encoded.looks)
+    with one_thread():
+        found = leaks(encoded.looks, asked or "train", classes, encoded.near, run.seed)
+        say_leaks(console, found)
+        figures = Figures(run, encoded.looks, asked, classes)
+    figures.health["train"]["alignment"] = alignment(*encoded.views)
+    figures.notes += _colour_is_better(found["shortcut"].get(asked), figures.rows)
+    result: dict[str, Any] = {
+        "run": run.name,
+        "sslcells": __version__,
+        "encoder": {"model": spec["timm"]["model_name"], "sha256": _sha256(folder / files.WEIGHTS)},
+        "asked": asked,
+        "classes": list(classes),
+        "max images": run.evaluate.max_images,
+        "resamples": run.evaluate.bootstrap,
+        "leaks": found,
+        "figures": figures.rows,
+        "by class": figures.by_class,
+        "health": figures.health,
+        "notes": figures.notes,
+    }
+    say_figures(console, result)
+    shown = asked or "train"
+    with one_thread():
+        pictures = draw(
+            encoded.looks[shown],
+            shown,
+            classes,
+            figures.predictions,
+            encoded.pixels_of(splits[shown]),
+            (encoded.views[0], encoded.views[1]),
+            folder / "plots",
+            run.seed,
+        )
+    return result, pictures
+
+
+class Encoded:
+    """Everything that needs the images and the encoder; every rank takes part and knows it."""
+
+    def __init__(self, run: Run, encoder: nn.Module, splits: Mapping[str, ImageSet], device: torch.device) -> None:
+        self._run, self._encoder, self._device = run, encoder, device
+        self.augment = Augment(run.augment, *models.normalisation(run.model, splits["train"].channels))
+        self.looks = {split: self._look(images, split) for split, images in splits.items()}
+        train, batch = splits["train"], run.evaluate.batch
+        few = spread(len(train), min(COPIES, run.evaluate.max_images or COPIES))
+
+        def copied(pixels: Tensor, image: Tensor) -> Tensor:
+            return self.augment.plain(copies(pixels.cpu(), image).to(device))
+
+        def plain(pixels: Tensor, image: Tensor) -> Tensor:
+            return self.augment.plain(pixels)
+
+        workers = run.train.workers
+        self.near = (
+            features(encoder, train, few, plain, device, batch, workers),
+            features(encoder, train, few, copied, device, batch, workers),
+        )
+        self.views = [self._view(train, which) for which in (0, 1)]
+
+    def _look(self, images: ImageSet, split: str) -> Look:
+        index = spread(len(images), self._run.evaluate.max_images)
+
+        @torch.no_grad()
+        def look(batch: Batch) -> list[Tensor]:
+            z = self._encoder(self.augment.plain(batch.pixels.to(self._device))).float()
+            return [digests(batch.pixels), histograms(batch.pixels), z]
+
+        workers = self._run.train.workers
+        digest, histogram, z = collect(images, index, look, self._device, self._run.evaluate.batch, workers)
+        if broken := int((~z.isfinite().all(1)).sum()):
+            raise DataError(f"the encoder gives no finite features for {broken} of {len(z)} images of {split}")
+        return Look(digest, histogram, z, images.labels[index], images.sources[index], lambda i: images.name(index[i]))
+
+    def pixels_of(self, images: ImageSet) -> Callable[[int], Image]:
+        """Row i's image of a split as it was read, (H, W, C) uint8."""
+        index = spread(len(images), self._run.evaluate.max_images)
+        return lambda i: images.pixels(index[i]).permute(1, 2, 0).numpy()
+
+    def _view(self, images: ImageSet, which: int) -> Tensor:
+        run = self._run
+        index = spread(len(images), min(VIEWED, run.evaluate.max_images or VIEWED))
+
+        def prepare(pixels: Tensor, image: Tensor) -> Tensor:
+            return self.augment(pixels, image, seed=run.seed, step=which, views=1)
+
+        return features(self._encoder, images, index, prepare, self._device, run.evaluate.batch, run.train.workers)
+
+
+def _run(folder: Path, overrides: Sequence[str]) -> Run:
+    """The run's configuration, with changes; what made the encoder stays as it was."""
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(f"{folder} holds no config.yaml: is it a run's folder?")
+    fixed = [o for o in overrides if o.split("=")[0].split(".")[0] in ("model", "method", "augment", "optim")]
+    if fixed:
+        raise ConfigError(
+            f"{', '.join(fixed)}: the encoder is trained; data.*, evaluate.*, train.* and seed can change"
+        )
+    return load(str(config), ["log.tracker=none", *overrides])
+
+
+def _encoder(folder: Path, run: Run, channels: int) -> tuple[nn.Module, dict[str, Any]]:
+    encoder, spec = files.load(folder)
+    if spec["channels"] != channels:
+        raise ConfigError(f"the encoder takes images of {spec['channels']} channels; these have {channels}")
+    return encoder, spec
+
+
+def _asked(run: Run, looks: Mapping[str, Look]) -> str | None:
+    """The split that the figures are about: `evaluate.split`, another labelled one, train itself, or none."""
+    order = [run.evaluate.split, "val", "test", "train"]
+    return next((s for s in order if s in looks and bool((looks[s].labels >= 0).any())), None)
+
+
+def _colour_is_better(colour: Mapping[str, float] | None, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The note that the encoder is not worth its while, where it is not."""
+    knn = [r["scores"]["accuracy"]["value"] for r in rows if r["task"] == "kNN" and r["unit"] == "image"]
+    if not colour or not knn or colour["top1"] <= max(knn):
+        return []
+    best = f"{max(knn):.1%}"
+    return [f"colour histograms alone reach {colour['top1']:.1%}, this encoder's kNN at most {best}: see the leaks"]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """What rounds differently on more threads rounds the same here, on any machine and number of ranks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_suffix(".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error}") from None
+
+
+if __name__ == "__main__":
+    from sslcells.cli import main
+
+    raise SystemExit(main("evaluate"))

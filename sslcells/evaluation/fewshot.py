@@ -1,0 +1,60 @@
+"""Few-shot: each class is the mean of a few labelled images."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslcells.evaluation.scores import unit_rows
+
+SHOTS = (1, 5, 10)
+DRAWS = 20
+
+
+def few_shot(
+    query: Tensor,
+    query_sources: Tensor,
+    query_labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    bank_sources: Tensor,
+    shots: int,
+    seed: int,
+) -> tuple[Tensor, float, int]:
+    """How often each query (M, F) is given its class by the nearest prototype, over the draws: (M,) in 0..1.
+
+    A prototype is the mean of the unit rows of `shots` bank images of a class, as unit row (arXiv 1703.05175, with the
+    cosine). Images are drawn from different sources as far as a class has them. A query of a source that was drawn is
+    not asked in that draw; NaN where it never is.
+
+    Also the standard deviation of a draw's accuracy, and how many images the smallest class could give.
+    """
+    query, bank = unit_rows(query), unit_rows(bank)
+    generator = np.random.default_rng([seed, shots])
+    present = sorted(set(bank_labels[bank_labels >= 0].tolist()))
+    members = {c: (bank_labels == c).nonzero()[:, 0].numpy() for c in present}
+    hits, asked, accuracies = torch.zeros(len(query)), torch.zeros(len(query)), []
+    for _ in range(DRAWS):
+        chosen = [_apart(generator.permutation(m), bank_sources.numpy(), shots) for m in members.values()]
+        prototypes = unit_rows(torch.stack([bank[torch.from_numpy(c)].mean(0) for c in chosen]))
+        guess = torch.tensor(present)[(query @ prototypes.T).argmax(1)]
+        drawn = bank_sources[torch.from_numpy(np.concatenate(chosen))]
+        fresh = ~torch.isin(query_sources, drawn)
+        right = (guess == query_labels) & fresh
+        hits, asked = hits + right, asked + fresh
+        if fresh.any():
+            accuracies.append(float(right.sum() / fresh.sum()))
+    spread = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else math.nan
+    return hits / asked.where(asked > 0, math.nan), spread, min(map(len, members.values()))
+
+
+def _apart(order: np.ndarray, sources: np.ndarray, shots: int) -> np.ndarray:
+    """The first `shots` of the images, a source's second image only after every source's first."""
+    source = sources[order]
+    turn = np.zeros(len(order), int)
+    seen: dict[int, int] = {}
+    for place, number in enumerate(source.tolist()):
+        turn[place] = seen.get(number, 0)
+        seen[number] = turn[place] + 1
+    return order[np.argsort(turn, kind="stable")[:shots]]

@@ -1,0 +1,116 @@
+"""The pictures of `sslcells evaluate`, with their captions."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sslcells.evaluation.clustering import clusters
+from sslcells.evaluation.features import spread
+from sslcells.evaluation.figures import Predictions
+from sslcells.evaluation.leaks import Look
+from sslcells.evaluation.pictures import coloured_map, confusion, similarity_histogram, tsne_map
+from sslcells.evaluation.sheets import Image, neighbour_sheet
+
+Drawn = tuple[str, Path | None, str]
+"""Title, file or none, caption."""
+
+PAIRS = 20_000
+"""Random pairs behind the histogram of similarities."""
+_SHOWN = 2_000
+"""Images among which neighbours are sought for the sheet."""
+
+
+class Picture(NamedTuple):
+    """A picture and what it shows."""
+
+    title: str
+    path: Path
+    caption: str
+
+
+def draw(
+    look: Look,
+    split: str,
+    classes: Sequence[str],
+    predictions: Sequence[Predictions],
+    pixels: Callable[[int], Image],
+    views: tuple[Tensor, Tensor],
+    folder: Path,
+    seed: int,
+) -> list[Picture]:
+    """Draw everything that can be drawn of a split into `folder`.
+
+    `pixels` gives row i's image as (H, W, C) uint8; `views` are features (n, F) of two augmented views of images of
+    train; `predictions` are of the rows with known labels, in order.
+    """
+    known = look.labels >= 0
+    drawn: list[Drawn] = []
+    for number, said in enumerate(predictions):
+        caption = "Share of each true class (rows) that is given each class (columns); below it the images."
+        path = confusion(look.labels[known], said.predicted, classes, folder / f"confusion_{number}.png", said.name)
+        drawn.append((f"Confusion: {said.name}", path, caption))
+    drawn += _maps(look, split, classes, folder, seed)
+    few = torch.tensor(spread(len(look.z), _SHOWN))
+    sheet = neighbour_sheet(
+        lambda i: pixels(int(few[i])),
+        look.z[few],
+        look.labels[few],
+        classes,
+        look.sources[few],
+        folder / "evaluated_neighbours.png",
+        seed=seed,
+    )
+    caption = f"Nearest among {len(few):,} images of {split} by cosine (below each), own source left out."
+    drawn.append(("Nearest neighbours", sheet, f"{caption} ✓ and green: the query's class; ✗ and red: another."))
+    histogram = similarity_histogram(_pairs(look, views, seed), folder / "similarities.png")
+    drawn.append(("Positives against negatives", histogram, "Random pairs; the further apart, the better."))
+    return [Picture(title, path, caption) for title, path, caption in drawn if path is not None]
+
+
+def _maps(
+    look: Look, split: str, classes: Sequence[str], folder: Path, seed: int
+) -> list[tuple[str, Path | None, str]]:
+    place = tsne_map(look.z, seed)
+    if place is None:
+        return []
+    caption = "t-SNE keeps near what is near; distances between groups, and their sizes, mean nothing."
+    out: list[Drawn] = []
+    if classes:
+        path = coloured_map(place, look.labels, classes, folder / "tsne_class.png", f"Classes of the {split} split")
+        out.append(("Map by class", path, caption))
+    numbers, group = torch.unique(look.sources, return_inverse=True)
+    if len(numbers) < len(look.sources):
+        first = {g: i for i, g in reversed(list(enumerate(group.tolist())))}
+        names = [look.name(first[g]).rpartition("/")[2] for g in range(len(numbers))]
+        title = f"Sources of the {split} split, named by an image"
+        path = coloured_map(place, group, names, folder / "tsne_source.png", title, "other sources")
+        out.append(("Map by source", path, f"{caption} Sources that lie apart are told by more than their cells."))
+    count = max(2, len(set(look.labels[look.labels >= 0].tolist()))) if classes else 8
+    cluster = clusters(look.z, count, seed)
+    names = [f"cluster {c + 1}" for c in range(count)]
+    path = coloured_map(place, cluster, names, folder / "tsne_cluster.png", f"k-means of the {split} split")
+    out.append(("Map by cluster", path, f"{caption} {count} clusters of all features, not of the map."))
+    return out
+
+
+def _pairs(look: Look, views: tuple[Tensor, Tensor], seed: int) -> dict[str, Tensor]:
+    """Cosines of random pairs: of a class from different sources, and of different classes; else of two views."""
+    generator = torch.Generator().manual_seed(seed)
+    one, other = torch.randint(len(look.z), (2, 50 * PAIRS), generator=generator)
+    apart = look.sources[one] != look.sources[other]
+    both = apart & (look.labels[one] >= 0) & (look.labels[other] >= 0)
+    same = look.labels[one] == look.labels[other]
+    unit = F.normalize(look.z, dim=1)
+
+    def cosines(chosen: Tensor) -> Tensor:
+        index = chosen.nonzero()[:PAIRS, 0]
+        return (unit[one[index]] * unit[other[index]]).sum(1)
+
+    if both.any():
+        return {"the same class, different sources": cosines(both & same), "different classes": cosines(both & ~same)}
+    first, second = (F.normalize(v, dim=1) for v in views)
+    return {"two views of an image": (first * second).sum(1), "different images": cosines(apart)}

@@ -1,0 +1,135 @@
+"""The linear probe: multinomial logistic regression on frozen features."""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+STRENGTHS = tuple(10.0**e for e in range(-4, 3))
+"""C, the inverse of the regularisation."""
+_ITERATIONS = 500
+
+Floats = NDArray[np.float64]
+
+
+class Labelled(NamedTuple):
+    """Rows with known labels."""
+
+    z: Tensor
+    """(N, F)"""
+    labels: Tensor
+    """(N,) int64 class"""
+    sources: Tensor
+    """(N,) int64"""
+
+    def at(self, index: NDArray[np.int64]) -> "Labelled":
+        """The rows with these indices."""
+        return Labelled(*(t[torch.from_numpy(index)] for t in self))
+
+
+class Probed(NamedTuple):
+    """What the probe says of the asked rows, and how C was chosen."""
+
+    scores: Tensor
+    """(M, K) float64: probabilities; 0 for classes that training lacks"""
+    strength: float
+    """C; of cross-validated scores the median over folds"""
+    chosen_on: str
+    on_edge: bool
+    """whether C is the smallest or largest of those tried"""
+    converged: bool
+
+
+def linear_probe(
+    train: Labelled, asked: Labelled | None, val: Labelled | None, classes: int, seed: int
+) -> Probed | None:
+    """Train on `train` with the C that is best on `val`, ask `asked`; None where train has no two classes.
+
+    Features are standardised by train's mean and deviation. Without `val` C is chosen by cross-validation inside train;
+    without `asked` train's own rows are asked, each by a probe that saw nothing of its source. Folds keep the images of
+    a source together. `val` must not be what is asked: the figure would be that of the best of seven probes.
+    """
+    if len(set(train.labels.tolist())) < 2:
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        if asked is None:
+            scores, strength, how = _cross_validated(train, classes, seed)
+        else:
+            strength, how = _chosen(train, val, seed)
+            scores = _path(train, asked, (strength,), classes)[0]
+    unfinished = any(issubclass(w.category, ConvergenceWarning) for w in caught)
+    edge = strength in (STRENGTHS[0], STRENGTHS[-1]) and how != _FIXED
+    return Probed(torch.from_numpy(scores), strength, how, edge, not unfinished)
+
+
+_FIXED = "nothing: too few images to hold any back"
+
+
+def _chosen(train: Labelled, val: Labelled | None, seed: int) -> tuple[float, str]:
+    if val is not None and len(val.labels):
+        right = [_accuracy(s, val.labels) for s in _path(train, val, STRENGTHS)]
+        how = "the validation split"
+    else:
+        folds = _folds(train, seed)
+        if not folds:
+            return 1.0, _FIXED
+        by_fold = [
+            [_accuracy(s, train.labels[torch.from_numpy(out)]) for s in _path(train.at(rest), train.at(out), STRENGTHS)]
+            for rest, out in folds
+        ]
+        right = np.mean(by_fold, axis=0).tolist()
+        how = f"{len(folds)} folds of train, by source"
+    return STRENGTHS[int(np.argmax(right))], how  # of equal ones the smallest C
+
+
+def _cross_validated(train: Labelled, classes: int, seed: int) -> tuple[Floats, float, str]:
+    """Scores of train's own rows; rows that no fold could ask keep 0 for every class."""
+    scores, strengths, how = np.zeros((len(train.labels), classes)), [], _FIXED
+    for rest, out in _folds(train, seed):
+        strength, how = _chosen(train.at(rest), None, seed)
+        strengths.append(strength)
+        scores[out] = _path(train.at(rest), train.at(out), (strength,), classes)[0]
+    return scores, float(np.median(strengths or [1.0])), f"inside each fold: {how}"
+
+
+def _folds(rows: Labelled, seed: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Up to 3 folds by source, each trained on at least two classes; none where too few sources are there."""
+    labels, sources = rows.labels.numpy(), rows.sources.numpy()
+    per_class = [len(np.unique(sources[labels == c])) for c in np.unique(labels)]
+    count = min(3, max(per_class))
+    if count < 2:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a class with fewer sources than folds
+        split = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(labels, labels, sources)
+        folds = list(split)
+    return [(rest, out) for rest, out in folds if len(np.unique(labels[rest])) > 1 and len(out)]
+
+
+def _path(train: Labelled, asked: Labelled, strengths: tuple[float, ...], classes: int | None = None) -> list[Floats]:
+    """Probabilities (M, K) for each C, from the smallest, each fit going on from the one before."""
+    scaler = StandardScaler()
+    x, y = scaler.fit_transform(train.z.double().numpy()), train.labels.numpy()
+    new = scaler.transform(asked.z.double().numpy()) if len(asked.labels) else np.zeros((0, x.shape[1]))
+    model = LogisticRegression(max_iter=_ITERATIONS, warm_start=True)
+    out = []
+    for strength in strengths:
+        model.set_params(C=strength).fit(x, y)
+        width = classes if classes is not None else int(model.classes_.max()) + 1
+        scores = np.zeros((len(new), width))
+        if len(new):
+            scores[:, model.classes_] = model.predict_proba(new)
+        out.append(scores)
+    return out
+
+
+def _accuracy(scores: Floats, labels: Tensor) -> float:
+    return float((scores.argmax(1) == labels.numpy()).mean())

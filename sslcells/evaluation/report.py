@@ -1,0 +1,173 @@
+"""What was found, as tables: on the console, and with the pictures as one page that opens offline."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from sslcells.evaluation.gallery import Picture
+
+CLASSIFIERS = ("kNN", "linear probe", "fine-tuning", "few-shot")
+
+
+class Table(NamedTuple):
+    """A table of text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """The tables of an evaluation's results; those with nothing in them are left out."""
+    asked, rows = result["asked"], result["figures"]
+    interval = f"%, with 95 % intervals from {result['resamples']:,} resamples of sources, or of images"
+    apart = "neighbours of the image's own source are left out"
+    order = {task: place for place, task in enumerate(CLASSIFIERS)}
+    classifiers = sorted((r for r in rows if r["task"] in order), key=lambda r: order[r["task"]])
+    found = [
+        _of_rows(
+            f"Classes of the {asked} split",
+            classifiers,
+            f"{interval}. Trained or looked up in train, asked on {asked}; {apart}. Per source: each counts once.",
+        ),
+        _of_rows(
+            f"Retrieval inside the {asked} split",
+            [r for r in rows if r["task"] == "retrieval"],
+            f"{interval}; {apart}.",
+        ),
+        _of_rows(
+            f"Clustering of the {asked} split",
+            [r for r in rows if r["task"] == "clustering"],
+            "0: no better than chance, 1: the classes; intervals from resamples, clusters kept",
+            percent=False,
+        ),
+        _by_class(result),
+        _health(result["health"]),
+    ]
+    return [table for table in found if table.rows]
+
+
+def _of_rows(title: str, rows: Sequence[Mapping[str, Any]], caption: str, percent: bool = True) -> Table:
+    metrics = list(dict.fromkeys(m for row in rows for m in row["scores"]))
+    lines = []
+    for row in rows:
+        scores = [shown(row["scores"].get(m), percent) for m in metrics]
+        spread = row.get("spread over draws")
+        name = f"{row['name']} (± {100 * spread:.1f} between draws)" if spread is not None else row["name"]
+        lines.append([row["task"], name, row["unit"], f"{row['images']:,}", *scores])
+    return Table(title, ["method", "", "per", "images", *metrics], lines, caption)
+
+
+def _by_class(result: Mapping[str, Any]) -> Table:
+    rows = result["by class"]
+    metrics = list(dict.fromkeys(m for row in rows for m in row["scores"]))
+    lines = [
+        [r["method"], r["class"], r["unit"], f"{r['images']:,}", "" if r["sources"] is None else f"{r['sources']:,}"]
+        + [shown(r["scores"].get(m)) for m in metrics]
+        for r in rows
+    ]
+    columns = ["method", "class", "per", "images", "sources", *metrics]
+    return Table(f"Each class of the {result['asked']} split", columns, lines, "%, with 95 % intervals")
+
+
+def _health(health: Mapping[str, Mapping[str, float | None]]) -> Table:
+    keys = list(dict.fromkeys(k for figures in health.values() for k in figures))
+    lines = [[split, *(_number(figures.get(k)) for k in keys)] for split, figures in health.items()]
+    caption = (
+        "effective rank: dimensions in use; row std: 1 spread, 0 collapsed; uniformity: lower is more even; "
+        "alignment: mean squared distance of two augmented views, 0 to 4"
+    )
+    return Table("Without labels", ["split", *keys], lines, caption)
+
+
+def shown(score: Mapping[str, float | None] | None, percent: bool = True) -> str:
+    """`82.0 [80.1, 83.8]`, or a dash where the score means nothing."""
+    if score is None or score["value"] is None:
+        return "–"
+    scale, digits = (100, 1) if percent else (1, 3)
+    value, low, high = (None if v is None else f"{scale * v:.{digits}f}" for v in (score[k] for k in score))
+    return f"{value}" if low is None else f"{value} [{low}, {high}]"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def say_leaks(console: Console, found: Mapping[str, Any]) -> None:
+    """What would make figures flatter, before there are any."""
+    console.print("Leaks", style="bold")
+    for finding in found["findings"]:
+        mark = "!" if finding["warning"] else "·"
+        console.print(f"  {mark} {finding['text']}", markup=False, soft_wrap=True)
+
+
+def say_figures(console: Console, result: Mapping[str, Any]) -> None:
+    """The tables and notes."""
+    for table in tables(result):
+        drawn = RichTable(title=table.title, caption=table.caption, title_justify="left", caption_justify="left")
+        for column in table.columns:
+            drawn.add_column(column)
+        for row in table.rows:
+            drawn.add_row(*row)
+        console.print()
+        console.print(drawn, markup=False)
+    for note in result["notes"]:
+        console.print(f"  · {note}", markup=False, soft_wrap=True)
+
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 75rem;
+  padding: 1rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #bbb; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { border-bottom: 2px solid #888; }
+figure { margin: 1rem 0; break-inside: avoid; }
+figure img { max-width: 100%; height: auto; }
+figcaption, .caption, .made { color: #555; font-size: .85rem; margin: .3rem 0; }
+.warning { border-left: .3rem solid #D55E00; padding-left: .5rem; font-weight: 600; list-style: "! "; }
+@media print { body { font-size: 9pt; max-width: none; padding: 0; } table { font-size: 7pt; }
+  .scroll { overflow: visible; } th, td { white-space: normal; padding: .1rem .3rem; } tr { break-inside: avoid; } }
+"""
+
+
+def page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
+    """One HTML page with leaks, figures and pictures, which needs no other file and no network."""
+    encoder = result["encoder"]
+    about = f"sslcells {result['sslcells']}, {encoder['model']}, weights sha256 {encoder['sha256'][:16]}…"
+    body = [f"<h1>{escape(result['run'])}</h1>", f'<p class="made">{escape(about)}</p>', "<h2>Leaks</h2>", "<ul>"]
+    for finding in result["leaks"]["findings"]:
+        kind = ' class="warning"' if finding["warning"] else ""
+        body.append(f"<li{kind}>{escape(finding['text'])}</li>")
+    body += ["</ul>", "<h2>Figures</h2>"]
+    for table in tables(result):
+        body += [f"<h3>{escape(table.title)}</h3>", f'<div class="scroll" tabindex="0">{_html(table)}</div>']
+        body.append(f'<p class="caption">{escape(table.caption)}</p>')
+    if result["notes"]:
+        body += ["<h3>Notes</h3>", "<ul>", *(f"<li>{escape(note)}</li>" for note in result["notes"]), "</ul>"]
+    body.append("<h2>Pictures</h2>")
+    for picture in pictures:
+        data = base64.b64encode(picture.path.read_bytes()).decode()
+        image = f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}">'
+        body.append(f"<h3>{escape(picture.title)}</h3>")
+        body.append(f"<figure>{image}<figcaption>{escape(picture.caption)}</figcaption></figure>")
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(result['run'])}: what was learned</title><style>{_STYLE}</style>"
+    )
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{chr(10).join(body)}\n</body></html>\n'
+
+
+def _html(table: Table) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

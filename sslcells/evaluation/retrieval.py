@@ -1,0 +1,45 @@
+"""Retrieval: how much of what lies near an image is of its class."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sslcells.evaluation import knn
+
+RECALL_AT = (1, 5, 10)
+
+
+@torch.no_grad()
+def retrieval(z: Tensor, labels: Tensor, sources: Tensor) -> dict[str, Tensor]:
+    """Figures of each row as a query among the other rows, (N,) float64 each; NaN where nothing could be found.
+
+    z (N, F), labels and sources (N,) int64. Rows of the query's own source, itself among them, are left out of what is
+    searched; labels below 0 neither ask nor count. With R rows of the query's class left:
+    recall@k: whether one of the k nearest is of its class; R-precision: how many of the R nearest are;
+    mAP@R: the mean over i ≤ R of the precision among the i nearest where the i-th is right, else 0, arXiv 2003.08505
+    equation 3. Among equal cosines the lowest index comes first.
+    """
+    names = [*(f"recall@{k}" for k in RECALL_AT), "R-precision", "mAP@R"]
+    out = {name: torch.full((len(z),), math.nan, dtype=torch.float64) for name in names}
+    known = (labels >= 0).nonzero()[:, 0]
+    z, labels, sources = F.normalize(z[known].float(), dim=1), labels[known], sources[known]
+    rows = max(1, knn._TILE // max(1, len(z)))
+    for start in range(0, len(z), rows):
+        part = slice(start, start + rows)
+        own = sources[part, None] == sources  # (m, N)
+        relevant = (labels[part, None] == labels) & ~own
+        count = relevant.sum(1)  # (m,): R
+        most = min(len(z), max(*RECALL_AT, int(count.max())))
+        cosine = (z[part] @ z.T).nan_to_num_(nan=-math.inf).masked_fill_(own, -math.inf)
+        right = relevant.gather(1, knn.largest(cosine, most)[1])  # (m, most), nearest first
+        place = torch.arange(1, most + 1)
+        within = right & (place <= count[:, None])
+        precision = right.cumsum(1) / place.double()
+        share = count.clamp_min(1)
+        figures = [right[:, :k].any(1).double() for k in RECALL_AT]
+        figures += [within.sum(1) / share.double(), (precision * within).sum(1) / share]
+        for name, value in zip(names, figures, strict=True):
+            out[name][known[part]] = value.where(count > 0, math.nan)
+    return out

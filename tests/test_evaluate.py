@@ -1,0 +1,187 @@
+"""`sslcells evaluate` from end to end: what it prints and leaves, on any number of ranks, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from gloo import on_ranks
+from safetensors.torch import load_file, save_file
+from test_launch import LAUNCH, finish, start
+from test_train import tiny
+
+from sslcells.cli import main
+from sslcells.config import load
+from sslcells.evaluate import RESULTS, measured
+from sslcells.train import train
+
+QUICK = ["evaluate.bootstrap=100", "evaluate.batch=16", "train.workers=0"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return train(tiny(tmp_path_factory.mktemp("evaluated"), "train.steps=4", "data.val=30", "data.test=40"))
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "quickstart"))
+
+
+def result_of(folder):
+    return json.loads((folder / RESULTS).read_text())
+
+
+def row(result, task, name=""):
+    return next(r for r in result["figures"] if r["task"] == task and r["name"].startswith(name))
+
+
+def test_what_it_prints_and_leaves(run, capsys):
+    assert main(None, ["evaluate", str(run), *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert out.index("Leaks") < out.index("Classes of the test split")
+    result = result_of(run)
+    assert {r["task"] for r in result["figures"]} == {"kNN", "linear probe", "few-shot", "retrieval", "clustering"}
+    assert [r["name"] for r in result["figures"] if r["task"] == "kNN"] == [
+        "k = 1",
+        "k = 5",
+        "k = 5, weighted",
+        "k = 20",
+        "k = 20, weighted",
+    ]
+    for r in result["figures"]:
+        for score in r["scores"].values():
+            assert score["low"] <= score["high"]
+    assert result["asked"] == "test"
+    assert {"effective rank", "row std", "uniformity", "alignment"} == set(result["health"]["train"])
+    assert any("chosen on the validation split" in note for note in result["notes"])
+    assert not list(run.glob("*.partial"))
+    assert (run / "report.html").read_text().count("<figcaption>") == 6
+
+
+def test_the_knn_is_that_of_the_run(run):
+    """The same neighbours as in metrics.jsonl's last line: k, weights and split."""
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert main(None, ["evaluate", str(run), *QUICK, "evaluate.k=5"]) == 0
+    scores = row(result_of(run), "kNN", "k = 5, weighted")["scores"]
+    assert scores["accuracy"]["value"] == pytest.approx(last["knn/top1"], abs=1e-6)
+    assert scores["balanced accuracy"]["value"] == pytest.approx(last["knn/balanced"], abs=1e-6)
+
+
+def on_one_rank(folder):
+    result, _ = measured(load(f"{folder}/config.yaml", QUICK), Path(folder), torch.device("cpu"))
+    return json.dumps(result)
+
+
+def test_the_same_to_the_last_digit_on_one_two_and_four_ranks(run):
+    whole = on_one_rank(run)
+    for world in (2, 4):
+        first, *others = on_ranks(world, on_one_rank, str(run))
+        assert first == whole
+        assert set(others) == {"{}"}
+
+
+def test_launched_on_two_ranks(run):
+    assert "Leaks" in finish(start(*LAUNCH, "-m", "sslcells.evaluate", str(run), *QUICK))
+    made = result_of(run)
+    assert made.pop("made")["ranks"] == 2
+    assert json.dumps(made) == on_one_rank(run)
+
+
+def folder_of(tmp_path, run, counts, sources=False):
+    """A folder of images drawn at random: {split: {class: images}}; class "" is none."""
+    import numpy as np
+    from PIL import Image
+
+    rng, table = np.random.default_rng(0), ["path,source"]
+    for split, classes in counts.items():
+        for name, count in classes.items():
+            for i in range(count):
+                file = tmp_path / "cells" / split / name / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file)
+                table.append(f"{file.relative_to(tmp_path / 'cells')},{split}{name}{i // 2}")
+    (tmp_path / "cells" / "sources.csv").write_text("\n".join(table))
+    given = ", sources: sources.csv" if sources else ""
+    data = f"data={{kind: folder, path: {tmp_path / 'cells'}{given}}}"
+    assert main(None, ["evaluate", str(run), *QUICK, data]) == 0
+    return result_of(run)
+
+
+def test_a_folder_without_labels(tmp_path, run, capsys):
+    result = folder_of(tmp_path, run, {"": {"": 12}})
+    assert result["figures"] == []
+    assert result["asked"] is None
+    assert set(result["health"]["train"]) == {"effective rank", "row std", "uniformity", "alignment"}
+    assert "no labels: only figures that need none" in capsys.readouterr().out
+
+
+def test_a_class_missing_in_the_split_that_is_asked(tmp_path, run):
+    counts = {"train": {"a": 8, "b": 8, "c": 8}, "test": {"a": 6, "c": 6}}
+    result = folder_of(tmp_path, run, counts)
+    assert any("test shows no b: means over classes leave them out" in note for note in result["notes"])
+    assert row(result, "linear probe")["scores"]["AUROC"]["value"] is not None
+    assert {r["class"] for r in result["by class"]} == {"a", "c"}
+
+
+def test_a_class_that_train_lacks(tmp_path, run):
+    result = folder_of(tmp_path, run, {"train": {"a": 8, "b": 8}, "test": {"a": 6, "c": 6}})
+    assert any("train shows no c: no classifier can name them" in note for note in result["notes"])
+
+
+def test_one_image_a_class(tmp_path, run):
+    result = folder_of(tmp_path, run, {"train": {"a": 1, "b": 1, "c": 1}, "test": {"a": 1, "b": 1, "c": 1}})
+    assert {r["task"] for r in result["figures"]} == {"kNN", "linear probe", "few-shot", "clustering"}
+    assert any("3 of 3 images have no other image of their class: not asked" in note for note in result["notes"])
+
+
+def test_train_alone_is_asked_without_its_own_sources(tmp_path, run):
+    result = folder_of(tmp_path, run, {"": {"a": 12, "b": 12}}, sources=True)
+    assert result["asked"] == "train"
+    assert {r["unit"] for r in result["figures"]} == {"image", "source"}
+    assert row(result, "kNN")["scores"]["accuracy"]["value"] < 0.9, "noise has no class"
+
+
+def test_all_equal_embeddings(run):
+    weights = load_file(run / "encoder.safetensors")
+    save_file(
+        {k: torch.zeros_like(v) if v.is_floating_point() else v for k, v in weights.items()},
+        run / "encoder.safetensors",
+    )
+    assert main(None, ["evaluate", str(run), *QUICK]) == 0
+    result = result_of(run)
+    assert row(result, "kNN", "k = 20")["scores"]["balanced accuracy"]["value"] == pytest.approx(0.2)
+    assert row(result, "linear probe")["scores"]["balanced accuracy"]["value"] == pytest.approx(0.2)
+    assert row(result, "clustering")["scores"]["NMI"]["value"] == pytest.approx(0)
+    assert any("only 1 of 5 clusters" in note for note in result["notes"])
+
+
+def test_features_that_are_no_numbers_are_told(run, capsys):
+    weights = load_file(run / "encoder.safetensors")
+    key = next(k for k in weights if k.endswith("running_mean"))
+    save_file(weights | {key: torch.full_like(weights[key], torch.nan)}, run / "encoder.safetensors")
+    assert main(None, ["evaluate", str(run), *QUICK]) == 1
+    assert "no finite features for 80 of 80 images of train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["model.backbone=resnet18"], "the encoder is trained"),
+        (["evaluate.splt=val"], "did you mean evaluate.split"),
+        (["data={kind: folder, path: nowhere}"], "has no folder 'nowhere'"),
+        (["data.classes=1"], "data.classes=1"),
+    ],
+)
+def test_a_mistake_is_named(run, capsys, change, message):
+    assert main(None, ["evaluate", str(run), *change]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run(tmp_path, run, capsys):
+    assert main(None, ["evaluate", str(tmp_path)]) == 2
+    assert "holds no config.yaml: is it a run's folder?" in capsys.readouterr().err
+    (run / "encoder.json").unlink()
+    assert main(None, ["evaluate", str(run)]) == 2
+    assert "is it the folder of a finished run?" in capsys.readouterr().err
