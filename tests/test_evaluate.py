@@ -74,6 +74,7 @@ def on_one_rank(folder):
     return json.dumps(result)
 
 
+@pytest.mark.slow
 def test_the_same_to_the_last_digit_on_one_two_and_four_ranks(run):
     whole = on_one_rank(run)
     for world in (2, 4):
@@ -82,6 +83,7 @@ def test_the_same_to_the_last_digit_on_one_two_and_four_ranks(run):
         assert set(others) == {"{}"}
 
 
+@pytest.mark.slow
 def test_launched_on_two_ranks(run):
     assert "Leaks" in finish(start(*LAUNCH, "-m", "sslcells.evaluate", str(run), *QUICK))
     made = result_of(run)

@@ -249,6 +249,7 @@ def handmade(folder, *steps, **more):
     return folder
 
 
+@pytest.mark.slow
 def test_wandb_gets_every_step_while_it_trains(tmp_path, standin, capsys):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     folder = train(tiny(tmp_path, "log.tracker=wandb", "log.tags=[x]"))
@@ -290,6 +291,7 @@ def test_disabled_starts_nothing(tmp_path, standin, monkeypatch, capsys):
     assert "W&B" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "told"),
     [
@@ -362,6 +364,7 @@ def test_sync_says_why_it_failed(tmp_path, standin, monkeypatch, how, told):
         tracking.sync(handmade(tmp_path / "run", 0, 5), "ended")
 
 
+@pytest.mark.slow
 def test_two_do_not_send_a_run_at_once(tmp_path, standin, monkeypatch):
     folder = handmade(tmp_path / "run", 0)
     with tracking._alone(folder / "wandb_id.txt") as name:

@@ -130,6 +130,7 @@ def test_a_folder_that_goes_away_is_no_broken_image(run, cells, tmp_path, capsys
     assert len(rows(tmp_path / "out")[0]) == 24
 
 
+@pytest.mark.slow
 def test_killed_twice_each_image_is_there_once(run, tmp_path):
     cells = make_cells(tmp_path / "cells", 2000)
     killed_twice(run, cells, tmp_path / "out", 2000, "--shard", "50")
@@ -166,6 +167,7 @@ def test_a_hundred_thousand_killed_twice_each_image_is_there_once(tmp_path):
     killed_twice(run, cells, tmp_path / "out", 100_000, "--shard", "1000", "--batch", "500")
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_gives_and_go_on_from_what_it_left(run, tmp_path):
     cells = make_cells(tmp_path / "cells", 90, classes=("a", "b"))
     (cells / "bad.png").write_bytes(b"bad")
