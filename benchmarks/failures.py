@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from sslcells.config import load
 from sslcells.data import open_splits
-from sslcells.tracking import read_metrics
+from sslcells.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = {"images_per_second", "data_wait", "memory_gib"}
@@ -138,8 +138,8 @@ class Ended(NamedTuple):
     """the line that tells the user"""
 
 
-Case = Callable[[Run], tuple[Ended, Callable[[], None]]]
-"""Strikes a run that was started; returns how it ended, and what mends it."""
+Case = Callable[[Run], Iterator[tuple[Run, str]]]
+"""Strikes a run in its training, yields which run will say what (a pattern, or nothing), and then mends the cause."""
 
 CASES: dict[str, Case] = {}
 
@@ -154,109 +154,88 @@ def case(name: str) -> Callable[[Case], Case]:
     return register
 
 
-def nothing() -> None:
-    """No mending is needed."""
-
-
-def ended(run: Run, began: float, pattern: str, seconds: float = 120) -> Ended:
-    """Wait for the run's end, and find the line that the pattern is in."""
-    status = run.wait(seconds)
-    said = next((line for line in run.text().splitlines() if re.search(pattern, line)), "")
-    if not said:
-        raise RuntimeError(f"nothing like {pattern!r} was said:\n{run.text()[-3000:]}")
-    return Ended(status, time.monotonic() - began, said.strip())
+VANISHED = r"^sslcells: rank 0: rank 1 of 2 vanished without a word"
 
 
 @case("a rank dies (SIGKILL)")
-def rank_dies(run: Run) -> tuple[Ended, Callable[[], None]]:
+def rank_dies(run: Run) -> Iterator[tuple[Run, str]]:
     """The kernel, or an administrator, kills a rank."""
-    run.until(lambda: run.step() > 25)
-    began = time.monotonic()
     run.rank(1).kill()
-    return ended(run, began, r"^sslcells: rank 0: rank 1 of 2 vanished without a word"), nothing
+    yield run, VANISHED
 
 
 @case("a rank hangs (SIGSTOP; train.timeout=0.4)")
-def rank_hangs(run: Run) -> tuple[Ended, Callable[[], None]]:
+def rank_hangs(run: Run) -> Iterator[tuple[Run, str]]:
     """A rank stands still."""
-    run.until(lambda: run.step() > 25)
-    began = time.monotonic()
     stopped = run.rank(1)
     stopped.suspend()
-    result = ended(run, began, r"^sslcells: rank 0: rank 1 of 2 vanished without a word", 300)
-    with contextlib.suppress(psutil.Error):
+    yield run, VANISHED
+    with contextlib.suppress(psutil.NoSuchProcess):
         stopped.kill()
-    return result, nothing
 
 
 @case("a process that reads images dies (SIGKILL)")
-def reader_dies(run: Run) -> tuple[Ended, Callable[[], None]]:
+def reader_dies(run: Run) -> Iterator[tuple[Run, str]]:
     """The kernel kills a data loader worker."""
-    run.until(lambda: run.step() > 25)
-    began = time.monotonic()
     run.rank(1).children()[0].kill()
-    return ended(run, began, r"^sslcells: rank 1: a process that reads images died"), nothing
+    yield run, r"^sslcells: rank 1: a process that reads images died"
 
 
 @case("an image is corrupt")
-def image_corrupt(run: Run) -> tuple[Ended, Callable[[], None]]:
+def image_corrupt(run: Run) -> Iterator[tuple[Run, str]]:
     """Half of an image file is gone."""
-    run.until(lambda: run.step() > 25)
     file = sorted((run.images / "train").rglob("*.png"))[3]
     whole = file.read_bytes()
-    began = time.monotonic()
     file.write_bytes(whole[: len(whole) // 2])
-    return ended(run, began, rf"^sslcells: rank [01]: {file}: "), lambda: void(file.write_bytes(whole))
+    yield run, rf"^sslcells: rank [01]: {file}: "
+    file.write_bytes(whole)
+
+
+@contextlib.contextmanager
+def away(folder: Path) -> Iterator[None]:
+    """The folder is not there."""
+    elsewhere = folder.rename(folder.with_suffix(".away"))
+    try:
+        yield
+    finally:
+        elsewhere.rename(folder)
 
 
 @case("the image folder is away for 5 s")
-def images_away(run: Run) -> tuple[Ended, Callable[[], None]]:
+def images_away(run: Run) -> Iterator[tuple[Run, str]]:
     """The images come back."""
-    run.until(lambda: run.step() > 25)
-    began = time.monotonic()
-    away = run.images.rename(run.images.with_suffix(".away"))
-    time.sleep(5)
-    away.rename(run.images)
-    return ended(run, began, r"png: No such file or directory; trying again", 300), nothing
+    with away(run.images):
+        time.sleep(5)
+    yield run, r"png: No such file or directory; trying again"
 
 
 @case("the run folder is away for 5 s")
-def run_away(run: Run) -> tuple[Ended, Callable[[], None]]:
+def run_away(run: Run) -> Iterator[tuple[Run, str]]:
     """The run's folder comes back."""
-    run.until(lambda: run.step() > 25)
-    began = time.monotonic()
-    away = run.folder.rename(run.folder.with_suffix(".away"))
-    time.sleep(5)
-    away.rename(run.folder)
-    return ended(run, began, r"metrics.jsonl: No such file or directory; trying again", 300), nothing
+    with away(run.folder):
+        time.sleep(5)
+    yield run, r"metrics.jsonl: No such file or directory; trying again"
 
 
 @case("the image folder stays away")
-def images_gone(run: Run) -> tuple[Ended, Callable[[], None]]:
+def images_gone(run: Run) -> Iterator[tuple[Run, str]]:
     """The images do not come back before patience ends."""
-    run.until(lambda: run.step() > 25)
-    began = time.monotonic()
-    away = run.images.rename(run.images.with_suffix(".away"))
-    result = ended(run, began, r"^sslcells: rank [01]: .*png: No such file or directory", 300)
-    return result, lambda: void(away.rename(run.images))
+    with away(run.images):
+        yield run, r"^sslcells: rank [01]: .*png: No such file or directory"
 
 
 @case("the disk is full")
-def disk_full(run: Run) -> tuple[Ended, Callable[[], None]]:
+def disk_full(run: Run) -> Iterator[tuple[Run, str]]:
     """The run's folder is on a file system of its own, small and then full but for what one line of figures needs."""
-    run.until(lambda: run.newest() >= 20)
-    ballast = run.out / "ballast"
-    began = time.monotonic()
-    with ballast.open("wb") as file:
-        free = os.statvfs(run.out)
-        file.write(bytes(max(0, free.f_bavail * free.f_frsize - 256 * 1024)))
-    return ended(run, began, r"^sslcells: rank 0: the checkpoint of step .* No space left"), ballast.unlink
+    ballast, free = run.out / "ballast", os.statvfs(run.out)
+    ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 256 * 1024)))
+    yield run, r"^sslcells: rank 0: the checkpoint of step .* No space left"
+    ballast.unlink()
 
 
 @case("a loss that is no number")
-def not_a_number(run: Run) -> tuple[Ended, Callable[[], None]]:
+def not_a_number(run: Run) -> Iterator[tuple[Run, str]]:
     """Weights that a fault of the memory made infinite: in the newest checkpoint, with the digest to match."""
-    run.until(lambda: run.newest() >= 20)
     run.kill()
     path = run.folder / "checkpoints" / f"step_{run.newest():08d}"
     kept = path.with_name("kept")
@@ -267,54 +246,39 @@ def not_a_number(run: Run) -> tuple[Ended, Callable[[], None]]:
     state = json.loads((path / "state.json").read_text())
     state["sha256"]["model.safetensors"] = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
     (path / "state.json").write_text(json.dumps(state))
-    began = time.monotonic()
     run.start()
-
-    def mend() -> None:
-        shutil.rmtree(path)
-        kept.rename(path)
-
-    return ended(run, began, r"^sslcells: the loss became nan at step \d+ on ranks 0, 1"), mend
+    yield run, r"^sslcells: the loss became nan at step \d+ on ranks 0, 1"
+    shutil.rmtree(path)
+    kept.rename(path)
 
 
 @case("two jobs on one folder")
-def two_jobs(run: Run) -> tuple[Ended, Callable[[], None]]:
+def two_jobs(run: Run) -> Iterator[tuple[Run, str]]:
     """The same command is given twice."""
-    run.until(lambda: run.step() > 5)
     other = Run(run.out, run.images, run.ranks)
-    began = time.monotonic()
     other.start()
-    result = ended(other, began, r"^sslcells: .* is in use by process \d+ on ")
+    yield other, r"^sslcells: .* is in use by process \d+ on "
     if run.wait() != 0:
         raise RuntimeError(f"the first job did not end well:\n{run.text()[-2000:]}")
-    return result, nothing
 
 
 @case("the time ends in the middle of a checkpoint (SIGTERM, then SIGKILL)")
-def time_ends(run: Run) -> tuple[Ended, Callable[[], None]]:
+def time_ends(run: Run) -> Iterator[tuple[Run, str]]:
     """SLURM waits no longer, and a checkpoint is half written."""
-    run.until(lambda: run.newest() >= 10)
-    began = time.monotonic()
     run.until(lambda: any((run.folder / "checkpoints").glob(".step_*")))
     os.killpg(run.process.pid, signal.SIGTERM)
     run.kill()
-    return Ended(run.process.returncode, time.monotonic() - began, "nothing: SIGKILL"), nothing
+    yield run, ""
 
 
 @case("SIGUSR1, and a second one")
-def asked_to_stop(run: Run) -> tuple[Ended, Callable[[], None]]:
+def asked_to_stop(run: Run) -> Iterator[tuple[Run, str]]:
     """The time limit is near."""
-    run.until(lambda: run.step() > 25)
-    began = time.monotonic()
     for _ in range(2):
         for number in range(2):
             with contextlib.suppress(psutil.Error, RuntimeError):
                 run.rank(number).send_signal(signal.SIGUSR1)
-    return ended(run, began, r"^sslcells: .*stopped by SIGUSR1 after step \d+"), nothing
-
-
-def void(_: object) -> None:
-    """For mending by a call that returns something."""
+    yield run, r"^sslcells: .*stopped by SIGUSR1 after step \d+"
 
 
 class Setting:
@@ -363,6 +327,15 @@ def small_disk(folder: Path, mib: int) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def ended(began: float, run: Run, pattern: str) -> Ended:
+    """Wait for a run's end, and find the line that the pattern is in; nothing is looked for without one."""
+    status = run.wait()
+    said = next((line for line in run.text().splitlines() if re.search(pattern, line)), "") if pattern else "nothing"
+    if not said:
+        raise RuntimeError(f"nothing like {pattern!r} was said:\n{run.text()[-3000:]}")
+    return Ended(status, time.monotonic() - began, said.strip())
+
+
 def strike(setting: Setting, name: str) -> tuple[Ended, bool]:
     """Start a run, let a failure strike, mend it and start again: how it ended, and whether the end was exact."""
     with contextlib.ExitStack() as stack:
@@ -373,8 +346,11 @@ def strike(setting: Setting, name: str) -> tuple[Ended, bool]:
         run = Run(out, setting.images, 2)
         run.start(*re.findall(r"train\.timeout=[\d.]+", name))
         stack.callback(run.kill)
-        result, mend = CASES[name](run)
-        mend()
+        run.until(lambda: run.step() > 25 and run.newest() >= 20)
+        began, injected = time.monotonic(), CASES[name](run)
+        result = ended(began, *next(injected))
+        for _ in injected:  # to its end: the cause is mended
+            raise AssertionError(f"{name} strikes once")
         if run.process.returncode != 0 or "SIGUSR1" in name:
             run.start()
             if run.wait() != 0:

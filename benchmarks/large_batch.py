@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from _measure import append, limit_memory, markdown, reason, section
 
-from sslcells.tracking import read_metrics
+from sslcells.metrics import read_metrics
 
 RATIOS = ["speed ÷ plain", "memory ÷ plain", "memory ÷ a batch of one micro-batch"]
 COLUMNS = ["global batch", "micro-batch", "images/s", "peak MiB", *RATIOS]

@@ -28,17 +28,15 @@ def claimed(run: Run) -> Iterator["Claim"]:
     """
     claim = Claim()
     try:
-        claim.whole = distributed.from_main(lambda: _take(run, claim))
-        claim.ours = True
-        yield claim
-    except (Stopped, KeyboardInterrupt):
+        with distributed.parting():
+            claim.whole = distributed.from_main(lambda: _take(run, claim))
+            claim.ours = True
+            yield claim
+    except (Stopped, KeyboardInterrupt, distributed.Lost):
         raise
     except BaseException as error:
-        if (lost := distributed.lost(error)) is not None:
-            raise lost from error
-        cause = f"rank {distributed.rank()}: {type(error).__name__}: {error}"
-        distributed.leave(cause)
         if claim.ours:
+            cause = f"rank {distributed.rank()}: {type(error).__name__}: {error}"
             with contextlib.suppress(OSError):  # a full disk holds no reasons
                 (run.folder / STOPPED).write_text(f"{cause}\n", encoding="utf-8")
         raise

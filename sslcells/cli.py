@@ -1,7 +1,6 @@
 """Command line: `sslcells <command>`, also as `accelerate launch -m sslcells.train`."""
 
 import argparse
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -11,15 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sslcells import __version__, distributed, lock, tracking
+from sslcells import __version__, distributed, lock, tracking, wandb_sync
 from sslcells.checkpoint import CheckpointError
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import DataError
 from sslcells.delivery import DeliveryError
-from sslcells.delivery.embedding import embed_folder
-from sslcells.delivery.export import export
-from sslcells.delivery.search import search
-from sslcells.evaluate import evaluate
 from sslcells.interrupt import Stopped
 from sslcells.models import files
 from sslcells.plan import TrainingError, consequences
@@ -120,16 +115,21 @@ def _sync(args: argparse.Namespace) -> None:
     for folder in map(Path, args.runs):
         ended, busy = (folder / files.SPEC).exists(), (folder / lock.FILE).exists()
         try:
-            print(tracking.sync(folder, "ended" if ended else "died" if busy else "stopped"), flush=True)
+            print(wandb_sync.sync(folder, "ended" if ended else "died" if busy else "stopped"), flush=True)
         except ConfigError as error:
             status = max(status, _told(error, 2))
-        except tracking.TrackingError as error:
+        except wandb_sync.TrackingError as error:
             status = max(status, _told(error, 1))
     if status:
         raise SystemExit(status)
 
 
+# What a command alone needs is imported in it: every rank of a training waits for the imports of this file.
+
+
 def _evaluate(args: argparse.Namespace) -> None:
+    from sslcells.evaluate import evaluate
+
     evaluate(args.run, args.overrides)
 
 
@@ -139,6 +139,8 @@ def _selfcheck(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from sslcells.delivery.export import export
+
     export(args.run, args.to, onnx=not args.no_onnx)
 
 
@@ -157,6 +159,8 @@ def _debug(run: Run) -> None:
 
 
 def _embed(args: argparse.Namespace) -> None:
+    from sslcells.delivery.embedding import embed_folder
+
     embed_folder(
         args.run,
         args.images,
@@ -171,6 +175,8 @@ def _embed(args: argparse.Namespace) -> None:
 
 
 def _search(args: argparse.Namespace) -> None:
+    from sslcells.delivery.search import search
+
     if distributed.launched_world() > 1:
         raise ConfigError(f"search is for one process; {distributed.launched_world()} were launched")
     search(
@@ -218,8 +224,6 @@ def _guarded(command: Callable[[], None]) -> int:
         return 130
     finally:
         distributed.close()
-        for reader in multiprocessing.active_children():
-            reader.kill()  # one that an error left behind waits for work for ever, and ignores SIGTERM
     return 0
 
 

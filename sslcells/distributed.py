@@ -4,7 +4,7 @@ import contextlib
 import os
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -220,6 +220,18 @@ def lost(error: BaseException) -> Lost | None:
         f"rank {', '.join(silent)} of {world()} vanished without a word: "
         f"killed, out of memory, hung, or its node is down"
     )
+
+
+@contextlib.contextmanager
+def parting() -> Iterator[None]:
+    """Tell the other ranks what error leaves the block; in place of a broken connection's it raises Lost."""
+    try:
+        yield
+    except BaseException as error:
+        if (gone := lost(error)) is not None:
+            raise gone from error
+        leave(f"{type(error).__name__}: {error}")
+        raise
 
 
 _LEFT = "sslcells/left"

@@ -26,6 +26,7 @@ from sslcells.evaluation.leaks import COPIES, Look, copies, digests, histograms,
 from sslcells.evaluation.report import page, say_figures, say_leaks
 from sslcells.evaluation.sheets import Image
 from sslcells.models import files
+from sslcells.storage import whole
 
 RESULTS, REPORT = "evaluation.json", "report.html"
 
@@ -203,10 +204,8 @@ def _sha256(file: Path) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+        whole(file, lambda opened: opened.write(text.encode()))
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error}") from None
 

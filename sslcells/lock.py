@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from sslcells.config import ConfigError
+from sslcells.storage import whole
 
 FILE = "lock.json"
 BEAT = 10.0
@@ -105,11 +106,8 @@ class Lock:
         return owner
 
     def _write(self, beat: int) -> None:
-        """Replace the file: whoever reads it finds the old or the new one, whole."""
-        new = self._path.with_suffix(f".{self._owner['token']}")
         text = json.dumps(self._owner | {"beat": beat})
-        new.write_text(text, encoding="utf-8")
-        new.replace(self._path)
+        whole(self._path, lambda file: file.write(text.encode()))
 
 
 def _name(owner: dict[str, Any]) -> str:

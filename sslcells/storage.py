@@ -1,10 +1,14 @@
-"""Shared storage that is away for a while: a file server restarts, a mount comes back."""
+"""Files on storage that several machines share: whole or not there, and waited for where it is away for a while."""
 
 import errno
 import logging
+import os
+import secrets
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 T = TypeVar("T")
 
@@ -47,3 +51,23 @@ def patiently(call: Callable[[], T], what: str) -> T:
 
 
 _away_since: float | None = None
+
+
+def whole(target: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under another name and rename it: it is there whole or not at all, also after a power cut."""
+    partial = partial_name(target)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def partial_name(target: Path) -> Path:
+    """A hidden name beside the target's, of nobody else."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")

@@ -20,9 +20,10 @@ from sslcells.data import Batch, ImageSet, open_splits, reading
 from sslcells.data.loader import Steps, read
 from sslcells.evaluation import Evaluation
 from sslcells.interrupt import Interrupt, Stopped
+from sslcells.metrics import read_metrics
 from sslcells.models import files
 from sslcells.plan import Meter, Plan
-from sslcells.tracking import Log, read_metrics
+from sslcells.tracking import Log
 
 Watch = Callable[[str, Tensor], None]
 

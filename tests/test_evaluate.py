@@ -119,6 +119,7 @@ def test_a_folder_without_labels(tmp_path, run, capsys):
     assert "no labels: only figures that need none" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_class_missing_in_the_split_that_is_asked(tmp_path, run):
     counts = {"train": {"a": 8, "b": 8, "c": 8}, "test": {"a": 6, "c": 6}}
     result = folder_of(tmp_path, run, counts)
@@ -127,6 +128,7 @@ def test_a_class_missing_in_the_split_that_is_asked(tmp_path, run):
     assert {r["class"] for r in result["by class"]} == {"a", "c"}
 
 
+@pytest.mark.slow
 def test_a_class_that_train_lacks(tmp_path, run):
     result = folder_of(tmp_path, run, {"train": {"a": 8, "b": 8}, "test": {"a": 6, "c": 6}})
     assert any("train shows no c: no classifier can name them" in note for note in result["notes"])
@@ -138,6 +140,7 @@ def test_one_image_a_class(tmp_path, run):
     assert any("3 of 3 images have no other image of their class: not asked" in note for note in result["notes"])
 
 
+@pytest.mark.slow
 def test_train_alone_is_asked_without_its_own_sources(tmp_path, run):
     result = folder_of(tmp_path, run, {"": {"a": 12, "b": 12}}, sources=True)
     assert result["asked"] == "train"

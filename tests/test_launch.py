@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_train import TINY, untimed
 
-from sslcells.tracking import read_metrics
+from sslcells.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "cpu2.yaml")]

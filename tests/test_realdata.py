@@ -6,7 +6,7 @@ import pytest
 from test_launch import LAUNCH, finish, start
 
 from sslcells.config import load
-from sslcells.tracking import read_metrics
+from sslcells.metrics import read_metrics
 from sslcells.train import train
 
 pytestmark = pytest.mark.realdata

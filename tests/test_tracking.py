@@ -19,12 +19,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from PIL import Image
-from test_train import TINY, Killed, killed_after, tiny, untimed
+from test_train import TINY, Killed, in_step, killed_after, tiny, untimed
 
-from sslcells import tracking
+from sslcells import metrics, tracking, wandb_sync
 from sslcells.config import ConfigError, dump
-from sslcells.tracking import TrackingError
 from sslcells.train import train
+from sslcells.wandb_sync import TrackingError
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,26 +42,26 @@ def no_credentials(monkeypatch, tmp_path):
 
 
 def test_wandb_needs_credentials(monkeypatch):
-    assert tracking.wandb_mode() is None
+    assert wandb_sync.wandb_mode() is None
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert tracking.wandb_mode() == "online"
+    assert wandb_sync.wandb_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert tracking.wandb_mode() == "disabled"
+    assert wandb_sync.wandb_mode() == "disabled"
 
 
 @pytest.mark.parametrize(("host", "mode"), [("api.wandb.ai", "online"), ("other.example", None)])
 def test_wandb_credentials_in_netrc(tmp_path, host, mode):
     (tmp_path / "home" / ".netrc").write_text(f"machine {host} login user password secret\n")
-    assert tracking.wandb_mode() == mode
+    assert wandb_sync.wandb_mode() == mode
 
 
 def test_the_server_that_wandb_login_wrote_down(tmp_path):
     (tmp_path / "home" / ".netrc").write_text("machine wandb.lab:8080 login user password secret\n")
     settings = tmp_path / "home" / ".config" / "wandb" / "settings"
     settings.parent.mkdir(parents=True)
-    assert tracking.wandb_mode() is None
+    assert wandb_sync.wandb_mode() is None
     settings.write_text("[default]\nbase_url = http://wandb.lab:8080\n")
-    assert tracking.wandb_mode() == "online"
+    assert wandb_sync.wandb_mode() == "online"
 
 
 def logged(out):
@@ -91,10 +91,10 @@ def test_what_came_after_the_checkpoint_is_forgotten(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [json.dumps({"step": s}) for s in (0, 10, 20, 30)]
     path.write_text("\n".join(rows) + '\n{"step": 4')
-    tracking._forget_after(path, 20)
-    assert [r["step"] for r in tracking.read_metrics(tmp_path)] == [0, 10, 20]
-    tracking._forget_after(path, 0)
-    assert tracking.read_metrics(tmp_path) == []
+    metrics.forget_after(path, 20)
+    assert [r["step"] for r in metrics.read_metrics(tmp_path)] == [0, 10, 20]
+    metrics.forget_after(path, 0)
+    assert metrics.read_metrics(tmp_path) == []
 
 
 def test_a_row_that_cannot_be_written_ends_the_training(tmp_path):
@@ -107,7 +107,7 @@ def test_a_row_that_cannot_be_written_ends_the_training(tmp_path):
 
 def test_a_step_is_read_once_it_is_whole(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    steps = tracking.Steps(path)
+    steps = wandb_sync.Steps(path)
     assert list(steps.read()) == []
     path.write_text('{"step": 0, "a": 1}\n{"step": 0, "b": 2}\n{"step": 5, "a"')
     assert list(steps.read()) == []
@@ -219,8 +219,8 @@ def standin(tmp_path, monkeypatch):
 def killed_at_7(out, monkeypatch):
     """Killed after step 7, with a checkpoint of step 4, and steps 0, 2, 4 and 6 in metrics.jsonl."""
     with monkeypatch.context() as patch:
-        started, plainly = [], tracking.Sender
-        patch.setattr(tracking, "Sender", lambda *a, **k: started.append(plainly(*a, **k)) or started[0])
+        started, plainly = [], wandb_sync.Sender
+        patch.setattr(wandb_sync, "Sender", lambda *a, **k: started.append(plainly(*a, **k)) or started[0])
         with pytest.raises(Killed):
             train(tiny(out, "log.tracker=wandb"), killed_after(7))
     started[0]._process.stdin.close()  # as the system does for a process that is no more
@@ -231,7 +231,7 @@ def killed_at_7(out, monkeypatch):
 def by_step(folder):
     """The rows of metrics.jsonl, all of a step as one."""
     steps = {}
-    for row in tracking.read_metrics(folder):
+    for row in metrics.read_metrics(folder):
         steps.setdefault(row["step"], {}).update(row)
     return list(steps.values())
 
@@ -266,6 +266,7 @@ def test_wandb_gets_every_step_while_it_trains(tmp_path, standin, capsys):
     assert "W&B: http://stand.in/" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_no_step(tmp_path, standin, monkeypatch):
     """Killed after step 7 it goes on from step 4; W&B, which has step 6 already, gets the steps from there."""
     killed_at_7(tmp_path, monkeypatch)
@@ -306,7 +307,7 @@ def test_disabled_starts_nothing(tmp_path, standin, monkeypatch, capsys):
 def test_training_goes_on_whatever_wandb_does(tmp_path, standin, monkeypatch, capsys, how, told):
     monkeypatch.setenv("STANDIN_HOW", how)
     if how == "hangs at the end":
-        monkeypatch.setitem(tracking.FINISH, "ended", 10.0)
+        monkeypatch.setitem(wandb_sync.FINISH, "ended", 10.0)
     began = time.monotonic()
     folder = train(tiny(tmp_path, "log.tracker=wandb"))
     assert time.monotonic() - began < 60
@@ -324,12 +325,12 @@ def test_sync_sends_what_wandb_lacks_and_nothing_twice(tmp_path, standin):
     (folder / "plots").mkdir()
     for name in ("views", "curves"):
         Image.new("RGB", (4, 4)).save(folder / "plots" / f"{name}.png")
-    tracking._note_steps({"views": folder / "plots" / "views.png"}, 0)
-    tracking._note_steps({"curves": folder / "plots" / "curves.png"}, 10)
+    metrics.note_steps({"views": folder / "plots" / "views.png"}, 0)
+    metrics.note_steps({"curves": folder / "plots" / "curves.png"}, 10)
     Image.new("RGB", (4, 4)).save(folder / "plots" / "older.png")  # drawn before such notes were taken
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "knn": 0.5}\n{"step": 15, "lo')
-    assert "3 steps sent, up to step 10: http://stand.in/" in tracking.sync(folder, "ended")
+    assert "3 steps sent, up to step 10: http://stand.in/" in wandb_sync.sync(folder, "ended")
     rows = [
         {"step": 0, "loss": 0.0, "views": "views.png"},
         {"step": 5, "loss": 0.5},
@@ -337,20 +338,20 @@ def test_sync_sends_what_wandb_lacks_and_nothing_twice(tmp_path, standin):
     ]
     assert standin()["rows"] == rows
     assert (standin()["name"], standin()["tags"]) == ("run", ["a", "b"])
-    assert "W&B has every step already" in tracking.sync(folder, "ended")
+    assert "W&B has every step already" in wandb_sync.sync(folder, "ended")
     assert standin()["rows"] == rows
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('ss": 1.5}\n')
-    tracking.sync(folder, "stopped")
+    wandb_sync.sync(folder, "stopped")
     assert standin()["rows"] == [*rows, {"step": 15, "loss": 1.5, "older": "older.png"}]
 
 
 def test_sync_keeps_back_what_may_be_half(tmp_path, standin):
     folder = handmade(tmp_path / "run", 0, 5, 10)
-    assert "step 10 is kept back" in tracking.sync(folder, "died")
+    assert "step 10 is kept back" in wandb_sync.sync(folder, "died")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "knn": 0.5}\n')
-    tracking.sync(folder, "ended")
+    wandb_sync.sync(folder, "ended")
     assert standin()["rows"][-1] == {"step": 10, "loss": 1.0, "knn": 0.5}
     assert standin()["finished"] == [1, 1, 0, 0]  # each is looked at again to see what W&B holds
 
@@ -361,14 +362,14 @@ def test_sync_keeps_back_what_may_be_half(tmp_path, standin):
 def test_sync_says_why_it_failed(tmp_path, standin, monkeypatch, how, told):
     monkeypatch.setenv("STANDIN_HOW", how)
     with pytest.raises(TrackingError, match=told):
-        tracking.sync(handmade(tmp_path / "run", 0, 5), "ended")
+        wandb_sync.sync(handmade(tmp_path / "run", 0, 5), "ended")
 
 
 @pytest.mark.slow
 def test_two_do_not_send_a_run_at_once(tmp_path, standin, monkeypatch):
     folder = handmade(tmp_path / "run", 0)
-    with tracking._alone(folder / "wandb_id.txt") as name:
-        other = tracking._start(folder, "online", -1, "ended", stdin=subprocess.DEVNULL)
+    with wandb_sync._alone(folder / "wandb_id.txt") as name:
+        other = wandb_sync._start(folder, "online", -1, "ended", stdin=subprocess.DEVNULL)
         time.sleep(3)
         assert other.poll() is None
         assert not (tmp_path / "store").exists()
@@ -378,15 +379,15 @@ def test_two_do_not_send_a_run_at_once(tmp_path, standin, monkeypatch):
 
 def test_a_home_that_cannot_be_written(tmp_path, monkeypatch):
     kinds = {"WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"}
-    assert not kinds & tracking._environment(tmp_path).keys()
+    assert not kinds & wandb_sync._environment(tmp_path).keys()
     monkeypatch.setenv("HOME", "/proc")
     monkeypatch.setenv("WANDB_CACHE_DIR", "/mine")
-    new = tracking._environment(tmp_path)
+    new = wandb_sync._environment(tmp_path)
     assert new["WANDB_CACHE_DIR"] == "/mine"
     assert new["HOME"] == "/proc"
     assert all(new[kind].startswith(str(tmp_path)) for kind in kinds - {"WANDB_CACHE_DIR"})
     monkeypatch.setenv("HOME", "/proc/none")
-    assert tracking._environment(tmp_path)["HOME"].startswith(str(tmp_path))
+    assert wandb_sync._environment(tmp_path)["HOME"].startswith(str(tmp_path))
 
 
 # ---- W&B itself
@@ -590,49 +591,40 @@ def test_training_without_a_network(tmp_path, server, mute, answers):
     assert done.stdout.count("left alone") == done.stdout.count("sslcells sync") == 1, done.stdout
     folder = tmp_path / "quickstart"
     assert not senders(folder)
-    assert "sent, up to step 15" in tracking.sync(folder, "ended")
+    assert "sent, up to step 15" in wandb_sync.sync(folder, "ended")
     assert [row["_step"] for row in server.history()] == [row["step"] for row in by_step(folder)]
 
 
 @pytest.mark.slow
 def test_a_network_that_goes_away(tmp_path, server, monkeypatch, capsys):
     """The server answers at the start, and no more from step 6 on."""
-    monkeypatch.setitem(tracking.FINISH, "ended", 6.0)
-    count = 0
+    monkeypatch.setitem(wandb_sync.FINISH, "ended", 6.0)
 
-    def watch(station, x):
-        nonlocal count
-        count += station == "loss"
-        if count == 6 and station == "loss":
-            wait_for(lambda: server.runs)
-            server.stream_status = 500
+    def refuse():
+        wait_for(lambda: server.runs)
+        server.stream_status = 500
 
     began = time.monotonic()
-    folder = train(tiny(tmp_path, "log.tracker=wandb"), watch)
+    folder = train(tiny(tmp_path, "log.tracker=wandb"), in_step(6, refuse))
     assert time.monotonic() - began < 60
     assert capsys.readouterr().out.count("left alone") == 1
     assert not senders(folder)
     server.stream_status = 200
-    tracking.sync(folder, "ended")
+    wandb_sync.sync(folder, "ended")
     assert [row["_step"] for row in server.history()] == [row["step"] for row in by_step(folder)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", ["sslcells.tracking", "wandb-core"])
+@pytest.mark.parametrize("who", ["sslcells.wandb_sync", "wandb-core"])
 def test_a_killed_sender(tmp_path, server, capsys, who):
-    count = 0
-
-    def watch(station, x):
-        nonlocal count
-        count += station == "loss"
-        if count == 6 and station == "loss":
-            wait_for(lambda: server.runs)
-            for process in senders(tmp_path / "quickstart"):
-                if who in " ".join(process.cmdline()):
-                    process.kill()
+    def kill():
+        wait_for(lambda: server.runs)
+        for process in senders(tmp_path / "quickstart"):
+            if who in " ".join(process.cmdline()):
+                process.kill()
 
     began = time.monotonic()
-    folder = train(tiny(tmp_path, "log.tracker=wandb"), watch)
+    folder = train(tiny(tmp_path, "log.tracker=wandb"), in_step(6, kill))
     assert time.monotonic() - began < 90
     assert capsys.readouterr().out.count("left alone") == 1
     wait_for(lambda: not senders(folder))
@@ -641,8 +633,8 @@ def test_a_killed_sender(tmp_path, server, capsys, who):
 @pytest.mark.slow
 def test_sync_to_a_server_twice_adds_nothing(tmp_path, server):
     folder = handmade(tmp_path / "run", *range(0, 1000, 5), odd=float("nan"))
-    assert "200 steps sent, up to step 995" in tracking.sync(folder, "ended")
-    assert "every step already" in tracking.sync(folder, "ended")
+    assert "200 steps sent, up to step 995" in wandb_sync.sync(folder, "ended")
+    assert "every step already" in wandb_sync.sync(folder, "ended")
     assert [row["_step"] for row in server.history()] == list(range(0, 1000, 5))
     (run,) = server.runs.values()
     assert (run["displayName"], run["tags"], run["exitcode"]) == ("run", ["a", "b"], 0)
@@ -653,7 +645,7 @@ def test_sync_to_a_server_twice_adds_nothing(tmp_path, server):
 def test_sync_notices_a_server_that_refuses(tmp_path, server):
     server.stream_status = 403
     with pytest.raises(TrackingError, match="sent step 5, but holds none"):
-        tracking.sync(handmade(tmp_path / "run", 0, 5), "ended")
+        wandb_sync.sync(handmade(tmp_path / "run", 0, 5), "ended")
 
 
 @pytest.mark.slow
@@ -661,7 +653,7 @@ def test_wandb_needs_no_home(tmp_path, server, monkeypatch):
     monkeypatch.setenv("HOME", "/proc/none")
     monkeypatch.delenv("NETRC")
     folder = handmade(tmp_path / "run", 0, 5)
-    assert "2 steps sent" in tracking.sync(folder, "ended")
+    assert "2 steps sent" in wandb_sync.sync(folder, "ended")
     assert not list((tmp_path / "home").iterdir())
 
 
@@ -700,4 +692,4 @@ def test_a_full_disk_under_wandb(tmp_path, server, capsys, monkeypatch, full_at)
 
 def test_sync_wants_a_run(tmp_path):
     with pytest.raises(ConfigError, match="no such folder"):
-        tracking.sync(tmp_path / "none", "ended")
+        wandb_sync.sync(tmp_path / "none", "ended")

@@ -15,9 +15,9 @@ from sslcells import checkpoint, losses
 from sslcells.config import ConfigError, load
 from sslcells.interrupt import Stopped
 from sslcells.lock import Lock
+from sslcells.metrics import read_metrics
 from sslcells.models import files
 from sslcells.plan import TrainingError
-from sslcells.tracking import read_metrics
 from sslcells.train import train
 
 TINY = [
@@ -53,16 +53,24 @@ class Killed(BaseException):
     """Not an Exception: nothing in the package may catch it."""
 
 
-def killed_after(step):
+def in_step(step, act):
+    """For `watch`: acts once, in the middle of a step of this start, counted from 1."""
     count = 0
 
     def watch(station, x):
         nonlocal count
         count += station == "loss"
-        if count == step + 1:
-            raise Killed
+        if count == step and station == "loss":
+            act()
 
     return watch
+
+
+def killed_after(step):
+    def die():
+        raise Killed
+
+    return in_step(step + 1, die)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +93,7 @@ def test_what_a_run_leaves(finished):
     assert load(str(finished / "config.yaml")) == tiny(finished.parent)
 
 
-@pytest.mark.parametrize("step", [3, 6, 13])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 6, pytest.param(13, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_exactly(finished, tmp_path, step):
     with pytest.raises(Killed):
         train(tiny(tmp_path), killed_after(step))
@@ -97,15 +105,7 @@ def test_a_killed_run_goes_on_exactly(finished, tmp_path, step):
 
 def signalled_in(step, number):
     """Sends the signal in the middle of a step; it must be answered after it."""
-    count = 0
-
-    def watch(station, x):
-        nonlocal count
-        count += station == "loss"
-        if count == step and station == "loss":
-            os.kill(os.getpid(), number)
-
-    return watch
+    return in_step(step, lambda: os.kill(os.getpid(), number))
 
 
 @pytest.mark.parametrize(
@@ -177,14 +177,14 @@ def test_what_does_not_change_the_training_may_change(finished, tmp_path):
     train(tiny(tmp_path, "log.every=1", "checkpoint.keep=5"))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def test_mixed_precision(tmp_path, precision):
     rows = read_metrics(train(tiny(tmp_path, f"train.precision={precision}", "train.steps=4")))
     assert all(r["loss"] < 5 for r in rows if "loss" in r)
 
 
 @pytest.mark.parametrize("name", ["triplet", "simclr"])
-@pytest.mark.parametrize("recipe", ["simclr", "none"])
+@pytest.mark.parametrize("recipe", ["simclr", pytest.param("none", marks=pytest.mark.slow)])
 def test_other_methods_and_recipes(tmp_path, name, recipe):
     rows = read_metrics(train(tiny(tmp_path, f"method.name={name}", f"augment.recipe={recipe}", "train.steps=2")))
     assert "loss" in rows[1]

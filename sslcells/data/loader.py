@@ -91,6 +91,8 @@ def _quiet(worker: int) -> None:
 def read(images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
     """The batches of images that a sampler names, in its order, read ahead by `workers` processes.
 
+    To be closed where it is not read to its end: a process left behind waits for work for ever, and for it the exit.
+
     Raises:
         DataError: where an image cannot be read, naming it.
     """
@@ -113,7 +115,9 @@ class Readable(NamedTuple):
     """the indices of the others, and why"""
 
 
-def read_readable(images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool) -> Iterator[Readable]:
+def read_readable(
+    images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool
+) -> Generator[Readable, None, None]:
     """As `read`, but what cannot be read is listed instead, and sizes may differ.
 
     Raises:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from sslcells import __version__
 from sslcells.config import Run, load
 from sslcells.delivery.encoder import Encoder
-from sslcells.tracking import METRICS, read_metrics
+from sslcells.metrics import METRICS, read_metrics
 
 EVALUATION = "evaluation.json"
 _MOST = 60

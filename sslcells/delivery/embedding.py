@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -69,15 +70,11 @@ def embed_folder(
         device = distributed.start(cpu, _WAIT).device
         lock: list[Lock] = []
         try:
-            encoder = distributed.together(lambda: _load(run, device))
-            begun = distributed.from_main(lambda: _begin(run, images, out, format, labels, shard, encoder, lock))
-            _work(*begun, encoder, device, batch, workers, interrupt)
-            return begun[0].folder
-        except BaseException as error:
-            if (lost := distributed.lost(error)) is not None:
-                raise lost from error
-            distributed.leave(f"{type(error).__name__}: {error}")
-            raise
+            with distributed.parting():
+                encoder = distributed.together(lambda: _load(run, device))
+                begun = distributed.from_main(lambda: _begin(run, images, out, format, labels, shard, encoder, lock))
+                _work(*begun, encoder, device, batch, workers, interrupt)
+                return begun[0].folder
         finally:
             for held in lock:
                 held.release()
@@ -216,35 +213,36 @@ def _embed(
     """Make and write these shards, one after the other, until done or asked to stop."""
     root, unknown = embeddings.root, torch.full((len(names),), -1)
     images = FolderImages(Path(root), names, encoder.reader(), (), unknown, unknown, {})
-    parts = read_readable(images, _Parts(embeddings, mine, batch), workers, pin_memory=device.type == "cuda")
-    for number in mine:
-        rows, wanted, held = [], len(embeddings.members(number)), list[Readable]()
-        while wanted:
-            if interrupt.asked:
-                return
-            part = next(parts)
-            wanted -= part.asked
-            if part.unreadable:
-                _still_there(root)
-            if part.image:
-                rows.append(_rows(encoder, part.pixels))
-            held.append(part._replace(pixels=[]))
-            meter.add(part.asked)
-        ids = [i for part in held for i in part.image]
-        embeddings.write(
-            number,
-            Shard(
-                np.array(ids, dtype=np.int64),
-                [spelt(names[i]) for i in ids],
-                torch.cat(rows).numpy() if rows else np.zeros((0, encoder.features), dtype=np.float32),
-                [_label(names[i]) for i in ids] if embeddings.labels else None,
-                [
-                    (spelt(names[i]), spelt(why.removeprefix(f"{root}/{names[i]}: ")))
-                    for part in held
-                    for i, why in part.unreadable
-                ],
-            ),
-        )
+    reading = read_readable(images, _Parts(embeddings, mine, batch), workers, pin_memory=device.type == "cuda")
+    with closing(reading) as parts:
+        for number in mine:
+            rows, wanted, held = [], len(embeddings.members(number)), list[Readable]()
+            while wanted:
+                if interrupt.asked:
+                    return
+                part = next(parts)
+                wanted -= part.asked
+                if part.unreadable:
+                    _still_there(root)
+                if part.image:
+                    rows.append(_rows(encoder, part.pixels))
+                held.append(part._replace(pixels=[]))
+                meter.add(part.asked)
+            ids = [i for part in held for i in part.image]
+            embeddings.write(
+                number,
+                Shard(
+                    np.array(ids, dtype=np.int64),
+                    [spelt(names[i]) for i in ids],
+                    torch.cat(rows).numpy() if rows else np.zeros((0, encoder.features), dtype=np.float32),
+                    [_label(names[i]) for i in ids] if embeddings.labels else None,
+                    [
+                        (spelt(names[i]), spelt(why.removeprefix(f"{root}/{names[i]}: ")))
+                        for part in held
+                        for i, why in part.unreadable
+                    ],
+                ),
+            )
 
 
 @torch.inference_mode()

@@ -18,10 +18,11 @@ from sslcells.config import ConfigError, nearest
 from sslcells.data import Decoder, Unreadable, check_pattern, find_sources, read_table, source_ids
 from sslcells.delivery import extra
 from sslcells.delivery.encoder import Encoder, embed, find_run, load_encoder
-from sslcells.delivery.shards import MANIFEST, Embeddings, Shard, spelt, whole
+from sslcells.delivery.shards import MANIFEST, Embeddings, Shard, spelt
 from sslcells.evaluation.knn import neighbours
 from sslcells.evaluation.sheets import Image, found_sheet
 from sslcells.models import files
+from sslcells.storage import whole
 
 _MOST_SHOWN = 20
 """queries, and neighbours of each, on the picture"""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import secrets
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from sslcells.config import ConfigError
 from sslcells.data import DataError
 from sslcells.delivery import extra
-from sslcells.storage import patiently
+from sslcells.storage import partial_name, patiently, whole
 
 T = TypeVar("T")
 
@@ -47,7 +46,7 @@ class Embeddings:
     """A folder of embeddings, complete or not, and what it says of itself in embeddings.json."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        self.folder = folder
+        self.folder, self._manifest = folder, dict(manifest)
         self.encoder: str = manifest["encoder"]
         """digest of the encoder"""
         self.run: str = manifest["run"]
@@ -85,18 +84,7 @@ class Embeddings:
         for left in self.folder.glob(".*.partial"):
             with suppress(OSError):
                 left.unlink()
-        manifest = {
-            "encoder": self.encoder,
-            "run": self.run,
-            "images": self.root,
-            "count": self.count,
-            "list": self.listed,
-            "shard": self.size,
-            "format": self.format,
-            "labels": self.labels,
-            "features": self.features,
-        }
-        text = json.dumps(manifest, indent=2) + "\n"
+        text = json.dumps(self._manifest, indent=2) + "\n"
         whole(self.folder / MANIFEST, lambda file: file.write(text.encode()))
 
     @property
@@ -206,7 +194,7 @@ class Embeddings:
         if self.labels:
             columns["label"] = pandas.Categorical([label for shard in shards for label in shard.label or ()])
         target = self.folder / "embeddings.h5ad"
-        partial = _partial(target)
+        partial = partial_name(target)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its own dependencies
             anndata = extra("anndata", "anndata", "--format h5ad")
@@ -231,25 +219,6 @@ def list_digest(names: Sequence[str]) -> str:
 def spelt(name: str) -> str:
     r"""A path as text: bytes that are no UTF-8 as \xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def whole(target: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under another name and rename it: it is there whole or not at all, also after a power cut."""
-    partial = _partial(target)
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-
-
-def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
 
 
 def _quoted(text: str) -> str:

@@ -1,6 +1,7 @@
 """Features of whole splits: eval mode, float32, no augmentation, by index, shared out over the ranks."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,8 @@ def collect(
     mine = [i for b in range(distributed.rank(), blocks, world) for i in indices[b * batch : (b + 1) * batch]]
 
     def local() -> list[Tensor]:
-        parts = [compute(b) for b in read(images, InOrder(mine, batch), workers, pin_memory=device.type == "cuda")]
+        with closing(read(images, InOrder(mine, batch), workers, pin_memory=device.type == "cuda")) as batches:
+            parts = [compute(b) for b in batches]
         return [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
 
     columns = distributed.together(local)

@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
-from sklearn.manifold import TSNE
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -142,6 +141,8 @@ def tsne_map(z: Tensor, seed: int) -> Map | None:
     if rows.std(0).max() < _SAME:
         # t-SNE would tear equal rows apart into clusters that are not there.
         return Map(shown, np.zeros((len(rows), 2)), "all rows are the same: collapsed", len(z))
+    from sklearn.manifold import TSNE  # a second or more, that every rank of a training would wait for
+
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
     return Map(shown, tsne.fit_transform(rows), f"t-SNE of unit rows, perplexity {perplexity:.0f}", len(z))
 

@@ -35,7 +35,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize(
+    "kind", ["timm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("small_cnn", "small stem"))]
+)
 def test_torch_and_timm_alone_give_the_same_features(kind, tmp_path):
     run = make_run(tmp_path / "run", *RUNS[kind])
     out = export(str(run), str(tmp_path / "out"), onnx=False)
@@ -66,7 +68,7 @@ def test_the_cards_line_of_timm_loads_the_weights(tmp_path, monkeypatch):
     assert torch.equal(space["encoder"](x), network(x))
 
 
-@pytest.mark.parametrize(("kind", "channels"), [("timm", 3), ("small_cnn", 6)])
+@pytest.mark.parametrize(("kind", "channels"), [pytest.param("timm", 3, marks=pytest.mark.slow), ("small_cnn", 6)])
 def test_onnx_gives_the_same_features_for_any_number_of_images(kind, channels, tmp_path, capsys):
     run = make_run(tmp_path / "run", *RUNS[kind], channels=channels)
     assert main(None, ["export", str(run), "--to", str(tmp_path / "out")]) == 0

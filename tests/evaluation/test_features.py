@@ -1,5 +1,6 @@
 """Features: each image once, in order, the same on any number of ranks."""
 
+import pytest
 import torch
 from gloo import on_ranks
 from torch import nn
@@ -22,6 +23,7 @@ def extracted(indices):
     return z
 
 
+@pytest.mark.slow
 def test_the_same_on_any_number_of_ranks():
     indices = [*range(20, 3, -2), 5]
     whole = extracted(indices)
@@ -31,6 +33,7 @@ def test_the_same_on_any_number_of_ranks():
             torch.testing.assert_close(z, whole)
 
 
+@pytest.mark.slow
 def test_more_ranks_than_images():
     assert [z.shape for z in on_ranks(3, extracted, [7])] == [(1, 5)] * 3
 

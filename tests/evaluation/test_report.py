@@ -47,6 +47,7 @@ def pictures(folder, labelled=True, known=True):
 
 
 @pytest.mark.parametrize(("labelled", "known", "count"), [(True, True, 6), (True, False, 5), (False, False, 3)])
+@pytest.mark.slow
 def test_everything_that_can_be_drawn_is(tmp_path, labelled, known, count):
     drawn = pictures(tmp_path, labelled, known)
     assert len(drawn) == count

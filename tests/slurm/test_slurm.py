@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, missing, wait_for
 
-from sslcells.tracking import read_metrics
+from sslcells.metrics import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=missing())]
 

@@ -1,0 +1,67 @@
+"""What a run's folder records of itself: the rows of metrics.jsonl, and which step each picture shows."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sslcells.storage import whole
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, None where it was cut off."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop what was written after the checkpoint that the run goes on from, and a last line that was cut off."""
+    if not path.is_file():
+        return
+    rows = ((line, row_of(line)) for line in path.read_bytes().splitlines())
+    kept = [line + b"\n" for line, row in rows if row is not None and row["step"] <= step and step > 0]
+    whole(path, lambda file: file.write(b"".join(kept)))
+
+
+def note_steps(paths: Mapping[str, Path], step: int) -> None:
+    """Write down beside the pictures which step they show."""
+    for path in paths.values():
+        notes = path.parent / "steps.json"
+        notes.write_text(json.dumps(_noted(notes) | {path.name: step}), encoding="utf-8")
+
+
+def _noted(path: Path) -> dict[str, int]:
+    try:
+        notes: dict[str, int] = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return notes
+
+
+def pictures_of(folder: Path, step: int, newest: bool) -> list[Path]:
+    """The pictures that show a step; those of which it is not known go with the newest."""
+    notes = _noted(folder / "plots" / "steps.json")
+    paths = sorted((folder / "plots").glob("*.png"))
+    return [path for path in paths if notes.get(path.name, step if newest else None) == step]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}, of values that every tracker takes."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return out
