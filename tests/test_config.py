@@ -107,6 +107,7 @@ def test_every_choice_has_a_config_that_explains_itself(section):
         assert all(field.description for key, field in fields.items() if key != plugin.key), name
 
 
+@pytest.mark.slow
 def test_the_command_tells_mistakes_once_and_exits_with_2():
     ranks = 2
     recipe = str(CONFIGS[0].parent / "simclr_bloodcells.yaml")

@@ -43,6 +43,7 @@ def test_two_ranks_train_like_one(tmp_path):
     assert not (tmp_path / "two" / "checkpoints" / ".step_00000006.partial").exists()
 
 
+@pytest.mark.slow
 def test_selfcheck_passes_on_two_ranks():
     out = finish(start(*LAUNCH, "-m", "sslcells.selfcheck"))
     assert "2 on" in out

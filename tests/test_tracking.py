@@ -122,6 +122,7 @@ def test_a_step_is_read_once_it_is_whole(tmp_path):
 # ---- TensorBoard
 
 
+@pytest.mark.slow
 def test_tensorboard_writes_events(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     folder = train(tiny(tmp_path, "log.tracker=tensorboard", "train.steps=2"))
