@@ -238,7 +238,14 @@ _LEFT = "sslcells/left"
 _NOTICED = "noticed"
 _POST_MORTEM = 5.0
 """seconds for every living rank to notice"""
-_BROKEN = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo/transport"
+_BROKEN = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Application timeout",
+    "gloo/transport",
+)
 
 
 def _store() -> Any:

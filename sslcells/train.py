@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ from sslcells.augment import Augment
 from sslcells.claim import claimed
 from sslcells.config import Run
 from sslcells.data import Batch, ImageSet, open_splits, reading
-from sslcells.data.loader import Steps, read
+from sslcells.data.loader import Steps, attended, read
 from sslcells.evaluation import Evaluation
 from sslcells.interrupt import Interrupt, Stopped
 from sslcells.metrics import read_metrics
@@ -47,7 +47,7 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
         with claimed(run) as claim:
             training = Training(run, plan, splits, accelerator, watch)
             training.begin(claim.whole)
-            with training.writer as writer, closing(training.batches()) as batches:
+            with training.writer as writer, attended(training.batches()) as batches:
                 for batch in in_step(batches, (claim.check, writer.check), interrupt):
                     training.learn(batch)
                 if training.step < plan.steps:
@@ -93,7 +93,7 @@ class Training:
             log.pictures(0, self._evaluation.view_sheet(views))
 
     def batches(self) -> Generator[Batch, None, None]:
-        """This rank's part of the global batches of the steps to come; to be closed, as processes read them."""
+        """This rank's part of the global batches of the steps to come."""
         run, plan = self._run, self._plan
         steps = Steps(
             len(self._images),

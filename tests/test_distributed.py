@@ -83,8 +83,9 @@ def post_mortem(error, *leaving):
 GONE = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2081")
 
 
-def test_who_vanished_is_named():
-    _, a, b = on_ranks(3, post_mortem, GONE, (0, ""))
+@pytest.mark.parametrize("error", [GONE, RuntimeError("Application timeout caused pair closure")])
+def test_who_vanished_is_named(error):
+    _, a, b = on_ranks(3, post_mortem, error, (0, ""))
     assert a == b
     assert a.startswith("rank 0 of 3 vanished without a word")
 

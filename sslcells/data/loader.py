@@ -2,13 +2,16 @@
 
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslcells.data import Batch, DataError, ImageSet
+
+T = TypeVar("T")
 
 
 class Steps(Sampler[list[int]]):
@@ -91,7 +94,7 @@ def _quiet(worker: int) -> None:
 def read(images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
     """The batches of images that a sampler names, in its order, read ahead by `workers` processes.
 
-    To be closed where it is not read to its end: a process left behind waits for work for ever, and for it the exit.
+    For `attended`, where processes read.
 
     Raises:
         DataError: where an image cannot be read, naming it.
@@ -100,6 +103,29 @@ def read(images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory
         if isinstance(batch, DataError):
             raise batch
         yield Batch(*batch)
+
+
+@contextmanager
+def attended(batches: Generator[T, None, None]) -> Iterator[Generator[T, None, None]]:
+    """From `with` to its end the batches of `read` are read; the processes that do it end with the block.
+
+    One left behind would wait for work for ever, and the exit for it. One that dies is told in the middle of anything:
+    torch raises where the signal of its death arrives.
+
+    Raises:
+        DataError: where a process that reads dies.
+    """
+    try:
+        yield batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        died = DataError(f"a process that reads images died, for lack of memory perhaps: {error}")
+        for note in getattr(error, "__notes__", ()):  # on which rank
+            died.add_note(note)
+        raise died from None
+    finally:
+        batches.close()
 
 
 class Readable(NamedTuple):
@@ -118,11 +144,7 @@ class Readable(NamedTuple):
 def read_readable(
     images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool
 ) -> Generator[Readable, None, None]:
-    """As `read`, but what cannot be read is listed instead, and sizes may differ.
-
-    Raises:
-        DataError: where a process that reads died.
-    """
+    """As `read`, but what cannot be read is listed instead, and sizes may differ."""
     for batch in _loaded(images, batches, workers, pin_memory, _collate_readable):
         yield Readable(*batch)
 
@@ -142,7 +164,7 @@ def _loaded(
     pin_memory: bool,
     collate: Callable[[Sequence[Sample | Unread]], Any],
 ) -> Iterator[Any]:
-    """What `collate` makes of each batch; DataError where a process that reads died."""
+    """What `collate` makes of each batch."""
     loader: DataLoader[Sample | Unread] = DataLoader(
         _Samples(images),
         batch_sampler=batches,
@@ -152,12 +174,7 @@ def _loaded(
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(f"a process that reads images died, for lack of memory perhaps: {error}") from None
+    yield from loader
 
 
 class InOrder(Sampler[list[int]]):

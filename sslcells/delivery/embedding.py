@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from sslcells import distributed
 from sslcells.config import ConfigError
 from sslcells.data import DataError
 from sslcells.data.folder import FolderImages, class_of, list_images
-from sslcells.data.loader import Readable, read_readable
+from sslcells.data.loader import Readable, attended, read_readable
 from sslcells.delivery import extra
 from sslcells.delivery.encoder import Encoder, find_run, load_encoder
 from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, list_digest, spelt
@@ -213,8 +212,8 @@ def _embed(
     """Make and write these shards, one after the other, until done or asked to stop."""
     root, unknown = embeddings.root, torch.full((len(names),), -1)
     images = FolderImages(Path(root), names, encoder.reader(), (), unknown, unknown, {})
-    reading = read_readable(images, _Parts(embeddings, mine, batch), workers, pin_memory=device.type == "cuda")
-    with closing(reading) as parts:
+    ahead = read_readable(images, _Parts(embeddings, mine, batch), workers, pin_memory=device.type == "cuda")
+    with attended(ahead) as parts:
         for number in mine:
             rows, wanted, held = [], len(embeddings.members(number)), list[Readable]()
             while wanted:

@@ -1,14 +1,13 @@
 """Features of whole splits: eval mode, float32, no augmentation, by index, shared out over the ranks."""
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 
 import torch
 from torch import Tensor, nn
 
 from sslcells import distributed
 from sslcells.data import Batch, ImageSet
-from sslcells.data.loader import InOrder, permutation, read
+from sslcells.data.loader import InOrder, attended, permutation, read
 
 
 def spread(count: int, most: int | None) -> list[int]:
@@ -41,7 +40,7 @@ def collect(
     mine = [i for b in range(distributed.rank(), blocks, world) for i in indices[b * batch : (b + 1) * batch]]
 
     def local() -> list[Tensor]:
-        with closing(read(images, InOrder(mine, batch), workers, pin_memory=device.type == "cuda")) as batches:
+        with attended(read(images, InOrder(mine, batch), workers, pin_memory=device.type == "cuda")) as batches:
             parts = [compute(b) for b in batches]
         return [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
 

@@ -1,5 +1,7 @@
 """Which images a rank sees at a step: every one once an epoch, the same global batch for any world."""
 
+import multiprocessing
+import time
 from itertools import chain
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from sslcells.config import load
 from sslcells.data import DataError, ImageSet, open_splits
-from sslcells.data.loader import InOrder, Steps, read
+from sslcells.data.loader import InOrder, Steps, attended, read
 
 
 def chained(lists):
@@ -78,6 +80,24 @@ def test_batches_come_in_order_with_their_ids(workers):
 def test_a_broken_image_is_named(workers):
     with pytest.raises(DataError, match=r"^image 7 is broken$"):
         list(read(Numbers(broken={7}), InOrder(range(20), 4), workers, pin_memory=False))
+
+
+def test_the_death_of_a_process_that_reads_is_told_in_the_middle_of_anything():
+    died = pytest.raises(DataError, match=r"^a process that reads images died, .*: DataLoader worker")
+    with died, attended(read(Numbers(), InOrder(range(20), 4), 1, pin_memory=False)) as batches:
+        next(batches)
+        for process in multiprocessing.active_children():
+            process.kill()
+        time.sleep(30)  # no batch is asked for: the signal of the death ends it
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_the_block_pass_and_the_processes_end_with_it(workers):
+    reading = attended(read(Numbers(), InOrder(range(20), 4), workers, pin_memory=False))
+    with pytest.raises(RuntimeError, match=r"^something else$"), reading as batches:  # noqa: PT012
+        next(batches)
+        raise RuntimeError("something else")
+    assert not multiprocessing.active_children()
 
 
 def test_synthetic_splits():
