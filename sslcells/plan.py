@@ -151,7 +151,7 @@ def consequences(run: Run, world: int) -> str:
     optim.check(run.optim)
     encoder = models.build(run.model.model_copy(update={"pretrained": False}), images.channels)
     features = models.width(encoder, images.channels, run.augment.size)
-    method = methods.build(run.method, features)
+    method = methods.build(run.method, features, images)
     anchors, references = plan.batch * method.views, plan.global_batch * method.views
     dimension = method(torch.zeros(2, features)).shape[1]
     parts = plan.batch // plan.micro_batch

@@ -247,7 +247,7 @@ def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
     torch.manual_seed(run.seed)
     encoder = models.build(run.model, images.channels)
     features = models.width(encoder, images.channels, run.augment.size)
-    learner = methods.Learner(encoder, methods.build(run.method, features))
+    learner = methods.Learner(encoder, methods.build(run.method, features, images))
     if sync_batchnorm and run.train.sync_batchnorm:
         learner.backbone = distributed.sync_batchnorm(learner.backbone)
         learner.method.head = distributed.sync_batchnorm(learner.method.head)

@@ -1,6 +1,6 @@
 """Methods: what is learned from a batch; one file each.
 
-A method is a module with a `Config(MethodConfig)` and a `Method(config, features)`; the folder is the registry. It
+A method is a module with a `Config(Section)` and a `Method(config, features, images)`; the folder is the registry. It
 turns features into rows inside the network that DDP wraps, and rows into a loss outside of it.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sslcells.config import Section
-from sslcells.data import Batch
+from sslcells.data import Batch, ImageSet
 
 
 class Method(nn.Module, ABC):
@@ -48,8 +48,12 @@ class Learner(nn.Module):
         return rows
 
 
-def build(config: Section, features: int) -> Method:
-    """The method that `config` is the section of, on F features."""
+def build(config: Section, features: int, images: ImageSet) -> Method:
+    """The method that `config` is the section of, on F features, to learn from the images of a train split.
+
+    Raises:
+        ConfigError: where these images have not what the method learns from, such as labels.
+    """
     module: Any = importlib.import_module(f"sslcells.methods.{config.name}")  # type: ignore[attr-defined]
-    method: Method = module.Method(config, features)
+    method: Method = module.Method(config, features, images)
     return method

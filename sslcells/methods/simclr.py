@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sslcells import methods
 from sslcells.config import Section
-from sslcells.data import Batch
+from sslcells.data import Batch, ImageSet
 from sslcells.losses import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
 from sslcells.models.heads import Norm, projection
 
@@ -52,7 +52,7 @@ class Method(methods.Method):
 
     views = 2
 
-    def __init__(self, config: Config, features: int) -> None:
+    def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__()
         self.head = projection(features, config.hidden, config.dimension, config.layers, config.norm)
         self._same_source = config.same_source

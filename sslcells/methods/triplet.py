@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sslcells import methods
 from sslcells.config import Section
-from sslcells.data import Batch
+from sslcells.data import Batch, ImageSet
 from sslcells.losses import BatchHardTripletLoss
 from sslcells.models.heads import Norm, projection
 
@@ -46,7 +46,7 @@ class Config(Section):
 class Method(methods.Method):
     """An embedding head and the batch-hard triplet loss."""
 
-    def __init__(self, config: Config, features: int) -> None:
+    def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__()
         self.views = 2 if config.positive == "view" else config.views
         self.head = projection(features, config.hidden, config.dimension, config.layers, config.norm)

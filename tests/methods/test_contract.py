@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sslcells import checkpoint, distributed, methods, models
 from sslcells.config import PLUGINS, Model, load
-from sslcells.data import Batch
+from sslcells.data import Batch, ImageSet
 from sslcells.train import cached_backward
 
 NAMES = PLUGINS["method"].names()
@@ -31,12 +31,29 @@ VARIANTS = {
 CASES = [(name, options) for name in NAMES for options in VARIANTS.get(name, [{}])]
 
 
+class Images(ImageSet):
+    """What a method may ask of the train split before it sees a batch."""
+
+    channels = 3
+    classes = ("a", "b", "c")
+
+    def __init__(self):
+        image = torch.arange(IMAGES)
+        self.labels, self.sources = image % 3, image // 2
+
+    def pixels(self, index):
+        raise NotImplementedError
+
+    def name(self, index):
+        return str(index)
+
+
 def learner(name, options):
     """Without BatchNorm, whose statistics differ between ranks of a CPU."""
     torch.manual_seed(0)
     config = PLUGINS["method"].config(name)(**{"norm": "layer", "hidden": 16, "dimension": 8, **options})
     encoder = models.build(Model(backbone="test_vit", args={"img_size": SIZE}), 3)
-    return methods.Learner(encoder, methods.build(config, models.width(encoder, 3, SIZE)))
+    return methods.Learner(encoder, methods.build(config, models.width(encoder, 3, SIZE), Images()))
 
 
 def batch(rows=slice(None)):
@@ -137,6 +154,6 @@ def test_training_lowers_the_loss_and_resumes_exactly(name, options, tmp_path):
 def test_recipe_and_registry(name):
     """The method builds from a configuration that names it and nothing else."""
     run = load(None, [f"method.name={name}"])
-    method = methods.build(run.method, 24)
+    method = methods.build(run.method, 24, Images())
     assert method.views in (1, 2)
     assert method(torch.randn(6, 24)).shape[0] == 6
