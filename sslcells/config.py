@@ -96,10 +96,20 @@ class Model(Section):
     """`small` replaces a ResNet's stem by a 3×3 convolution with stride 1 and no max-pool: for images under 64 px."""
     pretrained: bool = False
     """Start from timm's published weights."""
+    encoder: str | None = None
+    """Start from the encoder of this folder, that of a finished run or an export: fine-tuning."""
+    freeze: bool = False
+    """Train the head alone, on the encoder as it is, in eval mode: a linear probe."""
     mean: tuple[float, ...] = (0.5,)
     """Per channel, of pixels in 0..1; one value stands for all channels."""
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.25,)
     """Per channel, of pixels in 0..1; one value stands for all channels."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.pretrained and self.encoder is not None:
+            raise ValueError("pretrained=true and encoder are two starts: give one")
+        return self
 
 
 class Optim(Section):
@@ -119,6 +129,8 @@ class Optim(Section):
     """Further keyword arguments of the optimizer."""
     warmup_epochs: float = Field(1.0, ge=0)
     """Length of the linear warm-up."""
+    encoder_scale: float = Field(1.0, gt=0)
+    """The encoder's learning rate is this times the head's: under 1 to fine-tune gently."""
     clip_norm: float | None = Field(None, gt=0)
     """Gradients are scaled down to this global norm; none for no clipping."""
 
@@ -147,6 +159,8 @@ class Train(Section):
     """torch.compile the encoder."""
     sync_batchnorm: bool = True
     """BatchNorm statistics over all ranks, where the device has it (CUDA)."""
+    label_fraction: float = Field(1.0, gt=0, le=1)
+    """Train on this part of each class's labelled images, drawn by `seed`, whole sources together; 1 for all images."""
     workers: int = Field(1, ge=0)
     """Data loader processes per rank."""
     timeout: float = Field(10.0, gt=0)
@@ -194,6 +208,8 @@ class Evaluate(Section):
     """At most this many images of each split, evenly spread; none for all."""
     split: Literal["val", "test"] = "test"
     """The labelled split that is asked for its neighbours in `train`; without one, train itself, leave-one-out."""
+    pictures: bool = True
+    """Draw augmented views at the start, and curves, a map and nearest neighbours at the end."""
     bootstrap: int = Field(1000, ge=100)
     """Resamples behind the 95 % intervals of `sslcells evaluate`."""
 

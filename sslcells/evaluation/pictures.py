@@ -52,26 +52,32 @@ def save(figure: Figure, out: Path) -> Path:
 def curves(metrics: Sequence[dict[str, Any]], out: Path) -> Path | None:
     """How a run went, from the rows of its metrics.jsonl: a panel for each figure that there is.
 
-    Loss and learning rate against the step; kNN accuracies (keys `knn…/…`) with the untrained encoder's, that of
-    step 0, as a dashed line; label-free figures (keys `health/…`). None, and no file, where there is none of them.
+    Loss, also a classifier's on a split (keys `…/loss`), and learning rate against the step; accuracies (keys `…/top1`,
+    `…/balanced`) with those of step 0, untrained, as a dashed line; label-free figures (keys `health/…`). None, and no
+    file, where there is none of them.
     """
     keys = dict.fromkeys(key for row in metrics for key in row)  # in the order in which they were logged
-    knn = [key for key in keys if key.startswith("knn")]
+    accuracy = [key for key in keys if key.endswith(("/top1", "/balanced", "/auroc"))]
     health = [key for key in keys if key.startswith("health/")]
     left = [key for key in ("loss", "loss", "loss", "lr") if key in keys]
-    right = ["knn"] * len(left or "rows") if knn else left
+    right = ["accuracy"] * len(left or "rows") if accuracy else left
     half = max(1, len(health))
     grid: list[Any] = [[one] * half + [other] * half for one, other in zip(left or right, right, strict=True)]
     grid += [[key for key in health for _ in range(2)]] * 2 if health else []
     if not grid:
         return None
-    width = 12 if (left and knn) or len(health) > 1 else 7
+    width = 12 if (left and accuracy) or len(health) > 1 else 7
     figure = Figure(figsize=(width, 1.25 * len(grid) + 0.4), layout="constrained")
     for name, ax in figure.subplot_mosaic(grid).items():
-        if name == "knn":
-            _draw_knn(ax, {key: _series(metrics, key) for key in knn})
+        if name == "accuracy":
+            _draw_accuracy(ax, {key: _series(metrics, key) for key in accuracy})
         else:
             {"loss": _draw_loss, "lr": _draw_rate}.get(name, _draw_health)(ax, name, *_series(metrics, name))
+        for key in keys if name == "loss" else ():
+            if key.endswith("/loss"):
+                step, loss = _series(metrics, key)
+                ax.plot(step, loss, color=VERMILION, marker="o", markersize=4, label=key)
+                ax.legend(frameon=False)
         ax.set_xlabel("optimizer step")
         ax.grid(alpha=0.25)
     return save(figure, out)
@@ -102,14 +108,14 @@ def _draw_rate(ax: Axes, _: str, step: Floats, rate: Floats) -> None:
     ax.set(ylabel="learning\nrate", ylim=(0, None))
 
 
-def _draw_knn(ax: Axes, series: dict[str, tuple[Floats, Floats]]) -> None:
+def _draw_accuracy(ax: Axes, series: dict[str, tuple[Floats, Floats]]) -> None:
     for (key, (step, value)), color, marker in zip(series.items(), OKABE_ITO, "os^Dv<>p", strict=False):
         ax.plot(step, value, color=color, marker=marker, markersize=5, label=f"{key}: {value[-1]:.1%} at the last step")
         if step[0] == 0:
-            label = f"untrained encoder: {value[0]:.1%}"
+            label = f"untrained: {value[0]:.1%}"
             ax.axhline(value[0], color=color, linestyle="--", linewidth=1, label=label)
     ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    ax.set(title="kNN accuracy of the frozen encoder", ylabel="accuracy")
+    ax.set(title="Accuracy", ylabel="accuracy")
     ax.legend(frameon=False, fontsize="small")
 
 
