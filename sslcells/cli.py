@@ -40,12 +40,23 @@ Embed every image below a folder: shards of path, id, vector, label. Killed at a
 """
 
 _EVALUATE = """\
-Measure a finished run: leaks first, then kNN, linear probe, few-shot, retrieval, clustering, figures without labels.
+Measure a finished run: leaks first, then kNN, linear probe, few-shot, retrieval, clustering, figures without labels;
+and on request fine-tuning.
 Printed, written to RUN/evaluation.json, and with pictures to RUN/report.html.
 
   sslcells evaluate runs/my_cells
   sslcells evaluate runs/my_cells data.sources=sources.csv evaluate.split=val
   accelerate launch --config_file launch/gpu8.yaml -m sslcells.evaluate runs/my_cells
+"""
+
+
+_COMPARE = """\
+Train the recipe's encoder without labels, then on parts of the labels three classifiers with the same backbone, data
+and steps: supervised from scratch, a probe on the frozen encoder, and the encoder fine-tuned. Printed, written to
+RUN/comparison.json, and with curves and predictions to RUN/comparison.html. What is done is not done again.
+
+  sslcells compare --config configs/compare_pbc28.yaml data.path=pbc28.npz
+  accelerate launch --config_file launch/gpu8.yaml -m sslcells.compare --config configs/compare_pathmnist.yaml
 """
 
 
@@ -63,6 +74,12 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub = commands.add_parser("evaluate", help="measure a finished run", description=_EVALUATE, formatter_class=raw)
     sub.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to data, evaluate or train")
+    words = "fine-tune the encoder on parts of the labels first (compare.* says how): minutes to hours"
+    sub.add_argument("--fine-tune", action="store_true", help=words)
+    three = "what labels are worth: supervised, probe, fine-tuned"
+    sub = commands.add_parser("compare", help=three, description=_COMPARE, formatter_class=raw)
+    sub.add_argument("--config", metavar="FILE", help="a recipe; see configs/compare_pbc28.yaml")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     commands.add_parser("selfcheck", help="does this machine or cluster compute what it should?")
     sub = commands.add_parser("export", help="write the encoder for timm, torch and ONNX, with a model card")
     sub.add_argument("run", metavar="RUN", help="folder of a finished run")
@@ -130,7 +147,18 @@ def _sync(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from sslcells.evaluate import evaluate
 
-    evaluate(args.run, args.overrides)
+    also = []
+    if args.fine_tune:
+        from sslcells.compare import fine_tuned
+
+        also = fine_tuned(args.run, args.overrides)
+    evaluate(args.run, args.overrides, also)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from sslcells.compare import compare
+
+    compare(load(args.config, args.overrides))
 
 
 def _selfcheck(args: argparse.Namespace) -> None:
@@ -195,6 +223,7 @@ def _search(args: argparse.Namespace) -> None:
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
+    "compare": _compare,
     "selfcheck": _selfcheck,
     "sync": _sync,
     "export": _export,

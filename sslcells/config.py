@@ -214,6 +214,29 @@ class Evaluate(Section):
     """Resamples behind the 95 % intervals of `sslcells evaluate`."""
 
 
+class Compare(Section):
+    """The classifiers of `sslcells compare`, and of `evaluate --fine-tune`: all see the same data and as many steps."""
+
+    fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.01, 0.1, 1.0), min_length=1)
+    """Parts of the labels of train."""
+    seeds: int = Field(3, ge=1)
+    """Trainings of each model on each part, each with labels of its own, from the run's seed on."""
+    epochs: float = Field(10.0, gt=0)
+    """Passes over the labelled images."""
+    min_steps: int = Field(200, ge=1)
+    """At least so many optimizer steps, however few the labels."""
+    global_batch: int = Field(128, ge=2)
+    """Images per optimizer step over all ranks; fewer where there are fewer labels."""
+    classifier: dict[str, Any] = {}
+    """Sections of a run that all three classifiers change, such as {method: {class_weights: balanced}}."""
+    supervised: dict[str, Any] = {}
+    """Sections that the model from scratch changes."""
+    probe: dict[str, Any] = {}
+    """Sections that the probe on the frozen encoder changes."""
+    fine_tuned: dict[str, Any] = {"optim": {"encoder_scale": 0.3}}
+    """Sections that the fine-tuned model changes."""
+
+
 class Run(Section):
     """Everything that decides a run; equal trees give equal runs."""
 
@@ -234,6 +257,7 @@ class Run(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     evaluate: Evaluate = Evaluate()
+    compare: Compare = Compare()
 
     @property
     def folder(self) -> Path:
@@ -260,12 +284,19 @@ def load(file: str | None = None, overrides: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError: with every mistake in one message.
     """
-    tree = _merge(file, overrides)
+    return validated(_merge(file, overrides), f" in {file}" if file else "")
+
+
+def validated(tree: dict[str, Any], where: str = "") -> Run:
+    """The run that a whole tree describes; `where` says in a message where it comes from.
+
+    Raises:
+        ConfigError: with every mistake in one message.
+    """
     try:
         return Run.model_validate(tree)
     except ValidationError as error:
         mistakes = sorted({_explain(e, tree) for e in error.errors()})
-        where = f" in {file}" if file else ""
         title = f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)} in the configuration{where}:"
         raise ConfigError("\n".join([title, *(f"  {m}" for m in mistakes)])) from None
 

@@ -119,6 +119,52 @@ def _draw_accuracy(ax: Axes, series: dict[str, tuple[Floats, Floats]]) -> None:
     ax.legend(frameon=False, fontsize="small")
 
 
+def model_curves(logged: Sequence[tuple[str, Sequence[dict[str, Any]]]], split: str, out: Path, what: str) -> Path:
+    """Accuracy and loss of classifiers on a split along their training: model and rows of metrics.jsonl of each."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    names = list(dict.fromkeys(model for model, _ in logged))
+    keys = {key for _, rows in logged for row in rows for key in row}
+    score = next((key for key in ("top1", "auroc") if f"{split}/{key}" in keys), "top1")
+    for ax, key, unit in zip(axes, (score, "loss"), ("accuracy" if score == "top1" else "AUROC", "loss"), strict=True):
+        for number, name in enumerate(names):
+            label: str | None = name
+            for model, rows in logged:
+                if model == name:
+                    step, value = _series(rows, f"{split}/{key}")
+                    color, marker = OKABE_ITO[number], MARKERS[number]
+                    ax.plot(step, value, color=color, marker=marker, markersize=4, linewidth=1.2, label=label)
+                    label = None
+        ax.set(xlabel="optimizer step", ylabel=f"{split} {unit}")
+        ax.grid(alpha=0.25)
+    if score == "top1":
+        axes[0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes[0].legend(frameon=False)
+    figure.suptitle(f"Trained on {what}", fontsize="medium")
+    return save(figure, out)
+
+
+def fractions_plot(points: Sequence[tuple[str, float, float]], out: Path, unit: str) -> Path:
+    """What classifiers reach with so many labels: model, part of the labels, and score in 0..1 of each training."""
+    figure = Figure(figsize=(6.5, 4.4), layout="constrained")
+    ax = figure.subplots()
+    fractions = sorted({fraction for _, fraction, _ in points})
+    for number, name in enumerate(dict.fromkeys(model for model, _, _ in points)):
+        mine = [(fraction, value) for model, fraction, value in points if model == name]
+        means = [(f, np.mean([v for g, v in mine if g == f])) for f in sorted({f for f, _ in mine})]
+        color, marker = OKABE_ITO[number], MARKERS[number]
+        ax.plot([f for f, _ in means], [v for _, v in means], color=color, marker=marker, label=name)
+        ax.scatter([f for f, _ in mine], [v for _, v in mine], color=color, marker=marker, s=14, alpha=0.5)
+    ax.set_xscale("log")
+    ax.set_xticks(fractions, [f"{100 * f:g} %" for f in fractions])
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    ax.set(xlabel="labels of train that were used", ylabel=unit, title="What labels are worth")
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    return save(figure, out)
+
+
 def _draw_health(ax: Axes, key: str, step: Floats, value: Floats) -> None:
     ax.plot(step, value, color=GREEN, marker="o", markersize=4)
     ax.set_title(_HEALTH.get(key.removeprefix("health/"), key), fontsize="medium")
