@@ -60,6 +60,15 @@ RUN/comparison.json, and with curves and predictions to RUN/comparison.html. Wha
 """
 
 
+_SOURCES = """\
+Find which images of a folder were made from one photograph (turned, mirrored, shifted, cropped), where no name says so:
+sources.csv for data.sources, so that such images are no negatives of each other and leak into no figure.
+
+  sslcells sources path/to/images --out runs/sources
+  sslcells train --config configs/simclr_bloodcells.yaml data.path=path/to/images data.sources=runs/sources/sources.csv
+"""
+
+
 def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0 done, 1 could not go on, 2 a mistake in what was asked for."""
     parser = argparse.ArgumentParser(prog="sslcells", description="Self-supervised learning for cell images.")
@@ -105,6 +114,13 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--source-pattern", metavar="REGEX", help="its one group, searched in the path, is the source")
     sub.add_argument("--faiss", action="store_true", help="with an index that is made once: quicker, may miss some")
     sub.add_argument("--cpu", action="store_true", help="even where there is an accelerator")
+    same = "find images made from one photograph"
+    sub = commands.add_parser("sources", help=same, description=_SOURCES, formatter_class=raw)
+    sub.add_argument("images", metavar="IMAGES", help="folder of images, at any depth")
+    sub.add_argument("--out", metavar="FOLDER", help="for sources.csv and sources.png; this folder otherwise")
+    sub.add_argument("--known", metavar="CSV", help="columns path and source: print precision and recall against them")
+    sub.add_argument("--inliers", type=int, default=12, metavar="N", help="details that two images must share (12)")
+    sub.add_argument("--neighbours", type=int, default=20, metavar="N", help="by colour, compared with each (20)")
     sub = commands.add_parser("sync", help="send runs to W&B, as far as it has not got them yet")
     sub.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, such as runs/quickstart")
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -220,6 +236,12 @@ def _search(args: argparse.Namespace) -> None:
     )
 
 
+def _sources(args: argparse.Namespace) -> None:
+    from sslcells.delivery.sources import sources
+
+    sources(args.images, args.out, args.known, args.inliers, args.neighbours)
+
+
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
@@ -229,6 +251,7 @@ _COMMANDS = {
     "export": _export,
     "embed": _embed,
     "search": _search,
+    "sources": _sources,
 }
 
 

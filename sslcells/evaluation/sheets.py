@@ -166,6 +166,25 @@ def prediction_sheet(
     return save(figure, out)
 
 
+def pair_sheet(pixels: Callable[[int], Image], kinds: Mapping[str, Sequence[tuple[int, int, int]]], out: Path) -> Path:
+    """Pairs of images side by side, a column for each kind: (image, image, how many details they share)."""
+    rows = max(map(len, kinds.values()))
+    figure, axes = _sheet(rows, 2 * len(kinds), caption=0.24)
+    for column, (kind, pairs) in enumerate(kinds.items()):
+        for row in range(rows):
+            left, right = axes[row, 2 * column : 2 * column + 2]
+            if row >= len(pairs):
+                left.set_axis_off()
+                right.set_axis_off()
+                continue
+            one, other, details = pairs[row]
+            _show(left, pixels(one), caption=f"{details} details")
+            _show(right, pixels(other))
+        axes[0, 2 * column].set_title(kind, fontsize="small", loc="left")
+    figure.suptitle("Nearest to the limit", fontsize="medium", y=1 - 0.08 / figure.get_figheight(), va="top")
+    return save(figure, out)
+
+
 def _drawn_evenly(labels: Tensor, images: int, seed: int) -> Tensor:
     """Indices (n,) int64 of at most `images` rows, in turn one of each label (N,), in the order of the labels."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
