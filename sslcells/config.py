@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from omegaconf import DictConfig, OmegaConf
@@ -210,6 +211,8 @@ class Evaluate(Section):
     """The labelled split that is asked for its neighbours in `train`; without one, train itself, leave-one-out."""
     pictures: bool = True
     """Draw augmented views at the start, and curves, a map and nearest neighbours at the end."""
+    umap: bool = False
+    """`sslcells evaluate` also draws UMAP's maps; needs the extra umap."""
     bootstrap: int = Field(1000, ge=100)
     """Resamples behind the 95 % intervals of `sslcells evaluate`."""
 
@@ -276,6 +279,18 @@ def nearest(name: str, names: Sequence[str]) -> str:
     spelt = {n.lower(): n for n in names}
     close = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.5)
     return f" (did you mean {spelt[close[0]]}?)" if close else ""
+
+
+def extra(module: str, name: str, purpose: str) -> ModuleType:
+    """A module of one of the package's extras.
+
+    Raises:
+        ConfigError: where it is not installed, with the command that does it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ConfigError(f"{purpose} needs {module.split('.')[0]}: pip install 'sslcells[{name}]'") from None
 
 
 def load(file: str | None = None, overrides: Sequence[str] = ()) -> Run:

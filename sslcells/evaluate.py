@@ -13,7 +13,7 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from sslcells import __version__, distributed, models
+from sslcells import __version__, distributed, models, wandb_sync
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, load
 from sslcells.data import Batch, DataError, ImageSet, open_splits
@@ -25,6 +25,7 @@ from sslcells.evaluation.health import alignment
 from sslcells.evaluation.leaks import COPIES, Look, copies, digests, histograms, leaks
 from sslcells.evaluation.report import page, say_figures, say_leaks
 from sslcells.evaluation.sheets import Image
+from sslcells.metrics import METRICS, note_steps, read_metrics
 from sslcells.models import files
 from sslcells.storage import whole
 
@@ -50,8 +51,9 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[st
         seconds = round(time.perf_counter() - began, 1)
         result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": distributed.world()}
         _write(folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        _write(folder / REPORT, page(result, pictures))
+        _write(folder / REPORT, page(result, [*_of_training(folder), *pictures]))
         print(f"{folder / RESULTS}, {REPORT}: everything above, and pictures; {seconds:.0f} s")
+        _log(folder, result, pictures)
     return result
 
 
@@ -100,6 +102,7 @@ def measured(
             (encoded.views[0], encoded.views[1]),
             folder / "plots",
             run.seed,
+            run.evaluate.umap,
         )
     return result, pictures
 
@@ -154,6 +157,41 @@ class Encoded:
             return self.augment(pixels, image, seed=run.seed, step=which, views=1)
 
         return features(self._encoder, images, index, prepare, self._device, run.evaluate.batch, run.train.workers)
+
+
+def _of_training(folder: Path) -> list[Picture]:
+    """What training drew that the report shows too."""
+    drawn = [
+        Picture("Training", folder / "plots" / "curves.png", "Loss, learning rate and figures along the training."),
+        Picture("Augmented views", folder / "plots" / "views.png", "What the network is shown of an image."),
+    ]
+    return [picture for picture in drawn if picture.path.is_file()]
+
+
+def _log(folder: Path, result: Mapping[str, Any], pictures: Sequence[Picture]) -> None:
+    """Add the figures to metrics.jsonl as a step after the last, and send it with the pictures to W&B if it follows."""
+    before = read_metrics(folder)
+    if not before:
+        return
+    step = max(row["step"] for row in before) + 1
+    figures = {
+        "/".join(filter(None, ["evaluation", row["task"], row["name"], row["unit"], metric])): score["value"]
+        for row in result["figures"]
+        for metric, score in row["scores"].items()
+        if score["value"] is not None
+    }
+    line = json.dumps({"step": step, "epoch": before[-1]["epoch"], **figures}, ensure_ascii=False)
+    try:
+        with (folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+        note_steps({picture.title: picture.path for picture in pictures}, step)
+    except OSError as error:
+        raise ConfigError(f"{folder / METRICS} cannot be written: {error}") from None
+    if load(str(folder / "config.yaml")).log.tracker == "wandb":
+        try:
+            print(wandb_sync.sync(folder, "ended"))
+        except wandb_sync.TrackingError as error:
+            print(f"W&B has not got the figures: {error}")
 
 
 def _run(folder: Path, overrides: Sequence[str]) -> Run:

@@ -14,6 +14,7 @@ from test_train import tiny
 from sslcells.cli import main
 from sslcells.config import load
 from sslcells.evaluate import RESULTS, measured
+from sslcells.metrics import pictures_of, read_metrics
 from sslcells.train import train
 
 QUICK = ["evaluate.bootstrap=100", "evaluate.batch=16", "train.workers=0"]
@@ -57,7 +58,11 @@ def test_what_it_prints_and_leaves(run, capsys):
     assert {"effective rank", "row std", "uniformity", "alignment"} == set(result["health"]["train"])
     assert any("chosen on the validation split" in note for note in result["notes"])
     assert not list(run.glob("*.partial"))
-    assert (run / "report.html").read_text().count("<figcaption>") == 6
+    assert (run / "report.html").read_text().count("<figcaption>") == 8  # with the curves and views of the training
+    last = read_metrics(run)[-1]
+    assert last["step"] == 5  # one after the training's last, for trackers
+    assert last["evaluation/kNN/k = 1/image/accuracy"] == row(result, "kNN", "k = 1")["scores"]["accuracy"]["value"]
+    assert {path.name for path in pictures_of(run, 5, newest=False)} >= {"similarities.png", "tsne_class.png"}
 
 
 def test_the_knn_is_that_of_the_run(run):

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from sslcells import distributed
-from sslcells.config import ConfigError
+from sslcells.config import ConfigError, extra
 from sslcells.data import DataError
 from sslcells.data.folder import FolderImages, class_of, list_images
 from sslcells.data.loader import Readable, attended, read_readable
-from sslcells.delivery import extra
 from sslcells.delivery.encoder import Encoder, find_run, load_encoder
 from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, list_digest, spelt
 from sslcells.interrupt import Interrupt, Stopped

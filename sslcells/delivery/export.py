@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from sslcells import models
 from sslcells.augment import resized
-from sslcells.config import ConfigError
+from sslcells.config import ConfigError, extra
 from sslcells.data import synthetic
-from sslcells.delivery import DeliveryError, extra, standalone
+from sslcells.delivery import DeliveryError, standalone
 from sslcells.delivery.card import card
 from sslcells.delivery.encoder import Encoder, find_run, load_encoder
 from sslcells.models import files

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslcells.config import ConfigError, nearest
+from sslcells.config import ConfigError, extra, nearest
 from sslcells.data import Decoder, Unreadable, check_pattern, find_sources, read_table, source_ids
-from sslcells.delivery import extra
 from sslcells.delivery.encoder import Encoder, embed, find_run, load_encoder
 from sslcells.delivery.shards import MANIFEST, Embeddings, Shard, spelt
 from sslcells.evaluation.knn import neighbours

@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sslcells.config import ConfigError
+from sslcells.config import ConfigError, extra
 from sslcells.data import DataError
-from sslcells.delivery import extra
 from sslcells.storage import partial_name, patiently, whole
 
 T = TypeVar("T")

@@ -19,10 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslcells.config import ConfigError
+from sslcells.config import ConfigError, extra
 from sslcells.data import Decoder, Unreadable, read_table
 from sslcells.data.folder import list_images
-from sslcells.delivery import extra
 from sslcells.evaluation.sheets import Image, pair_sheet
 from sslcells.storage import whole
 

@@ -12,7 +12,7 @@ from sslcells.evaluation.clustering import clusters
 from sslcells.evaluation.features import spread
 from sslcells.evaluation.figures import Predictions
 from sslcells.evaluation.leaks import Look
-from sslcells.evaluation.pictures import coloured_map, confusion, similarity_histogram, tsne_map
+from sslcells.evaluation.pictures import Map, coloured_map, confusion, similarity_histogram, tsne_map, umap_map
 from sslcells.evaluation.sheets import Image, neighbour_sheet
 
 Drawn = tuple[str, Path | None, str]
@@ -41,6 +41,7 @@ def draw(
     views: tuple[Tensor, Tensor],
     folder: Path,
     seed: int,
+    umap: bool = False,
 ) -> list[Picture]:
     """Draw everything that can be drawn of a split into `folder`.
 
@@ -53,7 +54,7 @@ def draw(
         caption = "Share of each true class (rows) that is given each class (columns); below it the images."
         path = confusion(look.labels[known], said.predicted, classes, folder / f"confusion_{number}.png", said.name)
         drawn.append((f"Confusion: {said.name}", path, caption))
-    drawn += _maps(look, split, classes, folder, seed)
+    drawn += _maps(look, split, classes, folder, seed, umap)
     few = torch.tensor(spread(len(look.z), _SHOWN))
     sheet = neighbour_sheet(
         lambda i: pixels(int(few[i])),
@@ -71,29 +72,37 @@ def draw(
     return [Picture(title, path, caption) for title, path, caption in drawn if path is not None]
 
 
-def _maps(
-    look: Look, split: str, classes: Sequence[str], folder: Path, seed: int
-) -> list[tuple[str, Path | None, str]]:
-    place = tsne_map(look.z, seed)
-    if place is None:
-        return []
-    caption = "t-SNE keeps near what is near; distances between groups, and their sizes, mean nothing."
+def _maps(look: Look, split: str, classes: Sequence[str], folder: Path, seed: int, umap: bool) -> list[Drawn]:
+    out: list[Drawn] = []
+    for place in (tsne_map(look.z, seed), umap_map(look.z, seed) if umap else None):
+        if place is not None:
+            out += _maps_of(place, look, split, classes, folder, seed)
+    return out
+
+
+def _maps_of(place: Map, look: Look, split: str, classes: Sequence[str], folder: Path, seed: int) -> list[Drawn]:
+    name, prefix = place.name, place.name.replace("-", "").lower()
+    caption = f"{name} keeps near what is near; distances between groups, and their sizes, mean nothing."
     out: list[Drawn] = []
     if classes:
-        path = coloured_map(place, look.labels, classes, folder / "tsne_class.png", f"Classes of the {split} split")
-        out.append(("Map by class", path, caption))
+        path = coloured_map(
+            place, look.labels, classes, folder / f"{prefix}_class.png", f"Classes of the {split} split"
+        )
+        out.append((f"{name} map by class", path, caption))
     numbers, group = torch.unique(look.sources, return_inverse=True)
     if len(numbers) < len(look.sources):
         first = {g: i for i, g in reversed(list(enumerate(group.tolist())))}
         names = [look.name(first[g]).rpartition("/")[2] for g in range(len(numbers))]
         title = f"Sources of the {split} split, named by an image"
-        path = coloured_map(place, group, names, folder / "tsne_source.png", title, "other sources")
-        out.append(("Map by source", path, f"{caption} Sources that lie apart are told by more than their cells."))
+        path = coloured_map(place, group, names, folder / f"{prefix}_source.png", title, "other sources")
+        out.append(
+            (f"{name} map by source", path, f"{caption} Sources that lie apart are told by more than their cells.")
+        )
     count = max(2, len(set(look.labels[look.labels >= 0].tolist()))) if classes else 8
     cluster = clusters(look.z, count, seed)
     names = [f"cluster {c + 1}" for c in range(count)]
-    path = coloured_map(place, cluster, names, folder / "tsne_cluster.png", f"k-means of the {split} split")
-    out.append(("Map by cluster", path, f"{caption} {count} clusters of all features, not of the map."))
+    path = coloured_map(place, cluster, names, folder / f"{prefix}_cluster.png", f"k-means of the {split} split")
+    out.append((f"{name} map by cluster", path, f"{caption} {count} clusters of all features, not of the map."))
     return out
 
 

@@ -4,7 +4,7 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart. Figures 
 global state is never touched, so that a picture can be drawn anywhere, in any thread.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+
+from sslcells.config import extra
 
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 OKABE_ITO = (BLUE, ORANGE, GREEN, VERMILION, "#56B4E9", "#CC79A7", "#F0E442", "#000000")
@@ -171,7 +173,9 @@ def _draw_health(ax: Axes, key: str, step: Floats, value: Floats) -> None:
 
 
 class Map(NamedTuple):
-    """Where t-SNE puts some of the rows."""
+    """Where t-SNE or UMAP puts some of the rows."""
+
+    name: str
 
     chosen: Tensor
     """(n,) int64: which rows"""
@@ -184,19 +188,43 @@ class Map(NamedTuple):
 
 def tsne_map(z: Tensor, seed: int) -> Map | None:
     """A t-SNE map of unit rows z (N, F), at most 2,000 of them drawn at random; None for fewer than 5."""
+
+    def place(rows: Floats) -> tuple[Floats, str]:
+        from sklearn.manifold import TSNE  # a second or more, that every rank of a training would wait for
+
+        perplexity = min(30.0, (len(rows) - 1) / 3)
+        tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
+        return tsne.fit_transform(rows), f"t-SNE of unit rows, perplexity {perplexity:.0f}"
+
+    return _map("t-SNE", z, seed, place)
+
+
+def umap_map(z: Tensor, seed: int) -> Map | None:
+    """A UMAP map (arXiv 1802.03426) of the same rows.
+
+    Raises:
+        ConfigError: where the extra umap is not installed.
+    """
+    umap = extra("umap", "umap", "evaluate.umap=true")
+
+    def place(rows: Floats) -> tuple[Floats, str]:
+        neighbours = min(15, len(rows) - 1)
+        made = umap.UMAP(n_neighbors=neighbours, metric="euclidean", random_state=seed, n_jobs=1, init="pca")
+        return made.fit_transform(rows), f"UMAP of unit rows, {neighbours} neighbours"
+
+    return _map("UMAP", z, seed, place)
+
+
+def _map(name: str, z: Tensor, seed: int, place: Callable[[Floats], tuple[Floats, str]]) -> Map | None:
     if len(z) < 5:
         return None
     # Drawn at random: every n-th row would miss whole classes where plates or slides are listed in turn.
     shown = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:_MAP_POINTS]
     rows = F.normalize(z.detach().cpu().double()[shown], dim=1).numpy()
-    perplexity = min(30.0, (len(rows) - 1) / 3)
     if rows.std(0).max() < _SAME:
         # t-SNE would tear equal rows apart into clusters that are not there.
-        return Map(shown, np.zeros((len(rows), 2)), "all rows are the same: collapsed", len(z))
-    from sklearn.manifold import TSNE  # a second or more, that every rank of a training would wait for
-
-    tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
-    return Map(shown, tsne.fit_transform(rows), f"t-SNE of unit rows, perplexity {perplexity:.0f}", len(z))
+        return Map(name, shown, np.zeros((len(rows), 2)), "all rows are the same: collapsed", len(z))
+    return Map(name, shown, *place(rows), len(z))
 
 
 def embedding_map(z: Tensor, labels: Tensor, classes: Sequence[str], out: Path, seed: int, title: str) -> Path | None:
@@ -217,7 +245,7 @@ def coloured_map(
     ax = figure.subplots()
     columns = _scatter(ax, drawn.place, groups.cpu()[drawn.chosen].numpy(), names, others)
     figure.set_size_inches(6.2 + 2.6 * columns, 6.6)
-    ax.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
+    ax.set(xlabel=f"{drawn.name} 1 (no unit)", ylabel=f"{drawn.name} 2 (no unit)", xticks=[], yticks=[])
     ax.set_aspect("equal", adjustable="datalim")
     ax.set_box_aspect(1)
     title = f"{short(title, 70)}\n{len(drawn.chosen):,} of {drawn.rows:,} images; {drawn.how}"

@@ -10,7 +10,6 @@ import torch
 from trained import make_run
 
 import sslcells
-from sslcells import delivery
 from sslcells.cli import main
 from sslcells.config import ConfigError
 from sslcells.delivery import DeliveryError
@@ -125,10 +124,7 @@ def test_mistakes_are_named(run, tmp_path, capsys, monkeypatch):
     with pytest.raises(ConfigError, match="cannot be written"):
         export(str(run), str(tmp_path / "file"), onnx=False)
 
-    def missing(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr(delivery.importlib, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ConfigError, match=r"pip install 'sslcells\[export\]'"):
         export(str(run))
 

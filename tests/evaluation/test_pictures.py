@@ -1,11 +1,14 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
 from matplotlib._pylab_helpers import Gcf
 from PIL import Image
 
+from sslcells.config import ConfigError
 from sslcells.evaluation import pictures
-from sslcells.evaluation.pictures import confusion, curves, embedding_map
+from sslcells.evaluation.pictures import confusion, curves, embedding_map, umap_map
 
 NAMES = ["lymphocyte", "mono$cyte$", "a class whose name is far too long to be shown"]
 
@@ -118,3 +121,17 @@ def test_confusion_says_what_was_taken_for_what(tmp_path, saved):
 def test_no_figure_is_registered_with_pyplot(tmp_path):
     confusion(torch.tensor([0, 1]), torch.tensor([0, 1]), NAMES, tmp_path / "c.png")
     assert Gcf.get_all_fig_managers() == []
+
+
+@pytest.mark.slow  # half a minute of compilation
+def test_umap_places_the_rows():
+    pytest.importorskip("umap", reason="the extra `umap` is not installed")
+    drawn = umap_map(torch.randn(30, 8), 0)
+    assert drawn.place.shape == (30, 2)
+    assert drawn.name == "UMAP"
+
+
+def test_umap_without_its_extra_says_how(monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ConfigError, match=r"evaluate\.umap=true needs umap: pip install 'sslcells\[umap\]'"):
+        umap_map(torch.randn(30, 8), 0)
