@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sslcells.config import ConfigError, Section, nearest
 from sslcells.data import SPLITS
@@ -51,6 +51,9 @@ class Config(Section):
     """Download `set` where it is missing; needs the medmnist package."""
     class_names: tuple[str, ...] = ()
     """Names of the classes 0, 1, …; none takes MedMNIST's own where it knows the set, else the numbers."""
+    long_tail: float | None = Field(None, gt=1)
+    """How many times fewer train images the rarest class keeps than the commonest has, the others exponentially in
+    between, arXiv 1901.05555 section 5; none keeps all. val and test stay whole."""
 
     @field_validator("set")
     @classmethod
@@ -93,9 +96,30 @@ def _read(config: Config, file: Path, arrays: Any, split: str) -> ArrayImages:
         raise ConfigError(f"{file}: {split} has {len(images)} images but {len(labels[split])} labels")
     origin = f"{file.name} {split}_images"
     if any(given.shape[1] > 1 for given in labels.values()):
+        if config.long_tail:
+            raise ConfigError(f"data.long_tail={config.long_tail}: {file} has several labels an image, not one class")
         return ArrayImages(images, np.full(len(images), -1), (), split, origin)
-    count = 1 + max(int(given.max(initial=-1)) for given in labels.values())
-    return ArrayImages(images, labels[split][:, 0], _class_names(config, file, count), split, origin)
+    names = _class_names(config, file, 1 + max(int(given.max(initial=-1)) for given in labels.values()))
+    label = labels[split][:, 0]
+    if config.long_tail and split == "train":
+        kept = long_tail(label, config.long_tail)
+        return ArrayImages(images[kept], label[kept], names, split, origin, kept)
+    return ArrayImages(images, label, names, split, origin)
+
+
+def long_tail(labels: NDArray[np.int64], factor: float) -> NDArray[np.int64]:
+    """Which images a long tail keeps, in their order: (N,) classes → (n,) indices.
+
+    The c-th of K classes, commonest first, keeps its first n_max · factor^(−c / (K − 1)) images, rounded, but at least
+    one, and no more than it has.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    kept = [
+        np.flatnonzero(labels == classes[c])[: max(1, round(counts.max() * factor ** (-i / max(1, len(classes) - 1))))]
+        for i, c in enumerate(order)
+    ]
+    return np.sort(np.concatenate(kept))
 
 
 def _file(config: Config) -> Path:

@@ -52,10 +52,13 @@ class Method(Embedding):
         """Equation 4, over each positive pair of the global batch and one negative of its anchor, drawn for it."""
         with torch.autocast(rows.device.type, enabled=False):
             z, label = whole_batch(rows, batch, self.views)
+            boundary = self._loss.beta.detach().mean().to(z.device)
+            if not len(label):
+                return 0 * z.sum(), {"boundary": boundary}
             generator = torch.Generator().manual_seed(drawn_by(batch))
             triplets = distance_weighted(z.detach(), label, self._cutoff, generator)
             loss: Tensor = self._loss(z, label, triplets) if len(triplets[0]) else 0 * z.sum()
-        return loss, {"boundary": self._loss.beta.detach().mean().to(loss.device)}
+        return loss, {"boundary": boundary}
 
 
 def distance_weighted(
@@ -75,7 +78,8 @@ def distance_weighted(
     upto = (log_weight - log_weight.amax(1, keepdim=True)).exp().nan_to_num_(0.0).double().cumsum(1)  # (N, N)
     pair = (same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)) & (upto[:, -1:] > 0)
     anchor, positive = pair.nonzero(as_tuple=True)
-    most = int(pair.sum(1).max()) if len(z) else 0
-    number = torch.rand(len(z), most, generator=generator, dtype=torch.float64).to(z.device) * upto[:, -1:]
-    drawn = torch.searchsorted(upto, number, right=True)  # (N, most): inverts the running sum of the weights
+    number = (
+        torch.rand(len(z), int(pair.sum(1).max()), generator=generator, dtype=torch.float64).to(z.device) * upto[:, -1:]
+    )
+    drawn = torch.searchsorted(upto, number, right=True)  # (N, P): inverts the running sum of the weights
     return anchor, positive, drawn[anchor, pair.cumsum(1)[anchor, positive] - 1]
