@@ -4,6 +4,7 @@ import pytest
 import torch
 from gloo import on_ranks
 from reference import apart, unit
+from test_losses import Largest
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -116,3 +117,13 @@ def test_mistakes_are_named():
         BatchAllTripletLoss(-1)
     with pytest.raises(ValueError, match=r"positive_margin=2 is not in 0\.\.margin=1"):
         PairLoss(1, 2)
+
+
+@pytest.mark.parametrize("name", ["all", "contrastive"])
+def test_no_matrix_of_all_pairs_is_kept(name, monkeypatch):
+    monkeypatch.setattr(pairs, "_TILE", 1024)
+    n = 512
+    z = torch.randn(n, D, requires_grad=True)
+    with Largest() as largest:
+        LOSSES[name]()(z, torch.arange(n) % 16).backward()
+    assert largest.numel <= max(1024 + 2, 2 * n * D)
