@@ -16,13 +16,13 @@ from sslcells import __version__, checkpoint, distributed, methods, models, opti
 from sslcells.augment import Augment
 from sslcells.claim import claimed
 from sslcells.config import Run
-from sslcells.data import Batch, ImageSet, open_splits, reading, sampler
+from sslcells.data import Batch, ImageSet, reading, sampler
 from sslcells.data.loader import attended, read
 from sslcells.evaluation import Evaluation
 from sslcells.interrupt import Interrupt, Stopped
 from sslcells.metrics import read_metrics
 from sslcells.models import files
-from sslcells.plan import Meter, Plan
+from sslcells.plan import Meter, Plan, open_run
 from sslcells.tracking import Log
 
 Watch = Callable[[str, Tensor], None]
@@ -42,7 +42,7 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
     """
     with Interrupt() as interrupt:
         accelerator = distributed.accelerator(run)
-        splits = open_splits(run.data)
+        splits = open_run(run)
         plan = Plan(run, len(splits["train"]), distributed.world())
         with claimed(run) as claim:
             training = Training(run, plan, splits, accelerator, watch)
@@ -67,7 +67,8 @@ class Training:
         self._sampling = sampler.build(run.sampler, self._images, plan.global_batch, run.seed)
         self._device, world = accelerator.device, distributed.world()
         self._learner = build(run, self._images, sync_batchnorm=world > 1 and self._device.type == "cuda")
-        self._network, self._optimizer = accelerator.prepare(self._learner, optim.build(run.optim, self._learner))
+        optimizer = optim.build(run.optim, self._learner, self._learner.backbone)
+        self._network, self._optimizer = accelerator.prepare(self._learner, optimizer)
         self._method, self._encoder = self._learner.method, self._learner.backbone
         self._augment = Augment(run.augment, *models.normalisation(run.model, self._images.channels))
         self._evaluation = Evaluation(run, splits, self._augment, self._device)
@@ -90,8 +91,8 @@ class Training:
         log.say(f"sslcells {__version__}  {plan.headline(self._device, precision, views)}")
         log.say(f"{run.folder}: {f'goes on after step {self.step}' if self.step else f'{plan.steps} steps'}")
         if self.step == 0:
-            log.metrics(0, 0.0, self._evaluation.figures(self._encoder))
-            log.pictures(0, self._evaluation.view_sheet(views))
+            log.metrics(0, 0.0, self._evaluation.figures(self._learner))
+            log.pictures(0, self._evaluation.view_sheet(views) if run.evaluate.pictures else {})
 
     def batches(self) -> Generator[Batch, None, None]:
         """This rank's part of the global batches of the steps to come."""
@@ -121,7 +122,7 @@ class Training:
             held = sampler.composition(batch, self._device)
             self._log.metrics(step, step / plan.per_epoch, {**meter.read(step), **held, "lr": rate})
         if plan.due(step, plan.evaluate):
-            self._log.metrics(step, step / plan.per_epoch, self._evaluation.figures(self._encoder))
+            self._log.metrics(step, step / plan.per_epoch, self._evaluation.figures(self._learner))
             meter.start()
         if plan.due(step, run.checkpoint.every):
             self._save()
@@ -136,11 +137,15 @@ class Training:
         raise Stopped(number, f"{folder}: stopped by {name} after step {self.step}; the same command goes on")
 
     def finish(self) -> None:
-        """The last pictures, and the encoder on its own."""
+        """The last pictures, a classifier's predictions, and the encoder on its own."""
         run, log, main = self._run, self._log, self._accelerator.is_main_process
         distributed.together(self.writer.wait)
-        drawn = self._evaluation.pictures(self._encoder, read_metrics(run.folder) if main else [])
+        said, drawn = self._evaluation.predictions(self._learner), dict[str, Path]()
+        if run.evaluate.pictures:
+            drawn = self._evaluation.pictures(self._encoder, read_metrics(run.folder) if main else [])
         if main:
+            if said is not None:
+                said.write(run.folder)
             size, channels = run.augment.size, self._images.channels
             files.export(self._encoder, run.model, channels, size, run.folder, reading(run.data, size))
         log.pictures(self.step, drawn)
@@ -242,7 +247,9 @@ def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
     torch.manual_seed(run.seed)
     encoder = models.build(run.model, images.channels)
     features = models.width(encoder, images.channels, run.augment.size)
-    learner = methods.Learner(encoder, methods.build(run.method, features, images))
+    if run.model.encoder is not None:
+        files.start_from(encoder, run.model, images.channels)
+    learner = methods.Learner(encoder, methods.build(run.method, features, images), frozen=run.model.freeze)
     if sync_batchnorm and run.train.sync_batchnorm:
         learner.backbone = distributed.sync_batchnorm(learner.backbone)
         learner.method.head = distributed.sync_batchnorm(learner.method.head)

@@ -11,10 +11,7 @@ from sslcells.data import SPLITS, ImageSet
 
 
 class ArrayImages(ImageSet):
-    """Images of one (N, H, W, C) uint8 array, which forked data loader workers share; each is its own source.
-
-    `kept` are the places in the file of those that are here, (N,), where not all of it are.
-    """
+    """Images of one (N, H, W, C) uint8 array, which forked data loader workers share; each is its own source."""
 
     light = False
 
@@ -25,15 +22,15 @@ class ArrayImages(ImageSet):
         classes: tuple[str, ...],
         split: str,
         origin: str,
-        kept: NDArray[np.int64] | None = None,
+        targets: NDArray[Any] | None = None,
     ) -> None:
         self._images = images
-        self._places = torch.arange(len(images)) if kept is None else torch.from_numpy(kept)
         self._origin = origin
         self.channels = images.shape[-1]
         self.classes = classes
         self.labels = torch.from_numpy(labels.astype(np.int64))
-        self.sources = self._places + (SPLITS.index(split) << 32)  # apart from other splits' numbers
+        self.targets = None if targets is None else torch.from_numpy(targets.astype(np.uint8))
+        self.sources = torch.arange(len(images)) + (SPLITS.index(split) << 32)  # apart from other splits' numbers
 
     def pixels(self, index: int) -> Tensor:
         """Image `index`: (C, H, W) uint8."""
@@ -41,4 +38,4 @@ class ArrayImages(ImageSet):
 
     def name(self, index: int) -> str:
         """The image's place in its file."""
-        return f"{self._origin}[{self._places[index]}]"
+        return f"{self._origin}[{index}]"

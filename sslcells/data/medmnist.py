@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from sslcells.config import ConfigError, Section, nearest
-from sslcells.data import SPLITS
+from sslcells.data import SPLITS, ImageSet
 from sslcells.data._array import ArrayImages
+from sslcells.data.subset import Subset
 
 _SETS = (
     "pathmnist",
@@ -71,10 +73,10 @@ class Config(Section):
         return self
 
 
-def open_split(config: Config, split: str) -> ArrayImages | None:
+def open_split(config: Config, split: str) -> ImageSet | None:
     """One split, its images in memory; None where the file has neither images nor labels of it.
 
-    A set whose images have several labels each, such as chestmnist, counts as unlabelled.
+    A set whose images have several labels each, such as chestmnist, has them as targets, and counts as unlabelled.
 
     Raises:
         ConfigError: where the file is missing, or is not in MedMNIST's layout.
@@ -89,7 +91,7 @@ def open_split(config: Config, split: str) -> ArrayImages | None:
         raise ConfigError(f"{file} cannot be read: {error}") from None
 
 
-def _read(config: Config, file: Path, arrays: Any, split: str) -> ArrayImages:
+def _read(config: Config, file: Path, arrays: Any, split: str) -> ImageSet:
     images = _images(file, arrays, f"{split}_images")
     labels = {s: _labels(file, arrays, f"{s}_labels") for s in SPLITS if s == split or f"{s}_labels" in arrays.files}
     if len(labels[split]) != len(images):
@@ -98,13 +100,13 @@ def _read(config: Config, file: Path, arrays: Any, split: str) -> ArrayImages:
     if any(given.shape[1] > 1 for given in labels.values()):
         if config.long_tail:
             raise ConfigError(f"data.long_tail={config.long_tail}: {file} has several labels an image, not one class")
-        return ArrayImages(images, np.full(len(images), -1), (), split, origin)
+        return ArrayImages(images, np.full(len(images), -1), (), split, origin, labels[split])
     names = _class_names(config, file, 1 + max(int(given.max(initial=-1)) for given in labels.values()))
     label = labels[split][:, 0]
+    whole = ArrayImages(images, label, names, split, origin)
     if config.long_tail and split == "train":
-        kept = long_tail(label, config.long_tail)
-        return ArrayImages(images[kept], label[kept], names, split, origin, kept)
-    return ArrayImages(images, label, names, split, origin)
+        return Subset(whole, torch.from_numpy(long_tail(label, config.long_tail)))
+    return whole
 
 
 def long_tail(labels: NDArray[np.int64], factor: float) -> NDArray[np.int64]:

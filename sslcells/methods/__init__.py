@@ -6,7 +6,7 @@ turns features into rows inside the network that DDP wraps, and rows into a loss
 
 import importlib
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -33,12 +33,31 @@ class Method(nn.Module, ABC):
         return [p for name, p in self.named_parameters() if not name.startswith("head.")]
 
 
-class Learner(nn.Module):
-    """Backbone and method's head: what is trained."""
+class Classifier(Method, ABC):
+    """A method whose rows are logits of the K classes."""
 
-    def __init__(self, backbone: nn.Module, method: Method) -> None:
+    several: bool
+    """whether an image may have several classes"""
+
+    @abstractmethod
+    def probabilities(self, rows: Tensor) -> Tensor:
+        """(M, K) rows → probabilities (M, K)."""
+
+
+class Learner(nn.Module):
+    """Backbone and method's head: what is trained; the head alone, on a backbone in eval mode, where it is frozen."""
+
+    def __init__(self, backbone: nn.Module, method: Method, frozen: bool = False) -> None:
         super().__init__()
-        self.backbone, self.method = backbone, method
+        self.backbone, self.method, self._frozen = backbone, method, frozen
+        backbone.requires_grad_(not frozen)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's, but a frozen backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.train(mode and not self._frozen)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """(A, C, S, S) → rows (A, D)."""
