@@ -170,6 +170,17 @@ class Train(Section):
     """`cpu` trains on the CPU even where there is an accelerator."""
 
 
+class Sampler(Section):
+    """Which images come together in a global batch; an epoch is images // global_batch steps, whatever they show."""
+
+    kind: Literal["shuffle", "balanced", "classes", "sources"] = "shuffle"
+    """Every image once an epoch; every class equally often; per_class images of some; or per_source of some sources."""
+    per_class: int = Field(4, ge=1)
+    """With classes: K different images of each of global_batch / K classes."""
+    per_source: int = Field(1, ge=1)
+    """With sources: so many images of each source in a global batch; 1 so that no two are of the same."""
+
+
 class Checkpoint(Section):
     """Saved states to go on from."""
 
@@ -257,6 +268,7 @@ class Run(Section):
     method: Annotated[SerializeAsAny[Section], chosen("method")]
     optim: Optim = Optim()
     train: Train = Train()
+    sampler: Sampler = Sampler()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     evaluate: Evaluate = Evaluate()

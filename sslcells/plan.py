@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslcells import checkpoint, distributed, methods, models, optim
 from sslcells.config import ConfigError, Run
-from sslcells.data import ImageSet, open_splits
+from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.subset import labelled_part
 
 
@@ -159,6 +159,7 @@ def consequences(run: Run, world: int) -> str:
     splits = open_run(run)
     images = splits["train"]
     plan = Plan(run, len(images), world)
+    sampling = sampler.build(run.sampler, images, plan.global_batch, run.seed)
     optim.check(run.optim)
     encoder = models.build(run.model.model_copy(update={"pretrained": False}), images.channels)
     features = models.width(encoder, images.channels, run.augment.size)
@@ -179,6 +180,7 @@ def consequences(run: Run, world: int) -> str:
             f"ranks: {world}, {plan.batch} images and {anchors} anchors each",
             f"negatives per anchor: {references - method.views}, of {references} rows in the global batch",
             *([cached] if parts > 1 else []),
+            f"sampler: {run.sampler.kind}: {sampling.describe()}",
             f"steps: {plan.steps}, {plan.per_epoch} an epoch, warm-up {plan.warmup}, evaluation every {plan.evaluate}",
             f"memory of the loss: {loss_mib:.3g} MiB a rank and a tile; the whole matrix would be "
             f"{4 * anchors * references / 2**20:.4g} MiB",

@@ -16,8 +16,8 @@ from sslcells import __version__, checkpoint, distributed, methods, models, opti
 from sslcells.augment import Augment
 from sslcells.claim import claimed
 from sslcells.config import Run
-from sslcells.data import Batch, ImageSet, reading
-from sslcells.data.loader import Steps, attended, read
+from sslcells.data import Batch, ImageSet, reading, sampler
+from sslcells.data.loader import attended, read
 from sslcells.evaluation import Evaluation
 from sslcells.interrupt import Interrupt, Stopped
 from sslcells.metrics import read_metrics
@@ -64,6 +64,7 @@ class Training:
     ) -> None:
         self._run, self._plan, self._accelerator, self._watch = run, plan, accelerator, watch
         self._images = splits["train"]
+        self._sampling = sampler.build(run.sampler, self._images, plan.global_batch, run.seed)
         self._device, world = accelerator.device, distributed.world()
         self._learner = build(run, self._images, sync_batchnorm=world > 1 and self._device.type == "cuda")
         optimizer = optim.build(run.optim, self._learner, self._learner.backbone)
@@ -96,15 +97,8 @@ class Training:
     def batches(self) -> Generator[Batch, None, None]:
         """This rank's part of the global batches of the steps to come."""
         run, plan = self._run, self._plan
-        steps = Steps(
-            len(self._images),
-            run.train.global_batch,
-            run.seed,
-            distributed.rank(),
-            distributed.world(),
-            start=self.step,
-            stop=plan.steps,
-        )
+        rank, world = distributed.rank(), distributed.world()
+        steps = sampler.Steps(self._sampling, rank, world, start=self.step, stop=plan.steps)
         self._meter.start()
         return read(self._images, steps, run.train.workers, pin_memory=self._device.type == "cuda")
 
@@ -125,7 +119,8 @@ class Training:
         meter.add(loss, {"gradient_norm": norm, **figures})
         self._log.advance(step)
         if plan.due(step, run.log.every):
-            self._log.metrics(step, step / plan.per_epoch, {**meter.read(step), "lr": rate})
+            held = sampler.composition(batch, self._device)
+            self._log.metrics(step, step / plan.per_epoch, {**meter.read(step), **held, "lr": rate})
         if plan.due(step, plan.evaluate):
             self._log.metrics(step, step / plan.per_epoch, self._evaluation.figures(self._learner))
             meter.start()

@@ -81,6 +81,7 @@ def finished(tmp_path_factory):
 def test_what_a_run_leaves(finished):
     rows = read_metrics(finished)
     assert [r["step"] for r in rows if "loss" in r] == [2, 4, 6, 8, 10, 12, 14, 15]
+    assert [r["step"] for r in rows if {"batch/same_label", "batch/same_source"} <= r.keys()][-1] == 15
     assert [r["step"] for r in rows if "knn/top1" in r] == [0, 10, 15]
     assert {"health/effective_rank", "health/alignment", "health/uniformity", "health/row_std"} <= rows[0].keys()
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["step_00000012", "step_00000015"]

@@ -1,4 +1,4 @@
-"""Which images a rank sees at a step, and how they are read: a function of (seed, step), so any step can be gone to."""
+"""How images are read, in the batches that a sampler names."""
 
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -12,39 +12,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sslcells.data import Batch, DataError, ImageSet
 
 T = TypeVar("T")
-
-
-class Steps(Sampler[list[int]]):
-    """Indices of one rank's part of the global batches of steps start..stop-1.
-
-    Every epoch is a permutation of the images by (seed, epoch); a global batch is the next G of it, the rest of an
-    epoch that fills no batch is dropped, and rank r of W takes the r-th part. The global batch is the same for any W.
-    """
-
-    def __init__(self, images: int, global_batch: int, seed: int, rank: int, world: int, start: int, stop: int) -> None:
-        self._images, self._global_batch, self._seed = images, global_batch, seed
-        self._start, self._stop = start, stop
-        part = global_batch // world
-        self._part = slice(rank * part, (rank + 1) * part)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self._images // self._global_batch
-        epoch, order = -1, torch.empty(0, dtype=torch.int64)
-        for step in range(self._start, self._stop):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = permutation(self._images, self._seed, epoch)
-            first = step % per_epoch * self._global_batch
-            yield order[first : first + self._global_batch][self._part].tolist()
-
-    def __len__(self) -> int:
-        return self._stop - self._start
-
-
-def permutation(count: int, seed: int, epoch: int) -> Tensor:
-    """(count,) int64: the order of the images in an epoch."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(count, generator=generator)
 
 
 Sample = tuple[Tensor, int, int, int]

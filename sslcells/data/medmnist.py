@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sslcells.config import ConfigError, Section, nearest
-from sslcells.data import SPLITS
+from sslcells.data import SPLITS, ImageSet
 from sslcells.data._array import ArrayImages
+from sslcells.data.subset import Subset
 
 _SETS = (
     "pathmnist",
@@ -51,6 +53,9 @@ class Config(Section):
     """Download `set` where it is missing; needs the medmnist package."""
     class_names: tuple[str, ...] = ()
     """Names of the classes 0, 1, …; none takes MedMNIST's own where it knows the set, else the numbers."""
+    long_tail: float | None = Field(None, gt=1)
+    """How many times fewer train images the rarest class keeps than the commonest has, the others exponentially in
+    between, arXiv 1901.05555 section 5; none keeps all. val and test stay whole."""
 
     @field_validator("set")
     @classmethod
@@ -68,7 +73,7 @@ class Config(Section):
         return self
 
 
-def open_split(config: Config, split: str) -> ArrayImages | None:
+def open_split(config: Config, split: str) -> ImageSet | None:
     """One split, its images in memory; None where the file has neither images nor labels of it.
 
     A set whose images have several labels each, such as chestmnist, has them as targets, and counts as unlabelled.
@@ -86,16 +91,37 @@ def open_split(config: Config, split: str) -> ArrayImages | None:
         raise ConfigError(f"{file} cannot be read: {error}") from None
 
 
-def _read(config: Config, file: Path, arrays: Any, split: str) -> ArrayImages:
+def _read(config: Config, file: Path, arrays: Any, split: str) -> ImageSet:
     images = _images(file, arrays, f"{split}_images")
     labels = {s: _labels(file, arrays, f"{s}_labels") for s in SPLITS if s == split or f"{s}_labels" in arrays.files}
     if len(labels[split]) != len(images):
         raise ConfigError(f"{file}: {split} has {len(images)} images but {len(labels[split])} labels")
     origin = f"{file.name} {split}_images"
     if any(given.shape[1] > 1 for given in labels.values()):
+        if config.long_tail:
+            raise ConfigError(f"data.long_tail={config.long_tail}: {file} has several labels an image, not one class")
         return ArrayImages(images, np.full(len(images), -1), (), split, origin, labels[split])
-    count = 1 + max(int(given.max(initial=-1)) for given in labels.values())
-    return ArrayImages(images, labels[split][:, 0], _class_names(config, file, count), split, origin)
+    names = _class_names(config, file, 1 + max(int(given.max(initial=-1)) for given in labels.values()))
+    label = labels[split][:, 0]
+    whole = ArrayImages(images, label, names, split, origin)
+    if config.long_tail and split == "train":
+        return Subset(whole, torch.from_numpy(long_tail(label, config.long_tail)))
+    return whole
+
+
+def long_tail(labels: NDArray[np.int64], factor: float) -> NDArray[np.int64]:
+    """Which images a long tail keeps, in their order: (N,) classes → (n,) indices.
+
+    The c-th of K classes, commonest first, keeps its first n_max · factor^(−c / (K − 1)) images, rounded, but at least
+    one, and no more than it has.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    kept = [
+        np.flatnonzero(labels == classes[c])[: max(1, round(counts.max() * factor ** (-i / max(1, len(classes) - 1))))]
+        for i, c in enumerate(order)
+    ]
+    return np.sort(np.concatenate(kept))
 
 
 def _file(config: Config) -> Path:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from sslcells import distributed
 from sslcells.data import Batch, ImageSet
-from sslcells.data.loader import InOrder, attended, permutation, read
+from sslcells.data.loader import InOrder, attended, read
+from sslcells.data.sampler import permutation
 
 
 def spread(count: int, most: int | None) -> list[int]:

@@ -108,6 +108,24 @@ def test_several_labels_per_image_are_none(tmp_path, no_package):
     assert (images.classes, images.labels.tolist(), images.labelled) == ((), [-1] * 9, False)
 
 
+def test_a_long_tail_of_train(tmp_path, no_package):
+    labels = RANDOM.permutation(np.repeat([0, 1, 2], [30, 90, 40]))
+    content = arrays((28, 28), counts=(160, 5, 7))
+    file = saved(tmp_path / "x.npz", **{**content, "train_labels": labels[:, None]})
+    images = opened(file, long_tail=9.0)
+    assert images.labels.bincount().tolist() == [10, 90, 30]  # 90 · 9^(−c/2): 90, 30, 10, commonest first
+    places = (images.sources & 0xFFFF).tolist()
+    assert places == sorted(places)
+    assert [labels[i] for i in places] == images.labels.tolist()
+    assert images.name(7) == f"x.npz train_images[{places[7]}]"
+    assert torch.equal(images.pixels(7)[0], torch.from_numpy(content["train_images"][places[7]]))
+    assert images.sources.tolist() == opened(file, long_tail=9.0).sources.tolist()
+    assert opened(file, long_tail=1.5).labels.bincount().tolist() == [30, 90, 40]  # no more than there are
+    assert len(opened(file, "test", long_tail=9.0)) == 7
+    several = saved(tmp_path / "chest.npz", **arrays((28, 28), classes=2, labels_shape=(14,)))
+    assert "data.long_tail=2.0:" in mistake(path=str(several), long_tail=2.0)
+
+
 def test_flat_labels(tmp_path, no_package):
     file = saved(tmp_path / "x.npz", **{f"{s}_labels": arrays()[f"{s}_labels"][:, 0] for s in ("train", "test")})
     assert opened(file).labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0]

@@ -27,7 +27,24 @@ VARIANTS = {
         {"positive": "label", "views": 1},
         {"positive": "source", "soft": True},
         {"same_source": "ignore", "rank": 2},
+        {"negative": "all", "positive": "label", "views": 1},
+        {"negative": "all", "same_source": "ignore"},
     ],
+    "supcon": [{}, {"positive": "source"}, {"same_source": "ignore", "learn_temperature": True}],
+    "pairs": [
+        {},
+        {"loss": "hinge", "positive": "label", "views": 1, "positive_margin": 0.1},
+        {"same_source": "ignore"},
+    ],
+    "siamese": [
+        {"judge": "concat"},
+        {"judge": "difference", "positive": "label", "views": 1},
+        {"judge": "cosine", "same_source": "ignore"},
+    ],
+    "arcface": [{}, {"views": 2, "scale": 16}],
+    "sphereface": [{"margin": 2}],
+    "margin": [{}, {"learn": "one", "views": 2, "nu": 0.1}, {"learn": "no"}],
+    "proxies": [{}, {"loss": "proxy_nca", "views": 2}],
 }
 CASES = [(name, options) for name in NAMES for options in VARIANTS.get(name, [{}])]
 
@@ -116,7 +133,16 @@ def in_micro_batches(name, options):
     return [p.grad for p in network.parameters()]
 
 
-@pytest.mark.parametrize(("name", "options"), [("simclr", {"learn_temperature": True}), ("triplet", {"soft": True})])
+IN_MICRO_BATCHES = [
+    ("simclr", {"learn_temperature": True}),
+    ("triplet", {"soft": True}),
+    ("arcface", {"scale": 8}),
+    ("margin", {"views": 2}),
+    ("siamese", {"judge": "concat"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), IN_MICRO_BATCHES)
 def test_micro_batches_on_two_ranks_equal_one_pass(name, options):
     one = learner(name, options)
     backward(one, one.method)

@@ -1,0 +1,44 @@
+"""The rows of the global batch on every rank, for a loss that each rank computes as a whole."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sslcells import distributed
+
+
+def whole_rows(z: Tensor, views: int = 1) -> Tensor:
+    """The rows that one process would have: (V·B, D), view-major, on every rank → (V·B·world, D), view-major.
+
+    For a loss that every rank computes on all of them, with the same value everywhere. Its gradient by this rank's rows
+    is handed back × world, with no collective, so that DDP's mean over ranks is the gradient of the global batch; what
+    the loss itself learns has the whole gradient on every rank already, and the mean leaves it as it is.
+
+    Raises:
+        ValueError: on every rank, where the ranks bring different numbers of rows.
+    """
+    distributed.same_count(len(z), "rows")
+    rows: Tensor = _Whole.apply(z, views)
+    return rows
+
+
+def whole_ids(ids: Tensor, views: int = 1) -> Tensor:
+    """(B,) ids of this rank's images → (V·B·world,) of the rows of `whole_rows`."""
+    return distributed.gather(ids).repeat(views)
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, views: int) -> Tensor:
+        ctx.views = views
+        by_rank = distributed.gather(z).view(distributed.world(), views, -1, z.shape[1])
+        return by_rank.transpose(0, 1).reshape(-1, z.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        world = distributed.world()
+        by_rank = grad.view(ctx.views, world, -1, grad.shape[1])
+        return by_rank[:, distributed.rank()].flatten(0, 1) * world, None

@@ -1,0 +1,60 @@
+"""Losses of pytorch-metric-learning whose class centres, or boundaries, are learned, on the ranks of one global batch.
+
+They are modules of the method, so that their parameters are optimised, averaged over ranks, saved and resumed.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sslcells import distributed
+from sslcells.data import Batch, ImageSet
+from sslcells.losses import whole_ids, whole_rows
+from sslcells.methods._embedding import Embedding, Head, check_labels
+
+
+class Centres(Head):
+    """What all of them have."""
+
+    views: Literal[1, 2] = 1
+    """Augmented views of each image."""
+
+
+class CentreMethod(Embedding):
+    """An embedding head, and class centres that each row is compared with on its own, on its own rank."""
+
+    def __init__(self, config: Centres, features: int, loss: Any) -> None:
+        super().__init__(config, features, config.views)
+        self._loss = loss
+
+    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over the labelled rows of the global batch; and for how many the nearest centre is their own's."""
+        known, label = _known(batch.label.repeat(self.views))
+        total = distributed.gather(known.sum()[None]).sum()
+        if not len(label):
+            return 0 * rows.sum(), {"top1": torch.ones_like(total, dtype=torch.float32)}
+        with torch.autocast(rows.device.type, enabled=False):
+            rows = rows.float()[known]
+            mean: Tensor = self._loss(rows, label)
+            with torch.no_grad():
+                right = self._loss.get_logits(rows).argmax(1) == label
+        # The mean over ranks of own sum × world / all is the mean over the global batch.
+        return mean * len(label) * distributed.world() / total, {"top1": right.float().mean()}
+
+
+def whole_batch(rows: Tensor, batch: Batch, views: int) -> tuple[Tensor, Tensor]:
+    """Labelled rows (N, D) of the global batch, with the gradient of `whole_rows`, and their labels (N,)."""
+    known, label = _known(whole_ids(batch.label, views))
+    return whole_rows(rows.float(), views)[known], label
+
+
+def classes(images: ImageSet, name: str) -> int:
+    """K. Raises a ConfigError where images have no labels."""
+    check_labels(images, f"method.name={name}")
+    return len(images.classes)
+
+
+def _known(label: Tensor) -> tuple[Tensor, Tensor]:
+    known = label >= 0
+    return known, label[known]

@@ -1,0 +1,82 @@
+"""What the methods of metric learning share: the embedding head, and who is whose positive."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sslcells import distributed, methods
+from sslcells.config import ConfigError, Section
+from sslcells.data import Batch, ImageSet
+from sslcells.models.heads import Norm, projection
+
+Positive = Literal["view", "label", "source"]
+
+
+class Head(Section):
+    """The embedding head."""
+
+    hidden: int = Field(256, ge=1)
+    """Width of the head's hidden layers."""
+    dimension: int = Field(128, ge=2)
+    """D, the width of a row."""
+    layers: int = Field(2, ge=1)
+    """Linear maps in the head; 1 for a linear embedding."""
+    norm: Norm = "batch"
+    """Normalisation in the head."""
+
+
+class Embedding(methods.Method):
+    """A method whose rows are its head's output: the features, projected."""
+
+    def __init__(self, config: Head, features: int, views: int) -> None:
+        super().__init__()
+        self.views = views
+        self.head = projection(features, config.hidden, config.dimension, config.layers, config.norm)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(V·B, F) → (V·B, D)."""
+        rows: Tensor = self.head(features)
+        return rows
+
+
+def check_positives(kind: Positive, images: ImageSet, views: int) -> None:
+    """Raise a ConfigError where no image can have a positive of this kind."""
+    if kind == "label":
+        check_labels(images, "method.positive=label")
+    if kind == "source" and views == 1 and len(images.sources.unique()) == len(images):  # type: ignore[no-untyped-call]
+        raise ConfigError(
+            f"method.positive=source: each of the {len(images)} images of the train split is the only one of its "
+            f"source, and with one view has no positive; method.positive=view needs none"
+        )
+
+
+def check_labels(images: ImageSet, what: str) -> None:
+    """Raise a ConfigError where at least two classes are not known."""
+    if not images.labelled:
+        raise ConfigError(
+            f"{what} needs labels of at least two classes; the train split has {len(images)} images without; "
+            f"method.name=simclr needs none"
+        )
+
+
+def positives(kind: Positive, batch: Batch, views: int) -> Tensor:
+    """(V·B,) ids, equal for positives, none below 0: an image without a label is a positive of its own views alone."""
+    if kind == "label":
+        ids = torch.where(batch.label < 0, batch.image + _UNKNOWN, batch.label)
+    else:
+        ids = batch.image if kind == "view" else batch.source
+    return ids.repeat(views)
+
+
+_UNKNOWN = 2**32
+"""above every class"""
+
+
+def drawn_by(batch: Batch) -> int:
+    """A seed that the images of the global batch, in their order, decide: the same on every rank."""
+    mixed = 0
+    for image in distributed.gather(batch.image).tolist():
+        mixed = (mixed * 1_000_003 + image) % 2**63
+    return mixed

@@ -1,0 +1,85 @@
+"""The margin loss with distance-weighted sampling, arXiv 1706.07567: a learned boundary between near and far."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from pytorch_metric_learning.losses import MarginLoss
+from torch import Tensor
+from torch.nn import functional as F
+
+from sslcells.data import Batch, ImageSet
+from sslcells.methods._centres import Centres, classes, whole_batch
+from sslcells.methods._embedding import Embedding, drawn_by
+
+
+class Config(Centres):
+    """Loss and embedding head."""
+
+    name: Literal["margin"] = "margin"
+    margin: float = Field(0.2, gt=0)
+    """How far from the boundary, on either side, a pair must be; rows have length 1."""
+    boundary: float = Field(1.2, gt=0, lt=2)
+    """The distance that parts near from far, at first."""
+    learn: Literal["no", "one", "per_class"] = "per_class"
+    """Whether the boundary is learned, and one for all or one for each class of the anchor."""
+    nu: float = Field(0.0, ge=0)
+    """How strongly a learned boundary is kept small."""
+    cutoff: float = Field(0.5, gt=0, lt=1.4)
+    """Negatives nearer than this are drawn as if they were so far: very near ones have noisy gradients."""
+
+
+class Method(Embedding):
+    """An embedding head, and the boundaries.
+
+    Every rank has all rows, all of their distances, and draws the same negatives: memory grows with the square of the
+    global batch.
+    """
+
+    def __init__(self, config: Config, features: int, images: ImageSet) -> None:
+        super().__init__(config, features, config.views)
+        count = classes(images, config.name)
+        self._cutoff = config.cutoff
+        self._loss = MarginLoss(
+            config.margin,
+            config.nu,
+            config.boundary,
+            learn_beta=config.learn != "no",
+            num_classes=count if config.learn == "per_class" else None,
+        )
+
+    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Equation 4, over each positive pair of the global batch and one negative of its anchor, drawn for it."""
+        with torch.autocast(rows.device.type, enabled=False):
+            z, label = whole_batch(rows, batch, self.views)
+            boundary = self._loss.beta.detach().mean().to(z.device)
+            if not len(label):
+                return 0 * z.sum(), {"boundary": boundary}
+            generator = torch.Generator().manual_seed(drawn_by(batch))
+            triplets = distance_weighted(z.detach(), label, self._cutoff, generator)
+            loss: Tensor = self._loss(z, label, triplets) if len(triplets[0]) else 0 * z.sum()
+        return loss, {"boundary": boundary}
+
+
+def distance_weighted(
+    z: Tensor, label: Tensor, cutoff: float, generator: torch.Generator, farthest: float = 1.4
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All positive pairs, each with a negative of its anchor: (N, D) rows, (N,) → three (T,) indices.
+
+    A negative at distance d < `farthest` is drawn with weight 1 / q(max(d, cutoff)), q being the density of distances
+    between random points of the sphere (section 4): drawn so, distances come evenly. Anchors without one are left out.
+    """
+    z = F.normalize(z, dim=1)
+    d = torch.cdist(z, z)
+    same = label[:, None] == label
+    at, dimension = d.clamp(cutoff, farthest), z.shape[1]
+    log_weight = (2 - dimension) * at.log() - (dimension - 3) / 2 * torch.log1p(-at.square() / 4)
+    log_weight.masked_fill_(same | (d >= farthest), -torch.inf)
+    upto = (log_weight - log_weight.amax(1, keepdim=True)).exp().nan_to_num_(0.0).double().cumsum(1)  # (N, N)
+    pair = (same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)) & (upto[:, -1:] > 0)
+    anchor, positive = pair.nonzero(as_tuple=True)
+    number = (
+        torch.rand(len(z), int(pair.sum(1).max()), generator=generator, dtype=torch.float64).to(z.device) * upto[:, -1:]
+    )
+    drawn = torch.searchsorted(upto, number, right=True)  # (N, P): inverts the running sum of the weights
+    return anchor, positive, drawn[anchor, pair.cumsum(1)[anchor, positive] - 1]

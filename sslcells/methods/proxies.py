@@ -1,0 +1,50 @@
+"""Proxy-Anchor, arXiv 2003.13911, and ProxyNCA, arXiv 1703.07464: learned proxies stand for the classes."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from pytorch_metric_learning.losses import ProxyAnchorLoss, ProxyNCALoss
+from torch import Tensor
+
+from sslcells.data import Batch, ImageSet
+from sslcells.methods._centres import Centres, classes, whole_batch
+from sslcells.methods._embedding import Embedding
+
+
+class Config(Centres):
+    """Loss and embedding head."""
+
+    name: Literal["proxies"] = "proxies"
+    loss: Literal["proxy_anchor", "proxy_nca"] = "proxy_anchor"
+    """Each proxy is an anchor for the rows of the batch; or each row is one for the proxies."""
+    margin: float = Field(0.1, ge=0)
+    """With proxy_anchor: in the cosine, on both sides."""
+    alpha: float = Field(32.0, gt=0)
+    """With proxy_anchor: the scale of the cosines."""
+    softmax_scale: float = Field(8.0, gt=0)
+    """With proxy_nca: the scale of the squared distances between rows and proxies of length 1."""
+
+
+class Method(Embedding):
+    """An embedding head, and proxies. Proxy-Anchor looks at all rows of a class at once: each rank has all rows."""
+
+    def __init__(self, config: Config, features: int, images: ImageSet) -> None:
+        super().__init__(config, features, config.views)
+        count = classes(images, config.name)
+        if config.loss == "proxy_anchor":
+            self._loss = ProxyAnchorLoss(count, config.dimension, margin=config.margin, alpha=config.alpha)
+        else:
+            self._loss = ProxyNCALoss(count, config.dimension, softmax_scale=config.softmax_scale)
+
+    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the global batch; and for how many of its rows the nearest proxy is their own's."""
+        with torch.autocast(rows.device.type, enabled=False):
+            z, label = whole_batch(rows, batch, self.views)
+            if not len(label):
+                return 0 * z.sum(), {"top1": z.new_ones(())}
+            loss: Tensor = self._loss(z, label)
+            with torch.no_grad():
+                logits = self._loss.get_logits(z)
+        nearest = logits.argmin(1) if isinstance(self._loss, ProxyNCALoss) else logits.argmax(1)
+        return loss, {"top1": (nearest == label).float().mean()}
