@@ -1,6 +1,20 @@
 """The losses over the global batch, for this framework's loop and for anyone's own."""
 
+from sslcells.losses._rows import row_std, unit
 from sslcells.losses.contrastive import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
+from sslcells.losses.moco import MoCoLoss
+from sslcells.losses.redundancy import BarlowTwinsLoss, VICRegLoss
 from sslcells.losses.triplet import BatchHardTripletLoss
 
-__all__ = ["BatchHardTripletLoss", "DCLLoss", "HardNegativeLoss", "NTXentLoss", "SupConLoss"]
+__all__ = [
+    "BarlowTwinsLoss",
+    "BatchHardTripletLoss",
+    "DCLLoss",
+    "HardNegativeLoss",
+    "MoCoLoss",
+    "NTXentLoss",
+    "SupConLoss",
+    "VICRegLoss",
+    "row_std",
+    "unit",
+]
