@@ -8,6 +8,7 @@ from kornia.enhance import adjust_hue
 
 from sslcells.augment import Augment, cells, none, simclr
 from sslcells.augment import _operations as op
+from sslcells.config import ConfigError
 
 RECIPES = {"simclr": simclr, "cells": cells, "none": none}
 
@@ -51,6 +52,22 @@ def test_replay_is_exact_and_free_of_the_batch(recipe):
     if recipe != "none":
         other = make(pixels(), images, seed=3, step=6, views=2).unflatten(0, (2, 6))
         assert not torch.allclose(whole, other, atol=0.1)
+
+
+@pytest.mark.parametrize("recipe", ["simclr", "cells"])
+def test_local_views_are_small_crops_of_their_own(recipe):
+    whole = augment(recipe, size=32)
+    local = whole.local(16, (0.05, 0.1))
+    x = local(pixels(), torch.arange(6), seed=0, step=0, views=3, first=2)
+    assert x.shape == (18, 3, 16, 16)
+    assert whole.config.size == 32
+    all_views = local(pixels(), torch.arange(6), seed=0, step=0, views=5)
+    assert torch.equal(x, all_views[12:])  # views are numbered on from those of full size
+
+
+def test_a_recipe_without_crops_has_no_local_views():
+    with pytest.raises(ConfigError, match=r"recipe=none: it has no crops"):
+        augment("none").local(16, (0.05, 0.4))
 
 
 def test_plain_resizes_and_normalises():
