@@ -43,14 +43,14 @@ class Plan:
         """Whether what is done every so many steps is done after `step` finished ones; after the last, all is."""
         return step % every == 0 or step == self.steps
 
-    def headline(self, device: torch.device, precision: str, views: int) -> str:
-        """Who runs, on what, with how many negatives in so many views: the first thing that a run says."""
+    def headline(self, device: torch.device, precision: str, negatives: int) -> str:
+        """Who runs, on what, with how many negatives a row: the first thing that a run says."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        negatives = f"negatives per anchor {views * (self.global_batch - 1)}  " if views else ""
+        against = f"negatives per anchor {negatives}  " if negatives else ""
         return (
             f"world size {self.world}  device {name}  precision {'float32' if precision == 'no' else precision}  "
             f"global batch {self.global_batch} ({self.batch} a rank)  "
-            f"{negatives}images {self.images}"
+            f"{against}images {self.images}"
         )
 
 
@@ -156,6 +156,7 @@ def consequences(run: Run, world: int) -> str:
     if method.local:
         models.width(encoder, images.channels, method.local.size, "method.local_size")
     anchors, references = plan.batch * method.views, plan.global_batch * method.views
+    negatives, where = method.negatives(plan.global_batch), "the global batch" + " and the queue" * bool(method.queued)
     dimension = method(torch.zeros(2, features)).shape[1]
     parts = plan.batch // plan.micro_batch
     cached = (
@@ -173,11 +174,11 @@ def consequences(run: Run, world: int) -> str:
             + (f"{len(images.classes)} classes" if images.classes else "no labels"),
             f"encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, {features} features",
             f"ranks: {world}, {plan.batch} images and {anchors} anchors each",
-            f"negatives per anchor: {references - method.views}, of {references} rows in the global batch"
-            if method.negatives
+            f"negatives per anchor: {negatives}, of {references + method.queued} rows in {where}"
+            if negatives
             else "negatives: none",
             *([cached] if parts > 1 else []),
             f"steps: {plan.steps}, {plan.per_epoch} an epoch, warm-up {plan.warmup}, evaluation every {plan.evaluate}",
-            *([of_loss] if method.negatives else []),
+            *([of_loss] if method.negative_views is None else []),
         ]
     )

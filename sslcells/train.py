@@ -87,13 +87,12 @@ class Training:
         self._saved = self.step
         self._log = log = Log(run, plan.steps, self.step, self._accelerator)
         self.writer = checkpoint.Writer(run.folder / "checkpoints", run.checkpoint.keep, log.say)
-        views, precision = self._method.views, self._accelerator.mixed_precision
-        of_negatives = views if self._method.negatives else 0
-        log.say(f"sslcells {__version__}  {plan.headline(self._device, precision, of_negatives)}")
+        precision, negatives = self._accelerator.mixed_precision, self._method.negatives(plan.global_batch)
+        log.say(f"sslcells {__version__}  {plan.headline(self._device, precision, negatives)}")
         log.say(f"{run.folder}: {f'goes on after step {self.step}' if self.step else f'{plan.steps} steps'}")
         if self.step == 0:
             log.metrics(0, 0.0, self._evaluation.figures(self._encoder))
-            log.pictures(0, self._evaluation.view_sheet(views))
+            log.pictures(0, self._evaluation.view_sheet(self._method.views))
 
     def batches(self) -> Generator[Batch, None, None]:
         """This rank's part of the global batches of the steps to come."""

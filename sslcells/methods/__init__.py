@@ -34,8 +34,10 @@ class Method(nn.Module, ABC):
 
     views: int
     head: nn.Module
-    negatives: bool = True
-    """whether the other images of the global batch are negatives"""
+    negative_views: int | None = None
+    """how many views of every other image are negatives of a row; none for all, 0 where there are no negatives"""
+    queued: int = 0
+    """negatives of a row from earlier steps"""
     local: Local | None = None
     """the small views of each image, whose rows come after those of the others"""
     momentum: float | None = None
@@ -51,6 +53,11 @@ class Method(nn.Module, ABC):
     def views_in_all(self) -> int:
         """Rows of each image: of its full-size views and of its local ones."""
         return self.views + (self.local.views if self.local else 0)
+
+    def negatives(self, images: int) -> int:
+        """Negatives of a row in a global batch of so many images."""
+        views = self.views if self.negative_views is None else self.negative_views
+        return views * (images - 1) + self.queued
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:

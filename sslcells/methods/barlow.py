@@ -32,7 +32,7 @@ class Method(methods.Method):
     """A projection head and Barlow Twins' loss."""
 
     views = 2
-    negatives = False
+    negative_views = 0
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ class Method(methods.Method):
     """Projector, which the teacher has too, and predictor, which it has not."""
 
     views = 2
-    negatives = False
+    negative_views = 0
     taught = "head.0"
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:

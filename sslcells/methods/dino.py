@@ -78,7 +78,7 @@ class Method(methods.Method):
     """Head and prototypes, which the teacher has too, and the centre of the teacher's outputs."""
 
     views = 2
-    negatives = False
+    negative_views = 0
     delivers = "teacher"
     centre: Tensor
 

@@ -40,6 +40,7 @@ class Method(methods.Method):
     """Projector, which the teacher has too, predictor, which it has not, and the queue of keys."""
 
     views = 2
+    negative_views = 1
     taught = "head.0"
     queue: Tensor
 
@@ -48,7 +49,7 @@ class Method(methods.Method):
         hidden, out, norm = config.hidden, config.dimension, config.norm
         projector = projection(features, hidden, out, config.layers, norm, last=True)
         self.head = nn.Sequential(projector, projection(out, hidden, out, 2, norm, last=True))
-        self.momentum = config.momentum
+        self.momentum, self.queued = config.momentum, config.queue
         self._loss = MoCoLoss(config.temperature)
         self.register_buffer("queue", unit(torch.randn(config.queue, out)))
 

@@ -33,7 +33,7 @@ class Method(methods.Method):
     """Projector and predictor."""
 
     views = 2
-    negatives = False
+    negative_views = 0
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__()

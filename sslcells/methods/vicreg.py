@@ -36,7 +36,7 @@ class Method(methods.Method):
     """An expander and VICReg's three terms."""
 
     views = 2
-    negatives = False
+    negative_views = 0
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__()

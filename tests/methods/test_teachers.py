@@ -128,4 +128,6 @@ def test_what_does_not_fit_is_named(tmp_path):
 
 def test_check_speaks_of_no_negatives_where_there_are_none(tmp_path):
     assert "negatives: none" in consequences(tiny(tmp_path, "method.name=byol"), 1)
-    assert "negatives per anchor: 30" in consequences(tiny(tmp_path, "method.name=moco"), 1)
+    assert "negatives per anchor: 30, of 32 rows in the global batch" in consequences(tiny(tmp_path), 1)
+    moco = consequences(tiny(tmp_path, "method.name=moco", "method.queue=12"), 1)
+    assert "negatives per anchor: 27, of 44 rows in the global batch and the queue" in moco
