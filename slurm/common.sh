@@ -85,49 +85,11 @@ run() {
   [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   trap "ask USR1" USR1
   trap "ask TERM" TERM
-  local nodes node devices per_node ranks configuration port cpus each_node launch newest exported
-  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  devices=$(gpus)
-  per_node=$((devices > 0 ? devices : ${SSLCELLS_CPU_RANKS:-1}))
-  ranks=$((${#nodes[@]} * per_node))
-  echo "job $job: nodes ${nodes[*]}; ranks $ranks; SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-0}"
-
+  local nodes devices per_node ranks configuration each_node launch newest exported
+  survey
   configuration=$(check "$ranks" "$@") || exit
   folder=$(value out "$configuration")/$(value name "$configuration")
-  for node in "${nodes[@]}"; do
-    getent hosts "$node" >/dev/null || fail "the name of node $node does not resolve on $(hostname)"
-  done
-  mkdir -p "$folder" || fail "the run's folder $folder cannot be made"
-  port=$(free_port) || fail "no free port for the rendezvous on ${nodes[0]}"
-
-  # Without --cpus-per-task the step's one task would be bound to one core, and all its data loaders with it.
-  cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > per_node ? cpus / per_node : 1))}
-  if ((devices == 0)); then
-    echo "no GPU in this job: training on CPUs with gloo, $per_node rank(s) a node"
-    export ACCELERATE_USE_CPU=true
-  fi
-  if ((ranks == 1)); then
-    launch=(--config_file launch/gpu1.yaml)
-  else
-    launch=(
-      --config_file launch/nodes.yaml # and so not whatever ~/.cache/huggingface/accelerate holds
-      --multi_gpu                     # also for ranks on CPUs: MULTI_CPU would need mpirun
-      --num_machines "${#nodes[@]}"
-      --num_processes "$ranks"
-      --main_process_ip "${nodes[0]}"
-      --main_process_port "$port"
-      --rdzv_backend static
-    )
-  fi
-  # --export: a job submitted with --export=NONE would otherwise lose its modules and its virtual environment here.
-  # --kill-on-bad-exit: where a rank died, those of other nodes may wait for it in a collective until the next day.
-  each_node=(
-    srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --cpus-per-task="$cpus"
-    --kill-on-bad-exit=1 --export=ALL bash -c 'source slurm/common.sh && "$@"' bash
-  )
-  # A step of its own: what is wrong with a node is no death in training, and would come again.
-  "${each_node[@]}" inspect "$devices" "$folder" || exit
+  arrange
   rm -f "$folder/stopped.txt" # of an earlier job
   newest=$(newest) exported=$(exported)
   if [[ -z $asked ]]; then
@@ -151,6 +113,71 @@ run() {
   else
     again "the training was cut off, with status $status"
   fi
+}
+
+# evaluate RUN [ARGUMENT ...]: measure a finished run, on a login node by way of the queue. What is cut off is lost.
+evaluate() {
+  source slurm/site.sh
+  local nodes devices per_node ranks each_node launch
+  folder=${1:-}
+  [[ -f $folder/config.yaml && -f $folder/encoder.json ]] ||
+    fail "${folder:-no folder} is not the folder of a finished run: bash slurm/evaluate.sh runs/my_cells" 2
+  if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    sbatch "${sbatch_options[@]}" "$0" "$@"
+    return
+  fi
+  job=$SLURM_JOB_ID
+  survey
+  arrange
+  "${each_node[@]}" launch "${launch[@]}" -m sslcells.evaluate "$@"
+}
+
+# survey: the job's nodes, GPUs of each and ranks, into the caller's variables.
+survey() {
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  devices=$(gpus)
+  per_node=$((devices > 0 ? devices : ${SSLCELLS_CPU_RANKS:-1}))
+  ranks=$((${#nodes[@]} * per_node))
+  echo "job $job: nodes ${nodes[*]}; ranks $ranks; SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-0}"
+}
+
+# arrange: how to start ranks on the nodes, into the caller's variables, after a look at each of them.
+arrange() {
+  local node port cpus
+  for node in "${nodes[@]}"; do
+    getent hosts "$node" >/dev/null || fail "the name of node $node does not resolve on $(hostname)"
+  done
+  mkdir -p "$folder" || fail "the run's folder $folder cannot be made"
+  port=$(free_port) || fail "no free port for the rendezvous on ${nodes[0]}"
+
+  # Without --cpus-per-task the step's one task would be bound to one core, and all its data loaders with it.
+  cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > per_node ? cpus / per_node : 1))}
+  if ((devices == 0)); then
+    echo "no GPU in this job: on CPUs with gloo, $per_node rank(s) a node"
+    export ACCELERATE_USE_CPU=true
+  fi
+  if ((ranks == 1)); then
+    launch=(--config_file launch/gpu1.yaml)
+  else
+    launch=(
+      --config_file launch/nodes.yaml # and so not whatever ~/.cache/huggingface/accelerate holds
+      --multi_gpu                     # also for ranks on CPUs: MULTI_CPU would need mpirun
+      --num_machines "${#nodes[@]}"
+      --num_processes "$ranks"
+      --main_process_ip "${nodes[0]}"
+      --main_process_port "$port"
+      --rdzv_backend static
+    )
+  fi
+  # --export: a job submitted with --export=NONE would otherwise lose its modules and its virtual environment here.
+  # --kill-on-bad-exit: where a rank died, those of other nodes may wait for it in a collective until the next day.
+  each_node=(
+    srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --cpus-per-task="$cpus"
+    --kill-on-bad-exit=1 --export=ALL bash -c 'source slurm/common.sh && "$@"' bash
+  )
+  # A step of its own: what is wrong with a node is no death in training, and would come again.
+  "${each_node[@]}" inspect "$devices" "$folder" || exit
 }
 
 # ask SIGNAL: SLURM wants the nodes back. The ranks get SIGUSR1 in any case: at SIGTERM srun would have them killed.

@@ -40,12 +40,32 @@ Embed every image below a folder: shards of path, id, vector, label. Killed at a
 """
 
 _EVALUATE = """\
-Measure a finished run: leaks first, then kNN, linear probe, few-shot, retrieval, clustering, figures without labels.
+Measure a finished run: leaks first, then kNN, linear probe, few-shot, retrieval, clustering, figures without labels;
+and on request fine-tuning.
 Printed, written to RUN/evaluation.json, and with pictures to RUN/report.html.
 
   sslcells evaluate runs/my_cells
   sslcells evaluate runs/my_cells data.sources=sources.csv evaluate.split=val
   accelerate launch --config_file launch/gpu8.yaml -m sslcells.evaluate runs/my_cells
+"""
+
+
+_COMPARE = """\
+Train the recipe's encoder without labels, then on parts of the labels three classifiers with the same backbone, data
+and steps: supervised from scratch, a probe on the frozen encoder, and the encoder fine-tuned. Printed, written to
+RUN/comparison.json, and with curves and predictions to RUN/comparison.html. What is done is not done again.
+
+  sslcells compare --config configs/compare_pbc28.yaml data.path=pbc28.npz
+  accelerate launch --config_file launch/gpu8.yaml -m sslcells.compare --config configs/compare_pathmnist.yaml
+"""
+
+
+_SOURCES = """\
+Find which images of a folder were made from one photograph (turned, mirrored, shifted, cropped), where no name says so:
+sources.csv for data.sources, so that such images are no negatives of each other and leak into no figure.
+
+  sslcells sources path/to/images --out runs/sources
+  sslcells train --config configs/simclr_bloodcells.yaml data.path=path/to/images data.sources=runs/sources/sources.csv
 """
 
 
@@ -63,6 +83,12 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub = commands.add_parser("evaluate", help="measure a finished run", description=_EVALUATE, formatter_class=raw)
     sub.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to data, evaluate or train")
+    words = "fine-tune the encoder on parts of the labels first (compare.* says how): minutes to hours"
+    sub.add_argument("--fine-tune", action="store_true", help=words)
+    three = "what labels are worth: supervised, probe, fine-tuned"
+    sub = commands.add_parser("compare", help=three, description=_COMPARE, formatter_class=raw)
+    sub.add_argument("--config", metavar="FILE", help="a recipe; see configs/compare_pbc28.yaml")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     commands.add_parser("selfcheck", help="does this machine or cluster compute what it should?")
     sub = commands.add_parser("export", help="write the encoder for timm, torch and ONNX, with a model card")
     sub.add_argument("run", metavar="RUN", help="folder of a finished run")
@@ -88,6 +114,13 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--source-pattern", metavar="REGEX", help="its one group, searched in the path, is the source")
     sub.add_argument("--faiss", action="store_true", help="with an index that is made once: quicker, may miss some")
     sub.add_argument("--cpu", action="store_true", help="even where there is an accelerator")
+    same = "find images made from one photograph"
+    sub = commands.add_parser("sources", help=same, description=_SOURCES, formatter_class=raw)
+    sub.add_argument("images", metavar="IMAGES", help="folder of images, at any depth")
+    sub.add_argument("--out", metavar="FOLDER", help="for sources.csv and sources.png; this folder otherwise")
+    sub.add_argument("--known", metavar="CSV", help="columns path and source: print precision and recall against them")
+    sub.add_argument("--inliers", type=int, default=12, metavar="N", help="details that two images must share (12)")
+    sub.add_argument("--neighbours", type=int, default=20, metavar="N", help="by colour, compared with each (20)")
     sub = commands.add_parser("sync", help="send runs to W&B, as far as it has not got them yet")
     sub.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, such as runs/quickstart")
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -130,7 +163,18 @@ def _sync(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from sslcells.evaluate import evaluate
 
-    evaluate(args.run, args.overrides)
+    also = []
+    if args.fine_tune:
+        from sslcells.compare import fine_tuned
+
+        also = fine_tuned(args.run, args.overrides)
+    evaluate(args.run, args.overrides, also)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from sslcells.compare import compare
+
+    compare(load(args.config, args.overrides))
 
 
 def _selfcheck(args: argparse.Namespace) -> None:
@@ -192,14 +236,22 @@ def _search(args: argparse.Namespace) -> None:
     )
 
 
+def _sources(args: argparse.Namespace) -> None:
+    from sslcells.delivery.sources import sources
+
+    sources(args.images, args.out, args.known, args.inliers, args.neighbours)
+
+
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
+    "compare": _compare,
     "selfcheck": _selfcheck,
     "sync": _sync,
     "export": _export,
     "embed": _embed,
     "search": _search,
+    "sources": _sources,
 }
 
 

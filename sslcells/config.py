@@ -96,10 +96,20 @@ class Model(Section):
     """`small` replaces a ResNet's stem by a 3×3 convolution with stride 1 and no max-pool: for images under 64 px."""
     pretrained: bool = False
     """Start from timm's published weights."""
+    encoder: str | None = None
+    """Start from the encoder of this folder, that of a finished run or an export: fine-tuning."""
+    freeze: bool = False
+    """Train the head alone, on the encoder as it is, in eval mode: a linear probe."""
     mean: tuple[float, ...] = (0.5,)
     """Per channel, of pixels in 0..1; one value stands for all channels."""
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.25,)
     """Per channel, of pixels in 0..1; one value stands for all channels."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.pretrained and self.encoder is not None:
+            raise ValueError("pretrained=true and encoder are two starts: give one")
+        return self
 
 
 class Optim(Section):
@@ -119,6 +129,8 @@ class Optim(Section):
     """Further keyword arguments of the optimizer."""
     warmup_epochs: float = Field(1.0, ge=0)
     """Length of the linear warm-up."""
+    encoder_scale: float = Field(1.0, gt=0)
+    """The encoder's learning rate is this times the head's: under 1 to fine-tune gently."""
     clip_norm: float | None = Field(None, gt=0)
     """Gradients are scaled down to this global norm; none for no clipping."""
 
@@ -147,6 +159,8 @@ class Train(Section):
     """torch.compile the encoder."""
     sync_batchnorm: bool = True
     """BatchNorm statistics over all ranks, where the device has it (CUDA)."""
+    label_fraction: float = Field(1.0, gt=0, le=1)
+    """Train on this part of each class's labelled images, drawn by `seed`, whole sources together; 1 for all images."""
     workers: int = Field(1, ge=0)
     """Data loader processes per rank."""
     timeout: float = Field(10.0, gt=0)
@@ -194,8 +208,33 @@ class Evaluate(Section):
     """At most this many images of each split, evenly spread; none for all."""
     split: Literal["val", "test"] = "test"
     """The labelled split that is asked for its neighbours in `train`; without one, train itself, leave-one-out."""
+    pictures: bool = True
+    """Draw augmented views at the start, and curves, a map and nearest neighbours at the end."""
     bootstrap: int = Field(1000, ge=100)
     """Resamples behind the 95 % intervals of `sslcells evaluate`."""
+
+
+class Compare(Section):
+    """The classifiers of `sslcells compare`, and of `evaluate --fine-tune`: all see the same data and as many steps."""
+
+    fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.01, 0.1, 1.0), min_length=1)
+    """Parts of the labels of train."""
+    seeds: int = Field(3, ge=1)
+    """Trainings of each model on each part, each with labels of its own, from the run's seed on."""
+    epochs: float = Field(10.0, gt=0)
+    """Passes over the labelled images."""
+    min_steps: int = Field(200, ge=1)
+    """At least so many optimizer steps, however few the labels."""
+    global_batch: int = Field(128, ge=2)
+    """Images per optimizer step over all ranks; fewer where there are fewer labels."""
+    classifier: dict[str, Any] = {}
+    """Sections of a run that all three classifiers change, such as {method: {class_weights: balanced}}."""
+    supervised: dict[str, Any] = {}
+    """Sections that the model from scratch changes."""
+    probe: dict[str, Any] = {}
+    """Sections that the probe on the frozen encoder changes."""
+    fine_tuned: dict[str, Any] = {"optim": {"encoder_scale": 0.3}}
+    """Sections that the fine-tuned model changes."""
 
 
 class Run(Section):
@@ -218,6 +257,7 @@ class Run(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     evaluate: Evaluate = Evaluate()
+    compare: Compare = Compare()
 
     @property
     def folder(self) -> Path:
@@ -244,12 +284,19 @@ def load(file: str | None = None, overrides: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError: with every mistake in one message.
     """
-    tree = _merge(file, overrides)
+    return validated(_merge(file, overrides), f" in {file}" if file else "")
+
+
+def validated(tree: dict[str, Any], where: str = "") -> Run:
+    """The run that a whole tree describes; `where` says in a message where it comes from.
+
+    Raises:
+        ConfigError: with every mistake in one message.
+    """
     try:
         return Run.model_validate(tree)
     except ValidationError as error:
         mistakes = sorted({_explain(e, tree) for e in error.errors()})
-        where = f" in {file}" if file else ""
         title = f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)} in the configuration{where}:"
         raise ConfigError("\n".join([title, *(f"  {m}" for m in mistakes)])) from None
 

@@ -31,8 +31,10 @@ from sslcells.storage import whole
 RESULTS, REPORT = "evaluation.json", "report.html"
 
 
-def evaluate(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """Measure a finished run, print what was found, and write it to the run's folder; what was found on rank 0.
+
+    `also` holds rows for the table of classes that were measured before: fine-tuning.
 
     Every rank encodes its part of each split, once; rank 0 does the rest alone. The figures are the same on any number
     of ranks, to the last digit.
@@ -43,7 +45,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     began = time.perf_counter()
     run = _run(folder, overrides)
-    result, pictures = measured(run, folder, distributed.accelerator(run).device)
+    result, pictures = measured(run, folder, distributed.accelerator(run).device, also)
     if result:
         seconds = round(time.perf_counter() - began, 1)
         result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": distributed.world()}
@@ -53,7 +55,9 @@ def evaluate(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return result
 
 
-def measured(run: Run, folder: Path, device: torch.device) -> tuple[dict[str, Any], list[Picture]]:
+def measured(
+    run: Run, folder: Path, device: torch.device, also: Sequence[dict[str, Any]] = ()
+) -> tuple[dict[str, Any], list[Picture]]:
     """What `evaluate` finds, prints and draws, on rank 0; nothing on the others."""
     splits = open_splits(run.data)
     encoder, spec = distributed.together(lambda: _encoder(folder, run, splits["train"].channels))
@@ -79,7 +83,7 @@ def measured(run: Run, folder: Path, device: torch.device) -> tuple[dict[str, An
         "max images": run.evaluate.max_images,
         "resamples": run.evaluate.bootstrap,
         "leaks": found,
-        "figures": figures.rows,
+        "figures": [*figures.rows, *also],
         "by class": figures.by_class,
         "health": figures.health,
         "notes": figures.notes,

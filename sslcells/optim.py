@@ -16,8 +16,10 @@ def check(config: Optim) -> None:
         raise ConfigError(f"optim.name={config.name!r}: timm has no such optimizer{nearest(config.name, names)}")
 
 
-def build(config: Optim, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer, without weight decay on biases and normalisation parameters.
+def build(config: Optim, model: nn.Module, encoder: nn.Module | None = None) -> torch.optim.Optimizer:
+    """The optimizer of what can learn in `model`, without weight decay on biases and normalisation parameters.
+
+    Parameters of `encoder`, a part of the model, have a learning rate of their own.
 
     Raises:
         ConfigError: for a name or argument that timm does not know.
@@ -34,7 +36,18 @@ def build(config: Optim, model: nn.Module) -> torch.optim.Optimizer:
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"optim.name={config.name!r} with args={config.args}: {error}") from error
+    if encoder is not None and config.encoder_scale != 1:
+        _scale(optimizer, {id(p) for p in encoder.parameters()}, config.encoder_scale)
     return optimizer
+
+
+def _scale(optimizer: torch.optim.Optimizer, members: set[int], scale: float) -> None:
+    """Split every group: the members' learning rate is scaled."""
+    groups = []
+    for group in optimizer.param_groups:
+        parts = [([p for p in group["params"] if (id(p) in members) is inside], inside) for inside in (False, True)]
+        groups += [{**group, "params": some, "lr_scale": scale if inside else 1.0} for some, inside in parts if some]
+    optimizer.param_groups[:] = groups
 
 
 def learning_rate(config: Optim, step: int, steps: int, warmup: int) -> float:

@@ -10,11 +10,22 @@ from torch import Tensor
 
 from sslcells import checkpoint, distributed, methods, models, optim
 from sslcells.config import ConfigError, Run
-from sslcells.data import open_splits
+from sslcells.data import ImageSet, open_splits
+from sslcells.data.subset import labelled_part
 
 
 class TrainingError(Exception):
     """Training cannot go on; the message says why, and from where it can be taken up."""
+
+
+def open_run(run: Run) -> dict[str, ImageSet]:
+    """The splits of a run's data set, and of train the part that it learns from.
+
+    Raises:
+        ConfigError: where the data is not what the configuration says.
+    """
+    splits = open_splits(run.data)
+    return splits | {"train": labelled_part(splits["train"], run.train.label_fraction, run.seed)}
 
 
 class Plan:
@@ -146,7 +157,7 @@ def consequences(run: Run, world: int) -> str:
     Raises:
         ConfigError: as training would.
     """
-    splits = open_splits(run.data)
+    splits = open_run(run)
     images = splits["train"]
     plan = Plan(run, len(images), world)
     optim.check(run.optim)

@@ -16,13 +16,13 @@ from sslcells import __version__, checkpoint, distributed, methods, models, opti
 from sslcells.augment import Augment
 from sslcells.claim import claimed
 from sslcells.config import Run
-from sslcells.data import Batch, ImageSet, open_splits, reading
+from sslcells.data import Batch, ImageSet, reading
 from sslcells.data.loader import Steps, attended, read
 from sslcells.evaluation import Evaluation
 from sslcells.interrupt import Interrupt, Stopped
 from sslcells.metrics import read_metrics
 from sslcells.models import files
-from sslcells.plan import Meter, Plan
+from sslcells.plan import Meter, Plan, open_run
 from sslcells.tracking import Log
 
 Watch = Callable[[str, Tensor], None]
@@ -42,7 +42,7 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
     """
     with Interrupt() as interrupt:
         accelerator = distributed.accelerator(run)
-        splits = open_splits(run.data)
+        splits = open_run(run)
         plan = Plan(run, len(splits["train"]), distributed.world())
         with claimed(run) as claim:
             training = Training(run, plan, splits, accelerator, watch)
@@ -66,7 +66,8 @@ class Training:
         self._images = splits["train"]
         self._device, world = accelerator.device, distributed.world()
         self._learner = build(run, self._images, sync_batchnorm=world > 1 and self._device.type == "cuda")
-        self._network, self._optimizer = accelerator.prepare(self._learner, optim.build(run.optim, self._learner))
+        optimizer = optim.build(run.optim, self._learner, self._learner.backbone)
+        self._network, self._optimizer = accelerator.prepare(self._learner, optimizer)
         self._method, self._encoder = self._learner.method, self._learner.encoder
         self._augment = Augment(run.augment, *models.normalisation(run.model, self._images.channels))
         local = self._method.local
@@ -91,8 +92,8 @@ class Training:
         log.say(f"sslcells {__version__}  {plan.headline(self._device, precision, negatives)}")
         log.say(f"{run.folder}: {f'goes on after step {self.step}' if self.step else f'{plan.steps} steps'}")
         if self.step == 0:
-            log.metrics(0, 0.0, self._evaluation.figures(self._encoder))
-            log.pictures(0, self._evaluation.view_sheet(self._method.views))
+            log.metrics(0, 0.0, self._evaluation.figures(self._learner))
+            log.pictures(0, self._evaluation.view_sheet(self._method.views) if run.evaluate.pictures else {})
 
     def batches(self) -> Generator[Batch, None, None]:
         """This rank's part of the global batches of the steps to come."""
@@ -130,7 +131,7 @@ class Training:
         if plan.due(step, run.log.every):
             self._log.metrics(step, step / plan.per_epoch, {**meter.read(step), "lr": rate})
         if plan.due(step, plan.evaluate):
-            self._log.metrics(step, step / plan.per_epoch, self._evaluation.figures(self._encoder))
+            self._log.metrics(step, step / plan.per_epoch, self._evaluation.figures(self._learner))
             meter.start()
         if plan.due(step, run.checkpoint.every):
             self._save()
@@ -145,11 +146,15 @@ class Training:
         raise Stopped(number, f"{folder}: stopped by {name} after step {self.step}; the same command goes on")
 
     def finish(self) -> None:
-        """The last pictures, and the encoder on its own."""
+        """The last pictures, a classifier's predictions, and the encoder on its own."""
         run, log, main = self._run, self._log, self._accelerator.is_main_process
         distributed.together(self.writer.wait)
-        drawn = self._evaluation.pictures(self._encoder, read_metrics(run.folder) if main else [])
+        said, drawn = self._evaluation.predictions(self._learner), dict[str, Path]()
+        if run.evaluate.pictures:
+            drawn = self._evaluation.pictures(self._encoder, read_metrics(run.folder) if main else [])
         if main:
+            if said is not None:
+                said.write(run.folder)
             size, channels = run.augment.size, self._images.channels
             files.export(self._encoder, run.model, channels, size, run.folder, reading(run.data, size))
         log.pictures(self.step, drawn)
@@ -255,10 +260,12 @@ def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
     torch.manual_seed(run.seed)
     encoder = models.build(run.model, images.channels)
     features = models.width(encoder, images.channels, run.augment.size)
+    if run.model.encoder is not None:
+        files.start_from(encoder, run.model, images.channels)
     method = methods.build(run.method, features, images)
     if method.local:
         models.width(encoder, images.channels, method.local.size, "method.local_size")
-    learner = methods.Learner(encoder, method)
+    learner = methods.Learner(encoder, method, frozen=run.model.freeze)
     if sync_batchnorm and run.train.sync_batchnorm:
         distributed.sync_batchnorm(learner)
     if run.train.channels_last:

@@ -56,6 +56,8 @@ class ImageSet(ABC):
     """(N,) int64 class; -1 where unknown"""
     sources: Tensor
     """(N,) int64: what each image was made from; equal numbers in any split of one data set are the same source"""
+    targets: Tensor | None = None
+    """(N, K) uint8, 1 for each class of an image, in sets whose images have several; their labels count as unknown"""
 
     def __len__(self) -> int:
         return len(self.labels)

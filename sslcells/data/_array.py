@@ -16,13 +16,20 @@ class ArrayImages(ImageSet):
     light = False
 
     def __init__(
-        self, images: NDArray[np.uint8], labels: NDArray[Any], classes: tuple[str, ...], split: str, origin: str
+        self,
+        images: NDArray[np.uint8],
+        labels: NDArray[Any],
+        classes: tuple[str, ...],
+        split: str,
+        origin: str,
+        targets: NDArray[Any] | None = None,
     ) -> None:
         self._images = images
         self._origin = origin
         self.channels = images.shape[-1]
         self.classes = classes
         self.labels = torch.from_numpy(labels.astype(np.int64))
+        self.targets = None if targets is None else torch.from_numpy(targets.astype(np.uint8))
         self.sources = torch.arange(len(images)) + (SPLITS.index(split) << 32)  # apart from other splits' numbers
 
     def pixels(self, index: int) -> Tensor:

@@ -71,7 +71,7 @@ class Config(Section):
 def open_split(config: Config, split: str) -> ArrayImages | None:
     """One split, its images in memory; None where the file has neither images nor labels of it.
 
-    A set whose images have several labels each, such as chestmnist, counts as unlabelled.
+    A set whose images have several labels each, such as chestmnist, has them as targets, and counts as unlabelled.
 
     Raises:
         ConfigError: where the file is missing, or is not in MedMNIST's layout.
@@ -93,7 +93,7 @@ def _read(config: Config, file: Path, arrays: Any, split: str) -> ArrayImages:
         raise ConfigError(f"{file}: {split} has {len(images)} images but {len(labels[split])} labels")
     origin = f"{file.name} {split}_images"
     if any(given.shape[1] > 1 for given in labels.values()):
-        return ArrayImages(images, np.full(len(images), -1), (), split, origin)
+        return ArrayImages(images, np.full(len(images), -1), (), split, origin, labels[split])
     count = 1 + max(int(given.max(initial=-1)) for given in labels.values())
     return ArrayImages(images, labels[split][:, 0], _class_names(config, file, count), split, origin)
 

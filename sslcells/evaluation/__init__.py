@@ -8,17 +8,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sslcells import distributed
 from sslcells.augment import Augment
 from sslcells.config import Run
 from sslcells.data import ImageSet
 from sslcells.data.loader import InOrder, read
+from sslcells.evaluation.classifier import Said
 from sslcells.evaluation.features import features, spread
 from sslcells.evaluation.health import health
 from sslcells.evaluation.knn import knn_accuracy, knn_scores
 from sslcells.evaluation.pictures import curves, embedding_map
 from sslcells.evaluation.sheets import neighbour_sheet, view_sheet
+from sslcells.methods import Classifier, Learner
 
 Prepare = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,7 +35,8 @@ class Evaluation:
     """kNN where labels are known, label-free health always; the pictures at the end.
 
     The labelled split is asked for its neighbours in train. Without one, train is asked itself, each image without
-    itself and without images of its own source: `knn_loo`.
+    itself and without images of its own source: `knn_loo`. A classifier is asked what it says of val, or where there is
+    none of the labelled split, in place of all that.
     """
 
     def __init__(self, run: Run, splits: Mapping[str, ImageSet], augment: Augment, device: torch.device) -> None:
@@ -43,9 +47,36 @@ class Evaluation:
         self._asked = asked if asked is not None and asked.labelled and self._bank.labelled else None
         self._bank_index = spread(len(self._bank), run.evaluate.max_images)
         self._asked_index = spread(len(self._asked), run.evaluate.max_images) if self._asked is not None else []
+        self._splits = splits
 
-    def figures(self, encoder: nn.Module) -> dict[str, float]:
-        """Figures of the encoder as it is; every rank takes part and knows them."""
+    def figures(self, learner: Learner) -> dict[str, float]:
+        """Figures of what is trained as it is; every rank takes part and knows them."""
+        if isinstance(learner.method, Classifier):
+            split = next((s for s in ("val", self._run.evaluate.split) if s in self._splits), "")
+            said = self._said(learner, split) if split else None
+            return {f"{split}/{key}": value for key, value in said.figures().items()} if said is not None else {}
+        return self._encoder_figures(learner.encoder)
+
+    def predictions(self, learner: Learner) -> Said | None:
+        """What a classifier says of the asked split, by rank 0; None of other methods, and where nothing is asked."""
+        return self._said(learner, self._run.evaluate.split)
+
+    def _said(self, learner: Learner, split: str) -> Said | None:
+        images, method = self._splits.get(split), learner.method
+        if images is None or not isinstance(method, Classifier):
+            return None
+        index = torch.tensor(spread(len(images), self._run.evaluate.max_images))
+        labels = images.targets if method.several and images.targets is not None else images.labels
+        index = index[labels[index].reshape(len(index), -1).min(1).values >= 0]
+        if not len(index):
+            return None
+        rows = self._features(learner, images, index.tolist())
+        labels = F.one_hot(labels[index], rows.shape[1]) if method.several and labels.ndim == 1 else labels[index]
+        names, classes = [images.name(i) for i in index.tolist()], images.classes or range(rows.shape[1])
+        probabilities = method.probabilities(rows).double()
+        return Said(names, [*map(str, classes)], labels, images.sources[index], probabilities)
+
+    def _encoder_figures(self, encoder: nn.Module) -> dict[str, float]:
         bank = self._features(encoder, self._bank, self._bank_index)
         out = {f"health/{k}": v for k, v in health(bank, *self._two_views(encoder)).items()}
         if not self._bank.labelled:

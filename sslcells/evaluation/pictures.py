@@ -52,26 +52,32 @@ def save(figure: Figure, out: Path) -> Path:
 def curves(metrics: Sequence[dict[str, Any]], out: Path) -> Path | None:
     """How a run went, from the rows of its metrics.jsonl: a panel for each figure that there is.
 
-    Loss and learning rate against the step; kNN accuracies (keys `knn…/…`) with the untrained encoder's, that of
-    step 0, as a dashed line; label-free figures (keys `health/…`). None, and no file, where there is none of them.
+    Loss, also a classifier's on a split (keys `…/loss`), and learning rate against the step; accuracies (keys `…/top1`,
+    `…/balanced`) with those of step 0, untrained, as a dashed line; label-free figures (keys `health/…`). None, and no
+    file, where there is none of them.
     """
     keys = dict.fromkeys(key for row in metrics for key in row)  # in the order in which they were logged
-    knn = [key for key in keys if key.startswith("knn")]
+    accuracy = [key for key in keys if key.endswith(("/top1", "/balanced", "/auroc"))]
     health = [key for key in keys if key.startswith("health/")]
     left = [key for key in ("loss", "loss", "loss", "lr") if key in keys]
-    right = ["knn"] * len(left or "rows") if knn else left
+    right = ["accuracy"] * len(left or "rows") if accuracy else left
     half = max(1, len(health))
     grid: list[Any] = [[one] * half + [other] * half for one, other in zip(left or right, right, strict=True)]
     grid += [[key for key in health for _ in range(2)]] * 2 if health else []
     if not grid:
         return None
-    width = 12 if (left and knn) or len(health) > 1 else 7
+    width = 12 if (left and accuracy) or len(health) > 1 else 7
     figure = Figure(figsize=(width, 1.25 * len(grid) + 0.4), layout="constrained")
     for name, ax in figure.subplot_mosaic(grid).items():
-        if name == "knn":
-            _draw_knn(ax, {key: _series(metrics, key) for key in knn})
+        if name == "accuracy":
+            _draw_accuracy(ax, {key: _series(metrics, key) for key in accuracy})
         else:
             {"loss": _draw_loss, "lr": _draw_rate}.get(name, _draw_health)(ax, name, *_series(metrics, name))
+        for key in keys if name == "loss" else ():
+            if key.endswith("/loss"):
+                step, loss = _series(metrics, key)
+                ax.plot(step, loss, color=VERMILION, marker="o", markersize=4, label=key)
+                ax.legend(frameon=False)
         ax.set_xlabel("optimizer step")
         ax.grid(alpha=0.25)
     return save(figure, out)
@@ -102,15 +108,61 @@ def _draw_rate(ax: Axes, _: str, step: Floats, rate: Floats) -> None:
     ax.set(ylabel="learning\nrate", ylim=(0, None))
 
 
-def _draw_knn(ax: Axes, series: dict[str, tuple[Floats, Floats]]) -> None:
+def _draw_accuracy(ax: Axes, series: dict[str, tuple[Floats, Floats]]) -> None:
     for (key, (step, value)), color, marker in zip(series.items(), OKABE_ITO, "os^Dv<>p", strict=False):
         ax.plot(step, value, color=color, marker=marker, markersize=5, label=f"{key}: {value[-1]:.1%} at the last step")
         if step[0] == 0:
-            label = f"untrained encoder: {value[0]:.1%}"
+            label = f"untrained: {value[0]:.1%}"
             ax.axhline(value[0], color=color, linestyle="--", linewidth=1, label=label)
     ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    ax.set(title="kNN accuracy of the frozen encoder", ylabel="accuracy")
+    ax.set(title="Accuracy", ylabel="accuracy")
     ax.legend(frameon=False, fontsize="small")
+
+
+def model_curves(logged: Sequence[tuple[str, Sequence[dict[str, Any]]]], split: str, out: Path, what: str) -> Path:
+    """Accuracy and loss of classifiers on a split along their training: model and rows of metrics.jsonl of each."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    names = list(dict.fromkeys(model for model, _ in logged))
+    keys = {key for _, rows in logged for row in rows for key in row}
+    score = next((key for key in ("top1", "auroc") if f"{split}/{key}" in keys), "top1")
+    for ax, key, unit in zip(axes, (score, "loss"), ("accuracy" if score == "top1" else "AUROC", "loss"), strict=True):
+        for number, name in enumerate(names):
+            label: str | None = name
+            for model, rows in logged:
+                if model == name:
+                    step, value = _series(rows, f"{split}/{key}")
+                    color, marker = OKABE_ITO[number], MARKERS[number]
+                    ax.plot(step, value, color=color, marker=marker, markersize=4, linewidth=1.2, label=label)
+                    label = None
+        ax.set(xlabel="optimizer step", ylabel=f"{split} {unit}")
+        ax.grid(alpha=0.25)
+    if score == "top1":
+        axes[0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes[0].legend(frameon=False)
+    figure.suptitle(f"Trained on {what}", fontsize="medium")
+    return save(figure, out)
+
+
+def fractions_plot(points: Sequence[tuple[str, float, float]], out: Path, unit: str) -> Path:
+    """What classifiers reach with so many labels: model, part of the labels, and score in 0..1 of each training."""
+    figure = Figure(figsize=(6.5, 4.4), layout="constrained")
+    ax = figure.subplots()
+    fractions = sorted({fraction for _, fraction, _ in points})
+    for number, name in enumerate(dict.fromkeys(model for model, _, _ in points)):
+        mine = [(fraction, value) for model, fraction, value in points if model == name]
+        means = [(f, np.mean([v for g, v in mine if g == f])) for f in sorted({f for f, _ in mine})]
+        color, marker = OKABE_ITO[number], MARKERS[number]
+        ax.plot([f for f, _ in means], [v for _, v in means], color=color, marker=marker, label=name)
+        ax.scatter([f for f, _ in mine], [v for _, v in mine], color=color, marker=marker, s=14, alpha=0.5)
+    ax.set_xscale("log")
+    ax.set_xticks(fractions, [f"{100 * f:g} %" for f in fractions])
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    ax.set(xlabel="labels of train that were used", ylabel=unit, title="What labels are worth")
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    return save(figure, out)
 
 
 def _draw_health(ax: Axes, key: str, step: Floats, value: Floats) -> None:

@@ -57,8 +57,10 @@ def _of_rows(title: str, rows: Sequence[Mapping[str, Any]], caption: str, percen
     lines = []
     for row in rows:
         scores = [shown(row["scores"].get(m), percent) for m in metrics]
-        spread = row.get("spread over draws")
-        name = f"{row['name']} (± {100 * spread:.1f} between draws)" if spread is not None else row["name"]
+        name = row["name"]
+        for what in ("draws", "seeds"):
+            if (spread := row.get(f"spread over {what}")) is not None:
+                name += f" (± {100 * spread:.1f} between {what})"
         lines.append([row["task"], name, row["unit"], f"{row['images']:,}", *scores])
     return Table(title, ["method", "", "per", "images", *metrics], lines, caption)
 
@@ -106,16 +108,21 @@ def say_leaks(console: Console, found: Mapping[str, Any]) -> None:
         console.print(f"  {mark} {finding['text']}", markup=False, soft_wrap=True)
 
 
+def say_table(console: Console, table: Table) -> None:
+    """One table, after an empty line."""
+    drawn = RichTable(title=table.title, caption=table.caption, title_justify="left", caption_justify="left")
+    for column in table.columns:
+        drawn.add_column(column)
+    for row in table.rows:
+        drawn.add_row(*row)
+    console.print()
+    console.print(drawn, markup=False)
+
+
 def say_figures(console: Console, result: Mapping[str, Any]) -> None:
     """The tables and notes."""
     for table in tables(result):
-        drawn = RichTable(title=table.title, caption=table.caption, title_justify="left", caption_justify="left")
-        for column in table.columns:
-            drawn.add_column(column)
-        for row in table.rows:
-            drawn.add_row(*row)
-        console.print()
-        console.print(drawn, markup=False)
+        say_table(console, table)
     for note in result["notes"]:
         console.print(f"  · {note}", markup=False, soft_wrap=True)
 
@@ -144,27 +151,39 @@ def page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     """One HTML page with leaks, figures and pictures, which needs no other file and no network."""
     encoder = result["encoder"]
     about = f"sslcells {result['sslcells']}, {encoder['model']}, weights sha256 {encoder['sha256'][:16]}…"
-    body = [f"<h1>{escape(result['run'])}</h1>", f'<p class="made">{escape(about)}</p>', "<h2>Leaks</h2>", "<ul>"]
+    body = ["<h2>Leaks</h2>", "<ul>"]
     for finding in result["leaks"]["findings"]:
         kind = ' class="warning"' if finding["warning"] else ""
         body.append(f"<li{kind}>{escape(finding['text'])}</li>")
-    body += ["</ul>", "<h2>Figures</h2>"]
-    for table in tables(result):
-        body += [f"<h3>{escape(table.title)}</h3>", f'<div class="scroll" tabindex="0">{_html(table)}</div>']
-        body.append(f'<p class="caption">{escape(table.caption)}</p>')
+    body += ["</ul>", *section_of("Figures", tables(result), ())]
     if result["notes"]:
         body += ["<h3>Notes</h3>", "<ul>", *(f"<li>{escape(note)}</li>" for note in result["notes"]), "</ul>"]
-    body.append("<h2>Pictures</h2>")
+    body += section_of("Pictures", (), pictures)
+    return document(f"{result['run']}: what was learned", about, body)
+
+
+def section_of(title: str, found: Sequence[Table], pictures: Sequence[Picture]) -> list[str]:
+    """A heading, tables and pictures as lines of HTML."""
+    body = [f"<h2>{escape(title)}</h2>"]
+    for table in found:
+        body += [f"<h3>{escape(table.title)}</h3>", f'<div class="scroll" tabindex="0">{_html(table)}</div>']
+        body.append(f'<p class="caption">{escape(table.caption)}</p>')
     for picture in pictures:
         data = base64.b64encode(picture.path.read_bytes()).decode()
         image = f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}">'
         body.append(f"<h3>{escape(picture.title)}</h3>")
         body.append(f"<figure>{image}<figcaption>{escape(picture.caption)}</figcaption></figure>")
+    return body
+
+
+def document(title: str, about: str, body: Sequence[str]) -> str:
+    """An HTML page that needs no other file and no network."""
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(result['run'])}: what was learned</title><style>{_STYLE}</style>"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style>"
     )
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{chr(10).join(body)}\n</body></html>\n'
+    lines = "\n".join([f"<h1>{escape(title)}</h1>", f'<p class="made">{escape(about)}</p>', *body])
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{lines}\n</body></html>\n'
 
 
 def _html(table: Table) -> str:

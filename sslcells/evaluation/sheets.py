@@ -1,7 +1,7 @@
 """Contact sheets as PNG files: augmented views beside their originals, images beside their nearest neighbours."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sslcells.evaluation.knn import neighbours
-from sslcells.evaluation.pictures import DPI, GREEN, GREY, VERMILION, save, short
+from sslcells.evaluation.pictures import DPI, GREEN, GREY, ORANGE, VERMILION, save, short
 
 Image = NDArray[Any]
 """(H, W, C), uint8 or float in 0..1."""
@@ -124,6 +124,64 @@ def found_sheet(rows: Sequence[Sequence[tuple[Image | None, str]]], title: str, 
     for column, ax in enumerate(axes[0]):
         ax.set_title(f"{column}" if column else "query", fontsize="small")
     figure.suptitle(title, fontsize="medium", y=1 - 0.08 / figure.get_figheight(), va="top")
+    return save(figure, out)
+
+
+def prediction_sheet(
+    pixels: Callable[[int], Image],
+    labels: Tensor,
+    classes: Sequence[str],
+    said: Mapping[str, Tensor],
+    out: Path,
+    seed: int = 0,
+    rows: int = 4,
+    columns: int = 6,
+) -> Path:
+    """Images drawn evenly from the classes, with the true class and each model's word: class, confidence, ✓ or ✗.
+
+    `pixels` gives image i as (H, W, C) uint8; labels (M,) int64; `said` (2, M) for each model: confidence in 0..1 and
+    class. A frame says whether all models are right, some, or none.
+    """
+    drawn = _drawn_evenly(labels, rows * columns, seed).tolist()
+    rows = -(-len(drawn) // columns)
+    lines = 1 + len(said)
+    figure, axes = _sheet(rows, columns, caption=0.04 + 0.135 * lines, legend=0.35)
+    figure.set_figwidth(figure.get_figwidth() * 1.35)  # room for the names of classes
+    for ax, i in zip(axes.flat, drawn, strict=False):
+        true, words = int(labels[i]), [f"true: {short(classes[int(labels[i])], 18)}"]
+        right = [int(said[model][1, i]) == true for model in said]
+        for (model, word), hit in zip(said.items(), right, strict=True):
+            named = short(classes[int(word[1, i])], 16)
+            words.append(f"{'✓' if hit else '✗'} {model[:4]}. {named} {word[0, i]:.0%}")
+        frame = GREEN if all(right) else ORANGE if any(right) else VERMILION
+        _show(ax, pixels(i), frame=frame, caption="\n".join(words))
+        ax.xaxis.label.set(fontsize=6.5, linespacing=1.15)
+    for ax in axes.flat[len(drawn) :]:
+        ax.set_axis_off()
+    title = f"True class, and what {', '.join(said)} say, with confidence"
+    figure.suptitle(title, fontsize="medium", y=1 - 0.08 / figure.get_figheight(), va="top")
+    frames = {"all right": GREEN, "some right": ORANGE, "none right": VERMILION}
+    handles = [Patch(facecolor="none", edgecolor=color, linewidth=2, label=name) for name, color in frames.items()]
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize="small")
+    return save(figure, out)
+
+
+def pair_sheet(pixels: Callable[[int], Image], kinds: Mapping[str, Sequence[tuple[int, int, int]]], out: Path) -> Path:
+    """Pairs of images side by side, a column for each kind: (image, image, how many details they share)."""
+    rows = max(map(len, kinds.values()))
+    figure, axes = _sheet(rows, 2 * len(kinds), caption=0.24)
+    for column, (kind, pairs) in enumerate(kinds.items()):
+        for row in range(rows):
+            left, right = axes[row, 2 * column : 2 * column + 2]
+            if row >= len(pairs):
+                left.set_axis_off()
+                right.set_axis_off()
+                continue
+            one, other, details = pairs[row]
+            _show(left, pixels(one), caption=f"{details} details")
+            _show(right, pixels(other))
+        axes[0, 2 * column].set_title(kind, fontsize="small", loc="left")
+    figure.suptitle("Nearest to the limit", fontsize="medium", y=1 - 0.08 / figure.get_figheight(), va="top")
     return save(figure, out)
 
 

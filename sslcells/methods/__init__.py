@@ -8,7 +8,7 @@ import copy
 import importlib
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -101,16 +101,38 @@ class Teacher(nn.Module):
             ours.lerp_(theirs, 1 - momentum)
 
 
+class Classifier(Method, ABC):
+    """A method whose rows are logits of the K classes."""
+
+    several: bool
+    """whether an image may have several classes"""
+
+    @abstractmethod
+    def probabilities(self, rows: Tensor) -> Tensor:
+        """(M, K) rows → probabilities (M, K)."""
+
+
 class Learner(nn.Module):
-    """Backbone and method's head: what is trained; and the teacher that follows them, where the method has one."""
+    """Backbone and method's head: what is trained; the head alone, on a backbone in eval mode, where it is frozen.
+
+    And the teacher that follows them, where the method has one.
+    """
 
     teacher: Teacher | None
 
-    def __init__(self, backbone: nn.Module, method: Method) -> None:
+    def __init__(self, backbone: nn.Module, method: Method, frozen: bool = False) -> None:
         super().__init__()
-        self.backbone, self.method = backbone, method
+        self.backbone, self.method, self._frozen = backbone, method, frozen
+        backbone.requires_grad_(not frozen)
         has = method.momentum is not None
         self.teacher = Teacher(backbone, method.get_submodule(method.taught)) if has else None
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's, but a frozen backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.train(mode and not self._frozen)
+        return self
 
     def forward(self, *crops: Tensor) -> Tensor:
         """(A, C, S, S), and the local views (L·B, C, s, s) where the method has some → rows (A + L·B, D).

@@ -47,6 +47,29 @@ def export(
     (folder / SPEC).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
 
 
+def start_from(encoder: nn.Module, config: Model, channels: int) -> None:
+    """Give an encoder the weights of `config.encoder`, the folder of a finished run or an export.
+
+    Raises:
+        ConfigError: where the folder holds no encoder, or that of another network.
+    """
+    folder = Path(str(config.encoder))
+    loaded, spec = load(folder)
+    made = spec["timm"]
+    now = {"model_name": config.backbone, "in_chans": channels, "num_classes": 0, **config.args}
+    wrong = [f"model.backbone={config.backbone!r}, but it is a {made['model_name']}"]
+    wrong = wrong if made["model_name"] != config.backbone else []
+    wrong += [f"model.stem={config.stem}, but it has {spec['stem']}"] if spec["stem"] != config.stem else []
+    wrong += [f"{channels} channels here, but it takes {spec['channels']}"] if spec["channels"] != channels else []
+    wrong += [f"model.args={config.args}, but it was made with {made}"] if not wrong and made != now else []
+    for key, here in zip(("mean", "std"), normalisation(config, channels), strict=True):
+        if not wrong and tuple(spec[key]) != here:
+            wrong.append(f"model.{key}={list(here)}, but it learned with {spec[key]}")
+    if wrong:
+        raise ConfigError(f"model.encoder={config.encoder}: {'; '.join(wrong)}")
+    encoder.load_state_dict(loaded.state_dict())
+
+
 def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The encoder of a run's folder, in eval mode, and its encoder.json.
 

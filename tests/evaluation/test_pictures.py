@@ -46,7 +46,7 @@ def test_curves_have_a_panel_for_each_figure_there_is(tmp_path, saved, knn, heal
 
 def test_curves_show_the_untrained_encoder_dashed(tmp_path, saved):
     curves(a_run(), tmp_path / "curves.png")
-    (ax,) = [ax for ax in saved[0].axes if "kNN" in ax.get_title()]
+    (ax,) = [ax for ax in saved[0].axes if "Accuracy" in ax.get_title()]
     dashed = [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == "--"]
     assert sorted(dashed) == [0.4, 0.5]
 

@@ -21,6 +21,7 @@ VARIANTS = {
         {"prototypes": 32, "local_views": 0, "freeze": 1.0, "norm": "none"},
     ],
     "moco": [{}, {"queue": 24}],
+    "supervised": [{}, {"loss": "focal", "class_weights": "balanced"}, {"loss": "bce", "layers": 2}],
     "simclr": [
         {},
         {"same_source": "ignore"},
@@ -59,7 +60,9 @@ class Images(ImageSet):
 def learner(name, options):
     """Without BatchNorm, whose statistics differ between ranks of a CPU."""
     torch.manual_seed(0)
-    config = PLUGINS["method"].config(name)(**{"norm": "layer", "hidden": 16, "dimension": 8, **options})
+    kind = PLUGINS["method"].config(name)
+    small = {k: v for k, v in {"norm": "layer", "hidden": 16, "dimension": 8}.items() if k in kind.model_fields}
+    config = kind(**{**small, **options})
     encoder = models.build(Model(backbone="test_vit", args={"img_size": SIZE, "dynamic_img_size": True}), 3)
     return methods.Learner(encoder, methods.build(config, models.width(encoder, 3, SIZE), Images()))
 

@@ -1,5 +1,6 @@
 """The templates of slurm/ on a real SLURM of two nodes: what they refuse, what they train, and how they go on."""
 
+import json
 import math
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing, wait_for
+from trained import make_run
 
 from sslcells.metrics import read_metrics
 
@@ -111,11 +113,31 @@ def test_two_nodes(cluster, tmp_path, tiny):
     text = log.read_text()
     assert job["ExitCode"] == "0:0"
     assert f"job {number}: nodes n1 n2; ranks 2; SLURM_RESTART_COUNT=0" in text
-    assert "no GPU in this job: training on CPUs with gloo, 1 rank(s) a node" in text
+    assert "no GPU in this job: on CPUs with gloo, 1 rank(s) a node" in text
     assert "world size 2  device cpu" in text
     assert cluster.steps(number) == 2  # a look at the nodes, and the training
     assert_whole(tmp_path / "triplet", 40)
     assert (tmp_path / "triplet" / "encoder.safetensors").is_file()
+
+
+def test_fine_tuning_and_evaluation(cluster, tmp_path):
+    encoder = make_run(tmp_path / "encoder")
+    recipe = tmp_path / "classifier.yaml"
+    recipe.write_text(TINY.format(folder=tmp_path).replace("{hidden: 16, dimension: 8}", "{name: supervised}"))
+    arguments = ["--config", str(recipe), f"model.encoder={encoder}", "name=tuned", "train.steps=20"]
+    number, log = submit(cluster, tmp_path, "bash", "slurm/finetune.sh", *arguments)
+    cluster.wait(number, "COMPLETED", PATIENCE, log)
+    assert (tmp_path / "tuned" / "predictions.npz").is_file()
+    quick = ["evaluate.bootstrap=100", "train.workers=0"]
+    number, log = submit(cluster, tmp_path, "sbatch", "--nodes=2", "slurm/evaluate.sh", str(tmp_path / "tuned"), *quick)
+    cluster.wait(number, "COMPLETED", PATIENCE, log)
+    assert json.loads((tmp_path / "tuned" / "evaluation.json").read_text())["made"]["ranks"] == 2
+
+
+def test_only_a_finished_run_is_evaluated(cluster, tmp_path):
+    done = on_login_node(cluster, "bash", "slurm/evaluate.sh", str(tmp_path))
+    assert done.returncode == 2
+    assert f"{tmp_path} is not the folder of a finished run" in done.stderr
 
 
 def test_the_signal_of_the_time_limit(cluster, tmp_path, tiny):

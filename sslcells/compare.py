@@ -1,0 +1,275 @@
+"""What labels are worth with and without self-supervision: `sslcells compare`, and fine-tuning in `evaluate`.
+
+Supervised from scratch, a probe on the run's frozen encoder, and the encoder fine-tuned: the same backbone, data, steps
+and parts of the labels, each with several seeds. Every one of them is a run of the one loop, in a folder of its own
+below the run's, and goes on where it was cut off.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from sslcells import __version__, distributed
+from sslcells.config import ConfigError, Run, load, validated
+from sslcells.data import ImageSet
+from sslcells.evaluation.classifier import FILE, Said, read_predictions
+from sslcells.evaluation.gallery import Picture
+from sslcells.evaluation.pictures import fractions_plot, model_curves
+from sslcells.evaluation.report import Table, document, say_table, section_of
+from sslcells.evaluation.scores import Units, of_classes, of_ranking
+from sslcells.evaluation.sheets import Image, prediction_sheet
+from sslcells.metrics import read_metrics
+from sslcells.models import files
+from sslcells.plan import open_run
+from sslcells.storage import whole
+from sslcells.train import train
+
+MODELS = {"supervised": "from scratch", "probe": "frozen encoder", "fine-tuned": "from the encoder"}
+RESULTS, REPORT = "comparison.json", "comparison.html"
+_CURVE = 12
+"""Looks at the validation split along a training."""
+
+
+class Part(NamedTuple):
+    """One of the trainings that are compared."""
+
+    model: str
+    fraction: float
+    seed: int
+    run: Run
+
+
+def compare(run: Run) -> dict[str, Any]:
+    """Train the run, then every part of the comparison, and print and write what came out; the results on rank 0.
+
+    Raises:
+        ConfigError: where the configuration of the run or of the comparison does not fit the data.
+        DataError, TrainingError, Stopped, Lost: as training does.
+    """
+    began = time.perf_counter()
+    distributed.accelerator(run)
+    splits = open_run(run)
+    _check_labels(run, splits)
+    parts = list(plan(run, splits, MODELS))
+    if not distributed.from_main(lambda: _finished(run, files.SPEC)):
+        train(run)
+    for part in parts:
+        carry_out(part)
+    if distributed.rank() > 0:
+        return {}
+    said = [(part, read_predictions(part.run.folder)) for part in parts]
+    result: dict[str, Any] = {
+        "run": run.name,
+        "sslcells": __version__,
+        "asked": run.evaluate.split,
+        "seeds": run.compare.seeds,
+        "models": rows(said),
+        "made": {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": round(time.perf_counter() - began, 1)},
+    }
+    shown = table(result)
+    say_table(Console(highlight=False, width=160), shown)
+    pictures = draw(run, said, splits[run.evaluate.split])
+    _write(run.folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    about = f"sslcells {__version__}, {run.model.backbone}, {run.method.name}"  # type: ignore[attr-defined]
+    body = section_of("Three models", [shown], pictures)
+    _write(run.folder / REPORT, document(f"{run.name}: what labels are worth", about, body))
+    print(f"{run.folder / RESULTS}, {REPORT}; {result['made']['seconds']:.0f} s")
+    return result
+
+
+def fine_tuned(folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Fine-tune a finished run's encoder on parts of the labels: the rows that `evaluate` shows, on rank 0.
+
+    Raises:
+        ConfigError: where the folder is no finished run's, or its data has no labels; else as `compare`.
+    """
+    config = folder / "config.yaml"
+    if not config.is_file() or not (folder / files.SPEC).is_file():
+        raise ConfigError(f"{folder} is not the folder of a finished run: fine-tuning starts from its encoder")
+    run = load(str(config), overrides).model_copy(update={"name": folder.name, "out": str(folder.parent)})
+    distributed.accelerator(run)
+    splits = open_run(run)
+    _check_labels(run, splits)
+    parts = list(plan(run, splits, ["fine-tuned"]))
+    for part in parts:
+        carry_out(part)
+    if distributed.rank() > 0:
+        return []
+    out = []
+    for row in rows([(part, read_predictions(part.run.folder)) for part in parts]):
+        means = {key: score["mean"] for key, score in row["scores"].items() if key != "loss"}
+        scores = {key: {"value": v if np.isfinite(v) else None, "low": None, "high": None} for key, v in means.items()}
+        name = f"{100 * row['fraction']:g} % of the labels, {run.compare.seeds} seeds"
+        found = {"task": "fine-tuning", "name": name, "unit": row["unit"], "images": row["images"], "scores": scores}
+        spread = row["scores"].get("accuracy", {}).get("sd")
+        out.append(found | {"spread over seeds": spread})
+    return out
+
+
+def _check_labels(run: Run, splits: Mapping[str, ImageSet]) -> None:
+    if not splits["train"].labelled and splits["train"].targets is None:
+        raise ConfigError("labels are compared, and the train split has none")
+    if run.evaluate.split not in splits:
+        raise ConfigError(f"evaluate.split={run.evaluate.split}: the data has only {', '.join(splits)}")
+
+
+def plan(run: Run, splits: Mapping[str, ImageSet], models: Sequence[str] | Mapping[str, str]) -> Iterator[Part]:
+    """Every training of these models, in order: fractions, then models, then seeds.
+
+    Raises:
+        ConfigError: where `compare` describes no run.
+    """
+    config, images, world = run.compare, len(splits["train"]), distributed.world()
+    for fraction in config.fractions:
+        some = round(images * fraction)
+        batch = min(config.global_batch, some) // world * world
+        if batch < 2:
+            raise ConfigError(f"compare.fractions: {fraction:g} of {images} images leaves {some}: too few to train on")
+        per_epoch = max(1, some // batch)
+        steps = max(config.min_steps, round(config.epochs * per_epoch))
+        for model in models:
+            for seed in range(run.seed, run.seed + config.seeds):
+                fixed = {
+                    "name": f"{model}_{fraction:g}_{seed}",
+                    "out": str(run.folder / "compare"),
+                    "seed": seed,
+                    "train": {"label_fraction": fraction, "global_batch": batch, "steps": steps, "micro_batch": None},
+                    "optim": {"warmup_epochs": 0.1 * steps / per_epoch},
+                    "evaluate": {"every": max(1, steps // _CURVE) / per_epoch, "pictures": False},
+                    "checkpoint": {"every": max(1, steps // 2), "keep": 1},
+                    "log": {"every": max(1, steps // 20), "tracker": "none"},
+                    "model": _start(run, model),
+                }
+                yield Part(model, fraction, seed, _run(run, model, fixed))
+
+
+def _start(run: Run, model: str) -> dict[str, Any]:
+    return (
+        {} if model == "supervised" else {"encoder": str(run.folder), "freeze": model == "probe", "pretrained": False}
+    )
+
+
+def _run(run: Run, model: str, fixed: Mapping[str, Any]) -> Run:
+    """The run with the classifier's section of `compare`, then the model's, then what is fixed."""
+    of_model = {"supervised": run.compare.supervised, "probe": run.compare.probe, "fine-tuned": run.compare.fine_tuned}
+    tree = run.model_dump(mode="json") | {"method": {"name": "supervised"}}
+    merged = OmegaConf.merge(tree, run.compare.classifier, of_model[model], dict(fixed))
+    try:
+        return validated(OmegaConf.to_container(merged))  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError(f"compare, the {model} model: {error}") from None
+
+
+def carry_out(part: Part) -> None:
+    """Train a part, or go on with it, unless it is done; every rank takes part."""
+    if not distributed.from_main(lambda: _finished(part.run, FILE)):
+        train(part.run)
+
+
+def _finished(run: Run, file: str) -> bool:
+    """Whether the run's folder holds its results, and they are of this configuration."""
+    config = run.folder / "config.yaml"
+    if not (run.folder / file).is_file() or not config.is_file():
+        return False
+    free = {"log", "checkpoint", "compare", "resume", "out"}
+    before, now = (r.model_dump(mode="json", exclude=free) for r in (load(str(config)), run))
+    for tree in (before, now):
+        tree["train"] = {k: v for k, v in tree["train"].items() if k not in ("workers", "device", "timeout")}
+        tree["evaluate"] = {k: tree["evaluate"][k] for k in ("split", "max_images")}
+    return before == now
+
+
+def rows(said: Sequence[tuple[Part, Said]]) -> list[dict[str, Any]]:
+    """Scores of each model and part of the labels, per image and per source: mean and deviation over the seeds."""
+    out = []
+    groups = dict.fromkeys((part.model, part.fraction) for part, _ in said)
+    for model, fraction in groups:
+        words = [words for part, words in said if (part.model, part.fraction) == (model, fraction)]
+        for unit in Units(words[0].sources, 0).names if words[0].labels.ndim == 1 else ["image"]:
+            each = [_scores(w, unit) for w in words]
+            scores = {
+                key: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1)) if len(v) > 1 else None}
+                for key in each[0]
+                if (v := [e[key] for e in each])
+            }
+            images = len(words[0].labels)
+            out.append({"model": model, "fraction": fraction, "unit": unit, "images": images, "scores": scores})
+    return out
+
+
+def _scores(said: Said, unit: str) -> dict[str, float]:
+    if said.labels.ndim > 1:
+        return {{"auroc": "AUROC"}.get(key, key): value for key, value in said.figures().items()}
+    units = Units(said.sources, 0, draws=100)
+    found = units.scored(of_classes(said.labels, said.probabilities.argmax(1), len(said.classes)), unit, 1)
+    found |= units.scored(of_ranking(said.labels, said.probabilities), unit, 1)
+    return {"loss": said.loss(), **{key: score.value for key, score in found.items()}}
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """The comparison as text: a line for each model, part of the labels and way to count."""
+    metrics = list(dict.fromkeys(m for row in result["models"] for m in row["scores"]))
+    lines = []
+    for row in result["models"]:
+        cells = [_cell(metric, row["scores"].get(metric)) for metric in metrics]
+        lines.append([f"{100 * row['fraction']:g} %", row["model"], MODELS[row["model"]], row["unit"], *cells])
+    caption = (
+        f"{result['asked']} split, after the last step, % but for the loss (cross-entropy): mean ± standard deviation "
+        f"over {result['seeds']} seeds, each with labels of its own"
+    )
+    return Table("Three models", ["labels", "model", "", "per", *metrics], lines, caption)
+
+
+def _cell(metric: str, score: Mapping[str, float | None] | None) -> str:
+    if score is None or score["mean"] is None or np.isnan(score["mean"]):
+        return "–"
+    scale, digits = (1, 3) if metric == "loss" else (100, 1)
+    sd = "" if score["sd"] is None else f" ± {scale * score['sd']:.{digits}f}"
+    return f"{scale * score['mean']:.{digits}f}{sd}"
+
+
+def draw(run: Run, said: Sequence[tuple[Part, Said]], images: ImageSet) -> list[Picture]:
+    """Curves of the three, accuracy against labels, and test images with what each says, into plots/."""
+    folder, most = run.folder / "plots", max(part.fraction for part, _ in said)
+    full = [(part, words) for part, words in said if part.fraction == most]
+    split = "val" if any("val/loss" in row for row in read_metrics(full[0][0].run.folder)) else run.evaluate.split
+    logged = [(part.model, read_metrics(part.run.folder)) for part, _ in full]
+    curves = model_curves(logged, split, folder / "comparison_curves.png", f"{100 * most:g} % of the labels")
+    drawn = [Picture("Validation curves", curves, f"Of the {split} split; a line for each seed.")]
+    score = "top1" if full[0][1].labels.ndim == 1 else "auroc"
+    points = [(part.model, part.fraction, words.figures()[score]) for part, words in said]
+    path = fractions_plot(points, folder / "comparison_labels.png", {"top1": "accuracy"}.get(score, "AUROC"))
+    drawn.append(Picture("What labels are worth", path, "A point for each seed, lines through the means."))
+    first = {part.model: words for part, words in full if part.seed == run.seed}
+    one = next(iter(first.values()))
+    if one.labels.ndim == 1:
+        index = {images.name(i): i for i in range(len(images))}
+
+        def pixels(row: int) -> Image:
+            return images.pixels(index[one.names[row]]).permute(1, 2, 0).numpy()
+
+        words = {model: torch.stack(w.probabilities.max(1)) for model, w in first.items()}
+        path = prediction_sheet(pixels, one.labels, one.classes, words, folder / "comparison_predictions.png", run.seed)
+        caption = "Test images with the true class, and what each model says with which confidence."
+        drawn.append(Picture("Predictions", path, caption))
+    return drawn
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        whole(file, lambda opened: opened.write(text.encode()))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error}") from None
+
+
+if __name__ == "__main__":
+    from sslcells.cli import main
+
+    raise SystemExit(main("compare"))

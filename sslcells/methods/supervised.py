@@ -1,0 +1,115 @@
+"""A classifier trained on labels: the baseline, the fine-tuned encoder, and with a frozen one the linear probe."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sslcells import distributed, methods
+from sslcells.config import ConfigError, Section
+from sslcells.data import Batch, ImageSet
+from sslcells.models.heads import Norm, projection
+
+
+class Config(Section):
+    """Loss and classification head."""
+
+    name: Literal["supervised"] = "supervised"
+    loss: Literal["cross_entropy", "focal", "bce"] = "cross_entropy"
+    """Of one class an image: cross-entropy, or focal; of several at once (ChestMNIST): bce."""
+    gamma: float = Field(2.0, ge=0)
+    """With focal: how much less an image weighs that is already told well; 0 is cross-entropy."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: an image weighs N / (K · images of its class); with bce, a class's positives weigh its negatives."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """With cross_entropy: the share of the target that is spread over all classes."""
+    hidden: int = Field(256, ge=1)
+    """Width of the head's hidden layers."""
+    layers: int = Field(1, ge=1)
+    """Linear maps in the head; 1 for a linear classifier."""
+    norm: Norm = "batch"
+    """Normalisation in the head's hidden layers."""
+
+
+class Method(methods.Classifier):
+    """A head that gives each class a logit."""
+
+    views = 1
+    negative_views = 0
+    _weights: Tensor
+    _targets: Tensor
+
+    def __init__(self, config: Config, features: int, images: ImageSet) -> None:
+        super().__init__()
+        self._config = config
+        self.several = config.loss == "bce"
+        targets = _targets(config, images)
+        shown = targets.sum(0)  # (K,) images of each class
+        known = len(targets) if self.several else int(shown.sum())
+        weights = torch.ones(len(shown))
+        if config.class_weights == "balanced":
+            rest = known - shown if self.several else torch.full_like(shown, known) / len(shown)
+            weights = torch.where(shown > 0, rest / shown.clamp(min=1), 0.0).float()
+        self.register_buffer("_weights", weights, persistent=False)
+        self.register_buffer("_targets", targets.to(torch.uint8), persistent=False)
+        self.head = _logits(features, config, len(shown))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, F) → logits (B, K)."""
+        rows: Tensor = self.head(features)
+        return rows
+
+    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss over the labelled images of the global batch, weighted by class; 0 where none is labelled."""
+        rows = rows.float()
+        if self.several:
+            target = self._targets[batch.image].float()  # (B, K)
+            each = F.binary_cross_entropy_with_logits(rows, target, pos_weight=self._weights, reduction="none").mean(1)
+            weight = torch.ones_like(each)
+            right = ((rows > 0) == (target > 0)).float().mean(1)
+        else:
+            known, label = batch.label >= 0, batch.label.clamp(min=0)
+            each = self._of_one_class(rows, label)
+            weight = self._weights[label] * known
+            right = (rows.argmax(1) == label).float() * known
+        total = distributed.gather(torch.stack([weight.sum(), weight.count_nonzero()])[None]).sum(0)
+        world = distributed.world()
+        figures = {"top1": (right * (weight > 0)).detach().sum() * world / total[1].clamp(min=1)}
+        return (weight * each).sum() * world / total[0].clamp(min=torch.finfo(torch.float32).tiny), figures
+
+    def probabilities(self, rows: Tensor) -> Tensor:
+        """Logits (M, K) → softmax over the classes, or with several an image a sigmoid each."""
+        return rows.float().sigmoid() if self.several else rows.float().softmax(1)
+
+    def _of_one_class(self, rows: Tensor, label: Tensor) -> Tensor:
+        """(B,): cross-entropy, or focal loss, arXiv 1708.02002, equation 4: −(1 − p)^γ log p."""
+        if self._config.loss == "cross_entropy":
+            return F.cross_entropy(rows, label, reduction="none", label_smoothing=self._config.label_smoothing)
+        log_p = rows.log_softmax(1).gather(1, label[:, None])[:, 0]
+        return -((1 - log_p.exp()) ** self._config.gamma) * log_p
+
+
+def _logits(features: int, config: Config, classes: int) -> nn.Module:
+    """The head, (N, F) → (N, K), whose last map has a bias: classes are not equally frequent."""
+    *before, last = projection(features, config.hidden, classes, config.layers, config.norm).children()
+    assert isinstance(last, nn.Linear)
+    return nn.Sequential(*before, nn.Linear(last.in_features, classes))
+
+
+def _targets(config: Config, images: ImageSet) -> Tensor:
+    """(N, K) of 0 and 1: the classes of each image, none where they are unknown."""
+    if config.loss == "bce":
+        if images.targets is not None:
+            return images.targets.long()
+        if images.labelled:
+            if (images.labels < 0).any():
+                raise ConfigError("method.loss=bce takes every image as labelled; some of these are not")
+            return F.one_hot(images.labels, len(images.classes))
+        raise ConfigError("method.loss=bce learns from labels, and the train split has none")
+    if images.targets is not None:
+        raise ConfigError(f"method.loss={config.loss}: these images have several classes each: method.loss=bce")
+    if not images.labelled:
+        raise ConfigError("method.name=supervised learns from labels, and the train split has none")
+    return F.one_hot(images.labels.clamp(min=0), len(images.classes)) * (images.labels >= 0)[:, None]

@@ -1,0 +1,111 @@
+"""The comparison of three models: what it trains, what it prints and leaves, that it goes on, and what it refuses."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from sslcells import compare as module
+from sslcells.cli import main
+from sslcells.compare import compare, plan
+from sslcells.config import ConfigError, load
+from sslcells.evaluation.classifier import read_predictions
+from sslcells.plan import open_run
+
+TINY = [
+    "data.size=32",
+    "data.train=60",
+    "data.val=20",
+    "data.test=20",
+    "augment.size=32",
+    "model.backbone=small_cnn",
+    "model.args={width: 8}",
+    "method.hidden=16",
+    "train.global_batch=16",
+    "train.steps=4",
+    "train.workers=0",
+    "evaluate.k=5",
+    "evaluate.pictures=false",
+    "compare.fractions=[0.5,1]",
+    "compare.seeds=2",
+    "compare.min_steps=2",
+    "compare.epochs=1",
+    "compare.global_batch=16",
+]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    run = load(None, [*TINY, f"out={tmp_path_factory.mktemp('compare')}"])
+    return run, compare(run)
+
+
+def test_every_model_fraction_and_seed_is_one_run_of_its_own(compared):
+    run, result = compared
+    folders = sorted(path.name for path in (run.folder / "compare").iterdir())
+    assert len(folders) == 3 * 2 * 2
+    assert [(row["fraction"], row["model"]) for row in result["models"]] == [
+        (fraction, model) for fraction in (0.5, 1.0) for model in ("supervised", "probe", "fine-tuned")
+    ]
+    for row in result["models"]:
+        said = [read_predictions(run.folder / "compare" / f"{row['model']}_{row['fraction']:g}_{s}") for s in (0, 1)]
+        right = [(w.probabilities.argmax(1) == w.labels).double().mean().item() for w in said]
+        assert row["scores"]["accuracy"]["mean"] == pytest.approx(sum(right) / 2)
+
+
+def test_it_leaves_a_page_with_table_and_pictures(compared):
+    run, _ = compared
+    page = (run.folder / "comparison.html").read_text(encoding="utf-8")
+    HTMLParser().feed(page)
+    assert page.count("data:image/png;base64,") == 3
+    assert "fine-tuned" in page
+    assert json.loads((run.folder / "comparison.json").read_text(encoding="utf-8"))["seeds"] == 2
+
+
+def test_what_is_done_is_not_done_again(compared, monkeypatch):
+    run, result = compared
+    monkeypatch.setattr(module, "train", lambda run: pytest.fail(f"{run.name} was trained again"))
+    assert compare(run)["models"] == result["models"]
+
+
+def test_evaluate_shows_the_fine_tuned(compared, capsys):
+    run, _ = compared
+    assert main(None, ["evaluate", "--fine-tune", str(run.folder), "evaluate.bootstrap=100"]) == 0
+    rows = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))["figures"]
+    tuned = [row["name"] for row in rows if row["task"] == "fine-tuning"]
+    assert tuned == ["50 % of the labels, 2 seeds", "100 % of the labels, 2 seeds"]
+    out = capsys.readouterr().out
+    assert "between" in out
+    assert "global batch" not in out  # nothing was trained again
+
+
+def test_sections_reach_the_models_they_are_for(tmp_path):
+    changes = ["compare.classifier.method.loss=focal", "compare.supervised.optim.lr=0.5", "compare.seeds=1"]
+    run = load(None, [*TINY, *changes, f"out={tmp_path}"])
+    parts = {part.model: part.run for part in plan(run, open_run(run), module.MODELS)}
+    assert {r.method.loss for r in parts.values()} == {"focal"}
+    assert parts["supervised"].optim.lr == 0.5 != parts["probe"].optim.lr
+    assert [r.model.freeze for r in parts.values()] == [False, True, False]
+    assert [r.model.encoder for r in parts.values()] == [None, str(run.folder), str(run.folder)]
+    assert parts["fine-tuned"].optim.encoder_scale == 0.3
+    assert len({r.train.steps for r in parts.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["compare.classifier.method.los=focal"], r"the supervised model: .*method\.los='focal'.*method\.loss"),
+        (["compare.fractions=[0.01]"], r"compare\.fractions: 0\.01 of 60 images leaves 1: too few"),
+        (["data.test=0", "evaluate.split=test"], r"evaluate\.split=test: the data has only train, val"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(tmp_path, changes, message, monkeypatch):
+    monkeypatch.setattr(module, "train", lambda run: pytest.fail("nothing should be trained"))
+    run = load(None, [*TINY, *changes, f"out={tmp_path}"])
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        compare(run)
+
+
+def test_fine_tuning_needs_a_finished_run(tmp_path, capsys):
+    assert main(None, ["evaluate", "--fine-tune", str(tmp_path)]) == 2
+    assert "is not the folder of a finished run" in capsys.readouterr().err
