@@ -96,6 +96,32 @@ def gather(x: Tensor) -> Tensor:
     return out
 
 
+class _Total(torch.autograd.Function):
+    """A sum over ranks, whose backward is local."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.detach().clone(memory_format=torch.contiguous_format)
+        if world() > 1:
+            dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return world() * grad
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of every rank's x, equal to the last bit on all of them; ranks must bring the same shape.
+
+    Where a loss is the same function of totals on every rank, each rank's gradient of it by its own x is world times
+    its part of the gradient of one process, so that DDP's mean is that gradient. So a total must not be made of
+    another total that carries gradient.
+    """
+    out: Tensor = _Total.apply(x)
+    return out
+
+
 def same_count(count: int, what: str) -> None:
     """Raise the same ValueError on every rank where the ranks' counts differ, instead of a hang in a gather.
 

@@ -54,13 +54,14 @@ class Plan:
         """Whether what is done every so many steps is done after `step` finished ones; after the last, all is."""
         return step % every == 0 or step == self.steps
 
-    def headline(self, device: torch.device, precision: str, views: int) -> str:
-        """Who runs, on what, with how many negatives: the first thing that a run says."""
+    def headline(self, device: torch.device, precision: str, negatives: int) -> str:
+        """Who runs, on what, with how many negatives a row: the first thing that a run says."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        against = f"negatives per anchor {negatives}  " if negatives else ""
         return (
             f"world size {self.world}  device {name}  precision {'float32' if precision == 'no' else precision}  "
             f"global batch {self.global_batch} ({self.batch} a rank)  "
-            f"negatives per anchor {views * (self.global_batch - 1)}  images {self.images}"
+            f"{against}images {self.images}"
         )
 
 
@@ -164,7 +165,10 @@ def consequences(run: Run, world: int) -> str:
     encoder = models.build(run.model.model_copy(update={"pretrained": False}), images.channels)
     features = models.width(encoder, images.channels, run.augment.size)
     method = methods.build(run.method, features, images)
+    if method.local:
+        models.width(encoder, images.channels, method.local.size, "method.local_size")
     anchors, references = plan.batch * method.views, plan.global_batch * method.views
+    negatives, where = method.negatives(plan.global_batch), "the global batch" + " and the queue" * bool(method.queued)
     dimension = method(torch.zeros(2, features)).shape[1]
     parts = plan.batch // plan.micro_batch
     cached = (
@@ -172,17 +176,22 @@ def consequences(run: Run, world: int) -> str:
         f"gradient is the plain step's, but for BatchNorm, whose statistics are those of a micro-batch"
     )
     loss_mib = (4 * references * (2 * dimension + 6) + 4 * anchors * dimension * 2) / 2**20
+    of_loss = (
+        f"memory of the loss: {loss_mib:.3g} MiB a rank and a tile; the whole matrix would be "
+        f"{4 * anchors * references / 2**20:.4g} MiB"
+    )
     return "\n".join(
         [
             f"images: {', '.join(f'{name} {len(s)}' for name, s in splits.items())}; "
             + (f"{len(images.classes)} classes" if images.classes else "no labels"),
             f"encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, {features} features",
             f"ranks: {world}, {plan.batch} images and {anchors} anchors each",
-            f"negatives per anchor: {references - method.views}, of {references} rows in the global batch",
+            f"negatives per anchor: {negatives}, of {references + method.queued} rows in {where}"
+            if negatives
+            else "negatives: none",
             *([cached] if parts > 1 else []),
             f"sampler: {run.sampler.kind}: {sampling.describe()}",
             f"steps: {plan.steps}, {plan.per_epoch} an epoch, warm-up {plan.warmup}, evaluation every {plan.evaluate}",
-            f"memory of the loss: {loss_mib:.3g} MiB a rank and a tile; the whole matrix would be "
-            f"{4 * anchors * references / 2**20:.4g} MiB",
+            *([of_loss] if method.negative_views is None else []),
         ]
     )

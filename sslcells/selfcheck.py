@@ -14,7 +14,17 @@ from torch.nn import functional as F
 from sslcells import __version__, distributed
 from sslcells.augment import Draws
 from sslcells.config import load
-from sslcells.losses import BatchHardTripletLoss, DCLLoss, NTXentLoss, SupConLoss, engine, torch_engine
+from sslcells.losses import (
+    BarlowTwinsLoss,
+    BatchHardTripletLoss,
+    DCLLoss,
+    MoCoLoss,
+    NTXentLoss,
+    SupConLoss,
+    VICRegLoss,
+    engine,
+    torch_engine,
+)
 from sslcells.train import stream
 
 IMAGES, WIDTH = 32, 32
@@ -114,6 +124,9 @@ def _gradients(prepare: Callable[[nn.Module], nn.Module], device: torch.device) 
         "decoupled": lambda z: DCLLoss(0.2)(*z.chunk(2)),
         "SupCon": lambda z: SupConLoss(0.2)(z, ids),
         "batch-hard triplet": lambda z: BatchHardTripletLoss(0.5)(z, ids),
+        "MoCo": lambda z: MoCoLoss(0.2)(*z.chunk(2)),
+        "VICReg": lambda z: VICRegLoss()(*z.chunk(2)),
+        "Barlow Twins": lambda z: BarlowTwinsLoss()(*z.chunk(2)),
     }
     for name, loss in losses.items():
         torch.manual_seed(0)
@@ -137,7 +150,12 @@ def _gradients(prepare: Callable[[nn.Module], nn.Module], device: torch.device) 
 
 def _dense(name: str, z: Tensor, label: Tensor) -> Tensor:
     """The loss of the whole batch from the whole matrix, in float64."""
+    if name in {"VICReg", "Barlow Twins"}:
+        return _of_dimensions(name, *z.chunk(2))
     z = F.normalize(z, dim=1)
+    if name == "MoCo":
+        first, second = z.chunk(2)
+        return F.cross_entropy(first @ second.detach().T / 0.2, torch.arange(len(first)))
     itself = torch.eye(len(z), dtype=torch.bool)
     image = torch.arange(len(z) // 2).repeat(2)
     same = (image[:, None] == image if name in {"NT-Xent", "decoupled"} else label[:, None] == label) & ~itself
@@ -150,6 +168,20 @@ def _dense(name: str, z: Tensor, label: Tensor) -> Tensor:
     counted = ~itself & ~same if name == "decoupled" else ~itself
     log_sum = logits.masked_fill(~counted, -torch.inf).logsumexp(1)
     return (log_sum - (logits * same).sum(1) / same.sum(1)).mean()
+
+
+def _of_dimensions(name: str, z0: Tensor, z1: Tensor) -> Tensor:
+    """The losses on the dimensions of the rows, as `_dense`."""
+    if name == "Barlow Twins":
+        a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z0, z1))
+        c = a.T @ b / len(a)
+        return (1 - c.diagonal()).square().sum() + 0.005 * (c - c.diagonal().diag()).square().sum()
+    loss = 25 * F.mse_loss(z0, z1)
+    for z in (z0, z1):
+        c = z.T.cov()
+        loss = loss + 25 * (1 - (c.diagonal() + 1e-4).sqrt()).clamp_min(0).mean()
+        loss = loss + (c - c.diagonal().diag()).square().sum() / len(c)
+    return loss
 
 
 def _kernels(device: torch.device) -> Iterator[Check]:

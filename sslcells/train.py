@@ -69,8 +69,10 @@ class Training:
         self._learner = build(run, self._images, sync_batchnorm=world > 1 and self._device.type == "cuda")
         optimizer = optim.build(run.optim, self._learner, self._learner.backbone)
         self._network, self._optimizer = accelerator.prepare(self._learner, optimizer)
-        self._method, self._encoder = self._learner.method, self._learner.backbone
+        self._method, self._encoder = self._learner.method, self._learner.encoder
         self._augment = Augment(run.augment, *models.normalisation(run.model, self._images.channels))
+        local = self._method.local
+        self._local = self._augment.local(local.size, local.scale) if local else None
         self._evaluation = Evaluation(run, splits, self._augment, self._device)
         self._meter = Meter(run, plan, self._device)
         self.step = self._saved = 0
@@ -87,12 +89,12 @@ class Training:
         self._saved = self.step
         self._log = log = Log(run, plan.steps, self.step, self._accelerator)
         self.writer = checkpoint.Writer(run.folder / "checkpoints", run.checkpoint.keep, log.say)
-        views, precision = self._method.views, self._accelerator.mixed_precision
-        log.say(f"sslcells {__version__}  {plan.headline(self._device, precision, views)}")
+        precision, negatives = self._accelerator.mixed_precision, self._method.negatives(plan.global_batch)
+        log.say(f"sslcells {__version__}  {plan.headline(self._device, precision, negatives)}")
         log.say(f"{run.folder}: {f'goes on after step {self.step}' if self.step else f'{plan.steps} steps'}")
         if self.step == 0:
             log.metrics(0, 0.0, self._evaluation.figures(self._learner))
-            log.pictures(0, self._evaluation.view_sheet(views) if run.evaluate.pictures else {})
+            log.pictures(0, self._evaluation.view_sheet(self._method.views) if run.evaluate.pictures else {})
 
     def batches(self) -> Generator[Batch, None, None]:
         """This rank's part of the global batches of the steps to come."""
@@ -109,11 +111,13 @@ class Training:
         self._watch("pixels", batch.pixels)  # (B, C, H, W) uint8
         rate = optim.learning_rate(run.optim, self.step, plan.steps, plan.warmup)
         optim.set_learning_rate(self._optimizer, rate)
+        self._method.done = self.step / plan.steps
         loss, figures = self._backward(batch)
         self._watch("loss", loss)  # ()
         norm = self._accelerator.clip_grad_norm_(self._network.parameters(), run.optim.clip_norm or math.inf)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._learner.follow()
 
         self.step = step = self.step + 1
         meter.add(loss, {"gradient_norm": norm, **figures})
@@ -165,10 +169,14 @@ class Training:
     def _rows(self, part: Batch, index: int) -> Tensor:
         """Augment and embed images: the same numbers whenever the same part of the same step is asked for."""
         seed, pixels = self._run.seed, part.pixels.to(self._device, non_blocking=True)
-        x = self._augment(pixels, part.image, seed=seed, step=self.step, views=self._method.views)
-        self._watch("views", x)  # (V·b, C, S, S) float32
+        crops = [self._augment(pixels, part.image, seed=seed, step=self.step, views=self._method.views)]
+        if self._local is not None and self._method.local is not None:
+            few, first = self._method.local.views, self._method.views
+            crops.append(self._local(pixels, part.image, seed=seed, step=self.step, views=few, first=first))
+        for x in crops:
+            self._watch("views", x)  # (V·b, C, S, S) float32
         torch.manual_seed(stream(seed, self.step, distributed.rank(), index))
-        rows: Tensor = self._network(x.contiguous(memory_format=self._plan.memory_format))
+        rows: Tensor = self._network(*(x.contiguous(memory_format=self._plan.memory_format) for x in crops))
         self._watch("rows", rows)  # (V·b, D)
         return rows
 
@@ -225,12 +233,12 @@ def cached_backward(
     alone sees the statistics of a part instead of the batch (and moves its running ones twice). DDP synchronises once.
     """
     with torch.no_grad():
-        apart = [by_view(rows_of(part, i), method.views) for i, part in enumerate(parts)]  # (V, b, D) each
+        apart = [by_view(rows_of(part, i), method.views_in_all) for i, part in enumerate(parts)]  # (V, b, D) each
     rows = torch.cat(apart, 1).flatten(0, 1).requires_grad_()  # (V·B, D), view-major
     loss, figures = method.loss(rows, batch)
     accelerator.backward(loss)
     assert rows.grad is not None
-    grads = torch.split(by_view(rows.grad, method.views), [x.shape[1] for x in apart], 1)
+    grads = torch.split(by_view(rows.grad, method.views_in_all), [x.shape[1] for x in apart], 1)
     for i, (part, grad) in enumerate(zip(parts, grads, strict=True)):
         with accelerator.no_sync(network) if i + 1 < len(parts) else nullcontext():
             torch.autograd.backward(rows_of(part, i), grad.flatten(0, 1))
@@ -249,14 +257,18 @@ def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
     features = models.width(encoder, images.channels, run.augment.size)
     if run.model.encoder is not None:
         files.start_from(encoder, run.model, images.channels)
-    learner = methods.Learner(encoder, methods.build(run.method, features, images), frozen=run.model.freeze)
+    method = methods.build(run.method, features, images)
+    if method.local:
+        models.width(encoder, images.channels, method.local.size, "method.local_size")
+    learner = methods.Learner(encoder, method, frozen=run.model.freeze)
     if sync_batchnorm and run.train.sync_batchnorm:
-        learner.backbone = distributed.sync_batchnorm(learner.backbone)
-        learner.method.head = distributed.sync_batchnorm(learner.method.head)
+        distributed.sync_batchnorm(learner)
     if run.train.channels_last:
         learner.to(memory_format=torch.channels_last)
     if run.train.compile:
         learner.backbone.compile()
+        if learner.teacher is not None:
+            learner.teacher.backbone.compile()
     return learner
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslcells.augment._draws import Draws as Draws
-from sslcells.config import Recipe
+from sslcells.config import ConfigError, Recipe
 
 
 class Augment:
@@ -25,14 +25,26 @@ class Augment:
         self._std = torch.tensor(std)[:, None, None]
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor, image: Tensor, *, seed: int, step: int, views: int) -> Tensor:
+    def __call__(self, pixels: Tensor, image: Tensor, *, seed: int, step: int, views: int, first: int = 0) -> Tensor:
         """(B, C, H, W) uint8 and image ids (B,) → (V·B, C, S, S) float32, view-major, normalised.
 
-        The views of an image depend on (seed, step, its id) alone: not on the rank, the batch, or what came before.
+        The views of an image depend on (seed, step, its id, the view's number) alone: not on the rank, the batch, or
+        what came before. Numbers begin at `first`.
         """
-        draws = Draws(seed, step, image, views)
+        draws = Draws(seed, step, image, views, first)
         x = (pixels.float() / 255).repeat(views, 1, 1, 1)
         return self._normalised(self._views(self.config, x, draws))
+
+    def local(self, size: int, scale: tuple[float, float]) -> "Augment":
+        """The same recipe for crops of another size, which are a part of the image's area between the two of `scale`.
+
+        Raises:
+            ConfigError: where the recipe does not crop.
+        """
+        if "max_scale" not in type(self.config).model_fields:
+            raise ConfigError(f"augment.recipe={self.config.recipe}: it has no crops, which local views need")  # type: ignore[attr-defined]
+        changes = {"size": size, "min_scale": scale[0], "max_scale": scale[1]}
+        return Augment(self.config.model_copy(update=changes), *self.normalisation)
 
     @torch.no_grad()
     def plain(self, pixels: Tensor) -> Tensor:

@@ -24,14 +24,14 @@ def _mix(x: Tensor) -> Tensor:
 class Draws:
     """A stream of independent numbers for each of N = V·B views; every call takes the next column of all of them."""
 
-    def __init__(self, seed: int, step: int, image: Tensor, views: int) -> None:
-        """Start the streams of `views` views of the images with ids `image` (B,), in view-major order."""
+    def __init__(self, seed: int, step: int, image: Tensor, views: int, first: int = 0) -> None:
+        """Start the streams of `views` views, from `first` on, of the images with ids `image` (B,), view-major."""
         image = image.cpu()
         low, high = image & _MASK, (image >> 32) & _MASK
         key = torch.zeros_like(image)
         for part in (seed & _MASK, seed >> 32, step, low, high):
             key = _mix(key ^ part)
-        self._key = torch.cat([_mix(key ^ (view + 1)) for view in range(views)])
+        self._key = torch.cat([_mix(key ^ (view + 1)) for view in range(first, first + views)])
         self._column = 0
 
     def __len__(self) -> int:

@@ -1,10 +1,10 @@
 """Augmentation for cells: no up or down, the cell stays in view, colour and stain vary as between laboratories."""
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sslcells.augment._draws import Draws
@@ -18,6 +18,8 @@ class Config(Recipe):
     recipe: Literal["cells"] = "cells"
     min_scale: float = Field(0.4, gt=0, le=1)
     """Smallest crop, as a part of the image's area; the middle of the image stays in the crop's middle half."""
+    max_scale: float = Field(1.0, gt=0, le=1)
+    """Largest crop."""
     rotate: bool = True
     """Turn by any angle."""
     colour: float = Field(0.4, ge=0, le=1)
@@ -31,10 +33,16 @@ class Config(Recipe):
     blur: float = Field(0.3, ge=0, le=1)
     """Probability of a blur, sigma up to 2 % of the size."""
 
+    @model_validator(mode="after")
+    def _scales(self) -> Self:
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"min_scale={self.min_scale} is above max_scale={self.max_scale}")
+        return self
+
 
 def views(config: Config, x: Tensor, draws: Draws) -> Tensor:
     """(N, C, H, W) in 0..1 → (N, C, S, S)."""
-    side = draws.uniform(config.min_scale, 1).sqrt()
+    side = draws.uniform(config.min_scale, config.max_scale).sqrt()
     ratio = draws.uniform(-0.1, 0.1).exp()
     half = torch.stack([side * ratio, side / ratio], 1)
     slack = torch.minimum((1 - half).clamp_min(0), half / 2)

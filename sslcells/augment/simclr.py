@@ -1,10 +1,10 @@
 """SimCLR's augmentation for natural images, arXiv 2002.05709, appendix A: crop, flip, colour, grey, blur."""
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sslcells.augment._draws import Draws
@@ -18,6 +18,8 @@ class Config(Recipe):
     recipe: Literal["simclr"] = "simclr"
     min_scale: float = Field(0.08, gt=0, le=1)
     """Smallest crop, as a part of the image's area."""
+    max_scale: float = Field(1.0, gt=0, le=1)
+    """Largest crop."""
     strength: float = Field(1.0, ge=0, le=1.25)
     """Of the colour distortion, s in the paper; it uses 0.5 on CIFAR-10."""
     blur: float = Field(0.5, ge=0, le=1)
@@ -25,11 +27,17 @@ class Config(Recipe):
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of the mirror image."""
 
+    @model_validator(mode="after")
+    def _scales(self) -> Self:
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"min_scale={self.min_scale} is above max_scale={self.max_scale}")
+        return self
+
 
 def views(config: Config, x: Tensor, draws: Draws) -> Tensor:
     """(N, C, H, W) in 0..1 → (N, C, S, S)."""
     height, width = x.shape[-2:]
-    area = height * width * draws.uniform(config.min_scale, 1)
+    area = height * width * draws.uniform(config.min_scale, config.max_scale)
     ratio = draws.uniform(math.log(3 / 4), math.log(4 / 3)).exp()
     side = torch.stack([(area * ratio).sqrt() / width, (area / ratio).sqrt() / height], 1).clamp_max(1)
     centre = (1 - side) * torch.stack([draws.uniform(-1, 1), draws.uniform(-1, 1)], 1)

@@ -119,10 +119,10 @@ def open_split(config: Section, split: str) -> ImageSet | None:
 
 
 def reading(config: Section | None, size: int) -> dict[str, Any]:
-    """How image files become pixels for an encoder trained on this data set: Decoder's size, fit and intensity.
+    """How image files become pixels for an encoder trained on this data set: what a Decoder has, but for C.
 
     As the folder was read that it learned from; where it learned from no folder, squares of `size` px, cut.
     """
     if getattr(config, "kind", None) == "folder" and config is not None:
-        return config.model_dump(mode="json", include={"size", "fit", "intensity"})
+        return config.model_dump(mode="json", include={"size", "fit", "intensity", "stack", "percentiles"})
     return {"size": [size, size], "fit": "crop", "intensity": "percentile"}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -12,6 +13,8 @@ from torch import Tensor
 
 Fit = Literal["crop", "pad", "stretch"]
 Intensity = Literal["percentile", "full"]
+Stack = Literal["auto", "first", "last"]
+Percentiles = tuple[float, float]
 Size = tuple[int, int]
 """(H, W)"""
 
@@ -27,12 +30,17 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads image files as (C, H, W) uint8: upright, on white where transparent, 8 bit, of one size."""
+    """Reads image files as (C, H, W) uint8: upright, on white where transparent, 8 bit, of one size.
 
-    channels: Literal[1, 3]
+    With `stack` files are TIFF, and their channels no colours: any number of them, each with a range of its own.
+    """
+
+    channels: int
     size: Size | None
     fit: Fit
     intensity: Intensity
+    stack: Stack | None = None
+    percentiles: Percentiles = (0.1, 99.9)
 
     def __call__(self, file: str) -> Tensor:
         """The pixels of one file: (C, H, W) uint8, H and W being `size`, or the image's own where that is None.
@@ -41,6 +49,8 @@ class Decoder:
             Unreadable: where the file is missing, cut short, or no image.
         """
         try:
+            if self.stack is not None:
+                return self._stacked(_channels_first(file, self.channels, self.stack))
             with Image.open(file, formats=_FORMATS) as image:
                 return self.pixels(image)
         except Exception as error:  # Pillow's plugins raise whatever happens to break
@@ -52,19 +62,30 @@ class Decoder:
             # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the time; twice the size leaves the rest to _fit.
             image.draft(None, (2 * max(self.size), 2 * max(self.size)))
         ImageOps.exif_transpose(image, in_place=True)
-        flat = _eight_bit(image, self.intensity).convert("L" if self.channels == 1 else "RGB")
+        flat = _eight_bit(image, self.intensity, self.percentiles).convert("L" if self.channels == 1 else "RGB")
         pixels = np.array(flat) if self.size is None else _fit(flat, self.size, self.fit)  # (H, W) or (H, W, C)
         planes = pixels.reshape(*pixels.shape[:2], self.channels).transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(planes))  # torch's copy would start a thread pool per reader
 
+    def _stacked(self, planes: NDArray[Any]) -> Tensor:
+        """(C, H, W) of any number type → (C, H, W) uint8 of `size`, every channel scaled on its own."""
+        eight = [_scale(plane, self.intensity, self.percentiles) for plane in planes]
+        size = self.size
+        fitted = eight if size is None else [_fit(Image.fromarray(plane), size, self.fit) for plane in eight]
+        return torch.from_numpy(np.stack(fitted))
 
-def header_size(file: str) -> Size:
+
+def header_size(file: str, channels: int = 3, stack: Stack | None = None) -> Size:
     """(H, W) of the upright image as the file's header says; the pixels are not decoded.
 
     Raises:
-        Unreadable: where the file is missing or has no image's header.
+        Unreadable: where the file is missing, has no image's header, or with `stack` other channels.
     """
     try:
+        if stack is not None:
+            with _opened(file) as tiff:
+                shape, axis = _channel_axis(tiff.series[0], channels, stack)
+                return (shape[1], shape[2]) if axis == 0 else (shape[0], shape[1])
         with Image.open(file, formats=_FORMATS) as image:
             width, height = image.size
             return (width, height) if image.getexif().get(_ORIENTATION) in _TURNED else (height, width)
@@ -72,19 +93,66 @@ def header_size(file: str) -> Size:
         raise Unreadable(_reason(error, file)) from error
 
 
-def _eight_bit(image: Image.Image, intensity: Intensity) -> Image.Image:
+def _opened(file: str) -> tifffile.TiffFile:
+    try:
+        return tifffile.TiffFile(file)
+    except tifffile.TiffFileError as error:
+        if not os.path.getsize(file):
+            raise ValueError("empty file") from error
+        raise ValueError("not a TIFF file, which data.stack reads") from error
+
+
+def _channels_first(file: str, channels: int, stack: Stack) -> NDArray[Any]:
+    """The first series of a TIFF file as (C, H, W), of the file's own number type."""
+    with _opened(file) as tiff:
+        series = tiff.series[0]
+        shape, axis = _channel_axis(series, channels, stack)
+        values: NDArray[Any] = series.asarray(maxworkers=1).reshape(shape)
+    return np.moveaxis(values, axis, 0)
+
+
+def _channel_axis(series: Any, channels: int, stack: Stack) -> tuple[tuple[int, ...], int]:
+    """The shape of a TIFF series with three axes, and which of these, 0 or 2, has the channels.
+
+    `auto` believes the axis that the file calls C (channel) or S (sample); where there is none, the first or the last
+    that has the right length, if only one has.
+    """
+    kept = [(int(n), name) for n, name in zip(series.shape, series.axes, strict=True) if n > 1]
+    shape, names = tuple(n for n, _ in kept), "".join(name for _, name in kept)
+    if len(shape) == 2 and channels == 1:
+        return (1, *shape), 0
+    if len(shape) != 3:
+        raise ValueError(f"it holds {_times(series.shape)} values, not {channels} channels of one plane")
+    fits = [axis for axis in (0, 2) if shape[axis] == channels]
+    named = [axis for axis in fits if names[axis] in "CS"]
+    asked = {"first": [0], "last": [2], "auto": named if len(named) == 1 else fits}[stack]
+    if len(asked) > 1:
+        raise ValueError(
+            f"it holds {_times(shape)} values: the channels may be first or last; say data.stack=first or last"
+        )
+    if not asked or asked[0] not in fits:
+        where = {"first": "first", "last": "last", "auto": "first or last"}[stack]
+        raise ValueError(f"it holds {_times(shape)} values: {channels} channels are not the {where} of these")
+    return shape, asked[0]
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _eight_bit(image: Image.Image, intensity: Intensity, percentiles: Percentiles) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_scale(np.asarray(image), intensity))
+        return Image.fromarray(_scale(np.asarray(image), intensity, percentiles))
     if image.has_transparency_data:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image
 
 
-def _scale(values: NDArray[Any], intensity: Intensity) -> NDArray[np.uint8]:
+def _scale(values: NDArray[Any], intensity: Intensity, percentiles: Percentiles) -> NDArray[np.uint8]:
     """Bring (H, W) intensities of any number type to 0..255."""
     finite = np.nan_to_num(values.astype(np.float32), posinf=0.0, neginf=0.0)
     if intensity == "percentile":
-        low, high = np.percentile(finite, (0.1, 99.9))
+        low, high = np.percentile(finite, percentiles)
     else:
         low, high = 0.0, float(np.iinfo(values.dtype).max) if values.dtype.kind in "iu" else 1.0
     span = high - low if high > low else 1.0  # of one even grey, nothing is left

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch import Tensor
 
 from sslcells.config import ConfigError, Section, nearest
 from sslcells.data import DataError, ImageSet
-from sslcells.data._decode import Decoder, Fit, Intensity, Size, Unreadable, header_size
+from sslcells.data._decode import Decoder, Fit, Intensity, Size, Stack, Unreadable, header_size
 from sslcells.data._scan import SUFFIXES, find_root, find_splits, is_split, subfolders, walk
 from sslcells.data._sources import check_pattern, find_sources, read_table, source_ids
 from sslcells.storage import patiently
@@ -39,7 +39,7 @@ class Config(Section):
     """Images as files: PATH/[split/][class/]…/image.png, found at any depth; hidden ones and other files ignored."""
 
     kind: Literal["folder"] = "folder"
-    """JPEG, PNG, TIFF (its first page), BMP and WebP files in a folder."""
+    """JPEG, PNG, TIFF (its first page; with `stack` all channels), BMP and WebP files in a folder."""
     path: str = Field(min_length=1)
     """The folder that holds the images."""
     train: str | None = None
@@ -54,10 +54,15 @@ class Config(Section):
     """Pixels that images are brought to: one number, or [height, width]; none where all files have one size."""
     fit: Fit = "crop"
     """`crop` cuts the longer side's ends off, `pad` goes on with the border's pixels, `stretch` changes the aspect."""
-    channels: Literal[1, 3] = 3
-    """Images are converted to grey or RGB; transparency becomes white."""
+    channels: int = Field(3, ge=1, le=12)
+    """Images are converted to grey (1) or RGB (3); transparency becomes white. With `stack` any number, as it is."""
+    stack: Stack | None = None
+    """Where a TIFF's channels are that are no colours (fluorescence): `first` (C, H, W), `last` (H, W, C), `auto`."""
     intensity: Intensity = "percentile"
-    """Grey images deeper than 8 bit: their 0.1 to 99.9 percentiles become 0..255, or the number type's `full` range."""
+    """Grey images deeper than 8 bit, and every channel of a stack: `percentiles` become 0..255, or the number type's
+    `full` range."""
+    percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.1, 99.9)
+    """Of each image, and each channel of a stack, that become 0 and 255."""
     labels: Literal["folder", "none"] = "folder"
     """`folder`: the first sub-folder below the split is the class; images beside it have none."""
     sources: str | None = None
@@ -79,6 +84,20 @@ class Config(Section):
         if pattern is not None:
             check_pattern(pattern)
         return pattern
+
+    @model_validator(mode="after")
+    def _channels(self) -> Self:
+        if self.stack is None and self.channels not in (1, 3):
+            raise ValueError(
+                f"channels={self.channels} are no colours: stack=auto, first or last reads so many from TIFF files"
+            )
+        if self.percentiles[0] >= self.percentiles[1]:
+            raise ValueError(f"percentiles={list(self.percentiles)}: the first must be below the second")
+        return self
+
+    def decoder(self) -> Decoder:
+        """From files to pixels, as these fields say."""
+        return Decoder(self.channels, self.size, self.fit, self.intensity, self.stack, self.percentiles)
 
 
 class FolderImages(ImageSet):
@@ -178,7 +197,7 @@ def open_split(config: Config, split: str) -> FolderImages | None:
     names = sorted(prefix + name for name in walk(root / folders[split]))
     if not names:
         raise ConfigError(f"{root / folders[split]} holds no images ({', '.join(SUFFIXES)}) at any depth")
-    decoder = Decoder(config.channels, config.size, config.fit, config.intensity)
+    decoder = config.decoder()
     broken = _verify(config, root, names, decoder)
     names = [name for name in names if name not in broken]
     classes = _classes(root, folders) if config.labels == "folder" else ()
@@ -193,7 +212,7 @@ def _verify(config: Config, root: Path, names: Sequence[str], decoder: Decoder) 
 
     def look(file: str) -> Size:
         if config.verify != "full":
-            return header_size(file)
+            return header_size(file, config.channels, config.stack)
         _, height, width = decoder(file).shape
         return height, width
 

@@ -39,11 +39,9 @@ class Encoder(nn.Module):
         self.features = width(backbone, self.channels, self.size)
         """F"""
         self.reading = reading
-        """how files become pixels: size, fit and intensity"""
-        size = None if reading["size"] is None else (int(reading["size"][0]), int(reading["size"][1]))
-        fit, intensity = reading["fit"], reading["intensity"]
-        self.decoder = Decoder(spec["channels"], size, fit, intensity) if self.channels in (1, 3) else None
-        """from files and PIL images to pixels; none where the encoder takes neither grey nor RGB"""
+        """how files become pixels: size, fit, intensity, stack, percentiles"""
+        self.decoder = _decoder(self.channels, reading)
+        """from files and PIL images to pixels; none where it learned from neither files nor colours"""
         self.digest = digest
         """equal for equal weights and preprocessing"""
         self.register_buffer("mean", torch.tensor(spec["mean"])[:, None, None], persistent=False)
@@ -80,6 +78,10 @@ class Encoder(nn.Module):
             return image
         if not isinstance(image, Image.Image):
             raise ValueError(f"neither a PIL image nor a tensor: {type(image).__name__}; numpy: PIL.Image.fromarray(x)")
+        if self.reader().stack is not None:
+            raise ValueError(
+                f"PIL images have colours; the encoder takes {self.channels} channels: TIFF files, or tensors"
+            )
         return self.reader().pixels(image.copy())
 
     def reader(self) -> Decoder:
@@ -116,6 +118,15 @@ class Encoder(nn.Module):
         else:
             raise ValueError(f"images are uint8 or float in 0..1, not {pixels.dtype}")
         return (resized(x, self.size) - self.mean) / self.std
+
+
+def _decoder(channels: int, reading: dict[str, Any]) -> Decoder | None:
+    stack, size = reading.get("stack"), reading["size"]
+    if stack is None and channels not in (1, 3):
+        return None
+    low, high = reading.get("percentiles", (0.1, 99.9))  # in files from before there was a choice
+    size = None if size is None else (int(size[0]), int(size[1]))
+    return Decoder(channels, size, reading["fit"], reading["intensity"], stack, (low, high))
 
 
 def load_encoder(run: str | os.PathLike[str] | Run, device: str | torch.device = "cpu") -> Encoder:

@@ -1,6 +1,7 @@
 """`sslcells search`: the images nearest to a query by cosine, among all that were embedded."""
 
 import csv
+import dataclasses
 import io
 import math
 import os
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslcells.config import ConfigError, extra, nearest
-from sslcells.data import Decoder, Unreadable, check_pattern, find_sources, read_table, source_ids
+from sslcells.data import Unreadable, check_pattern, find_sources, read_table, source_ids
 from sslcells.delivery.encoder import Encoder, embed, find_run, load_encoder
 from sslcells.delivery.shards import MANIFEST, Embeddings, Shard, spelt
 from sslcells.evaluation.knn import neighbours
@@ -293,7 +294,7 @@ def _write_csv(file: Path, queries: Sequence[str], found: Sequence[Sequence[Foun
 def _draw(
     file: Path, embeddings: Embeddings, encoder: Encoder, paths: Sequence[Path], found: Sequence[Sequence[Found]]
 ) -> Path:
-    decoder = Decoder(encoder.reader().channels, None, "crop", encoder.reader().intensity)  # as they are, not cut
+    decoder = dataclasses.replace(encoder.reader(), size=None)  # as they are, not cut
 
     def image(path: Path) -> Image | None:
         try:

@@ -55,7 +55,7 @@ class Evaluation:
             split = next((s for s in ("val", self._run.evaluate.split) if s in self._splits), "")
             said = self._said(learner, split) if split else None
             return {f"{split}/{key}": value for key, value in said.figures().items()} if said is not None else {}
-        return self._encoder_figures(learner.backbone)
+        return self._encoder_figures(learner.encoder)
 
     def predictions(self, learner: Learner) -> Said | None:
         """What a classifier says of the asked split, by rank 0; None of other methods, and where nothing is asked."""

@@ -1,18 +1,26 @@
 """The losses over the global batch, for this framework's loop and for anyone's own."""
 
+from sslcells.losses._rows import row_std, unit
 from sslcells.losses.contrastive import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
+from sslcells.losses.moco import MoCoLoss
 from sslcells.losses.pairs import BatchAllTripletLoss, PairLoss
+from sslcells.losses.redundancy import BarlowTwinsLoss, VICRegLoss
 from sslcells.losses.triplet import BatchHardTripletLoss
 from sslcells.losses.whole import whole_ids, whole_rows
 
 __all__ = [
+    "BarlowTwinsLoss",
     "BatchAllTripletLoss",
     "BatchHardTripletLoss",
     "DCLLoss",
     "HardNegativeLoss",
+    "MoCoLoss",
     "NTXentLoss",
     "PairLoss",
     "SupConLoss",
+    "VICRegLoss",
+    "row_std",
+    "unit",
     "whole_ids",
     "whole_rows",
 ]

@@ -1,5 +1,6 @@
 """What the losses share about rows: unit length, ids as small codes, and means over positives."""
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,15 @@ def unit(z: Tensor) -> Tensor:
     z = z if z.dtype == torch.float64 else z.float()
     norm = z.norm(dim=1, keepdim=True)
     return z / torch.where(norm > 0, norm, 1.0)
+
+
+def row_std(z: Tensor) -> Tensor:
+    """√D times the standard deviation over unit rows of z (N, D), mean over dimensions, detached: 0 for collapsed rows.
+
+    1 for rows spread over the sphere (arXiv 2011.10566, section 4.1).
+    """
+    spread: Tensor = unit(z.detach()).std(0, correction=0).mean()
+    return spread * math.sqrt(z.shape[1])
 
 
 def log1p_exp(x: Tensor) -> Tensor:

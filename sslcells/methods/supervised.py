@@ -37,6 +37,7 @@ class Method(methods.Classifier):
     """A head that gives each class a logit."""
 
     views = 1
+    negative_views = 0
     _weights: Tensor
     _targets: Tensor
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import DropPath, PatchDropout  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from sslcells.config import ConfigError, Model, nearest
@@ -63,9 +64,20 @@ def small_stem(encoder: nn.Module, channels: int) -> None:
     encoder.maxpool = nn.Identity()
 
 
+def without_dropout(network: nn.Module) -> None:
+    """Switch dropout and drop path off, also in training mode."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
+        elif isinstance(module, PatchDropout):
+            module.prob = 0.0
+
+
 @torch.no_grad()
-def width(encoder: nn.Module, channels: int, size: int) -> int:
-    """F: how many features the encoder gives to an image of `size` pixels.
+def width(encoder: nn.Module, channels: int, size: int, key: str = "augment.size") -> int:
+    """F: how many features the encoder gives to an image of `size` pixels, which `key` says.
 
     Raises:
         ConfigError: where the encoder does not take images of this size.
@@ -75,7 +87,7 @@ def width(encoder: nn.Module, channels: int, size: int) -> int:
         features: Tensor = encoder.eval()(torch.zeros(1, channels, size, size))
     except Exception as error:  # each backbone refuses sizes in its own way
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"augment.size={size}: the backbone takes no images of {size}×{size} px: {reason}") from error
+        raise ConfigError(f"{key}={size}: the backbone takes no images of {size}×{size} px: {reason}") from error
     finally:
         encoder.train(training)
     if features.ndim != 2:

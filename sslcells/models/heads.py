@@ -7,11 +7,18 @@ from torch import nn
 Norm = Literal["batch", "layer", "none"]
 
 
-def projection(features: int, hidden: int, out: int, layers: int, norm: Norm) -> nn.Module:
-    """A multilayer perceptron (N, F) → (N, D), arXiv 2002.05709, section 4.2; `layers` linear maps, 1 for one alone."""
+def projection(features: int, hidden: int, out: int, layers: int, norm: Norm, last: bool = False) -> nn.Module:
+    """A multilayer perceptron (N, F) → (N, D), arXiv 2002.05709, section 4.2; `layers` linear maps, 1 for one alone.
+
+    `last` normalises the rows too, without scale and shift, arXiv 2011.10566, section 4.4.
+    """
     norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": nn.Identity}
     modules: list[nn.Module] = []
     for _ in range(layers - 1):
         modules += [nn.Linear(features, hidden, bias=norm == "none"), norms[norm](hidden), nn.ReLU(inplace=True)]
         features = hidden
-    return nn.Sequential(*modules, nn.Linear(features, out, bias=norm == "none"))
+    modules.append(nn.Linear(features, out, bias=norm == "none"))
+    if last:
+        plain = {"batch": nn.BatchNorm1d(out, affine=False), "layer": nn.LayerNorm(out, elementwise_affine=False)}
+        modules.append(plain.get(norm, nn.Identity()))
+    return nn.Sequential(*modules)

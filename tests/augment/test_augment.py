@@ -6,15 +6,16 @@ import pytest
 import torch
 from kornia.enhance import adjust_hue
 
-from sslcells.augment import Augment, cells, none, simclr
+from sslcells.augment import Augment, cells, channels, none, simclr
 from sslcells.augment import _operations as op
+from sslcells.config import ConfigError
 
-RECIPES = {"simclr": simclr, "cells": cells, "none": none}
+RECIPES = {"simclr": simclr, "cells": cells, "channels": channels, "none": none}
 
 
-def pixels(count=6, channels=3, size=40):
+def pixels(count=6, planes=3, size=40):
     generator = torch.Generator().manual_seed(0)
-    small = torch.randint(0, 256, (count, channels, 8, 8), generator=generator, dtype=torch.uint8).float()
+    small = torch.randint(0, 256, (count, planes, 8, 8), generator=generator, dtype=torch.uint8).float()
     return torch.nn.functional.interpolate(small, (size, size), mode="bilinear").byte()
 
 
@@ -22,17 +23,17 @@ def augment(recipe, size=32, **options):
     return Augment(RECIPES[recipe].Config(size=size, **options), (0.5,), (0.25,))
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("planes", [1, 2, 3, 5])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_shape_range_and_dtype(recipe, channels):
-    x = augment(recipe)(pixels(channels=channels), torch.arange(6), seed=0, step=0, views=2)
-    assert x.shape == (12, channels, 32, 32)
+def test_shape_range_and_dtype(recipe, planes):
+    x = augment(recipe)(pixels(planes=planes), torch.arange(6), seed=0, step=0, views=2)
+    assert x.shape == (12, planes, 32, 32)
     assert x.dtype == torch.float32
     assert x.min() >= -2.0001
     assert x.max() <= 2.0001
 
 
-@pytest.mark.parametrize("recipe", ["simclr", "cells"])
+@pytest.mark.parametrize("recipe", ["simclr", "cells", "channels"])
 def test_every_image_and_view_has_its_own(recipe):
     same = pixels(1).expand(8, -1, -1, -1)
     x = augment(recipe)(same, torch.arange(8), seed=0, step=0, views=2).flatten(1)
@@ -51,6 +52,22 @@ def test_replay_is_exact_and_free_of_the_batch(recipe):
     if recipe != "none":
         other = make(pixels(), images, seed=3, step=6, views=2).unflatten(0, (2, 6))
         assert not torch.allclose(whole, other, atol=0.1)
+
+
+@pytest.mark.parametrize("recipe", ["simclr", "cells", "channels"])
+def test_local_views_are_small_crops_of_their_own(recipe):
+    whole = augment(recipe, size=32)
+    local = whole.local(16, (0.05, 0.1))
+    x = local(pixels(), torch.arange(6), seed=0, step=0, views=3, first=2)
+    assert x.shape == (18, 3, 16, 16)
+    assert whole.config.size == 32
+    all_views = local(pixels(), torch.arange(6), seed=0, step=0, views=5)
+    assert torch.equal(x, all_views[12:])  # views are numbered on from those of full size
+
+
+def test_a_recipe_without_crops_has_no_local_views():
+    with pytest.raises(ConfigError, match=r"recipe=none: it has no crops"):
+        augment("none").local(16, (0.05, 0.4))
 
 
 def test_plain_resizes_and_normalises():
@@ -127,6 +144,25 @@ def test_stain_jitter_changes_only_the_dye_it_should(stain):
     torch.testing.assert_close(kept, one_dye, rtol=0, atol=1e-4)
     doubled = op.stain_jitter(one_dye, stain, torch.tensor([[2.0, 1.0, 1.0]]), torch.zeros(1, 3))
     torch.testing.assert_close(doubled, one_dye**2, rtol=0, atol=1e-4)
+
+
+def test_channels_are_jittered_each_on_its_own():
+    x = torch.rand(2, 4, 3, 3)
+    gain, offset, gamma = torch.rand(3, 2, 4)
+    out = channels.channel_jitter(x, gain, offset, gamma)
+    for i in range(2):
+        for c in range(4):
+            torch.testing.assert_close(out[i, c], (gain[i, c] * x[i, c] ** gamma[i, c] + offset[i, c]).clamp(0, 1))
+
+
+def test_some_channels_are_dropped_never_all():
+    make = augment("channels", drop=0.6, blur=0, offset=0)
+    images = torch.full((64, 3, 40, 40), 200, dtype=torch.uint8)
+    x = make(images, torch.arange(64), seed=0, step=0, views=2)
+    black = (x == x.new_tensor(-2.0)).flatten(2).all(2)  # (V·B, C): of pixels 0, normalised
+    assert not black.all(1).any()
+    assert 0.4 < black.float().mean() < 0.6  # less than 0.6, as one always stays
+    assert not (augment("channels", drop=0, offset=0)(images, torch.arange(64), seed=0, step=0, views=1) == -2).any()
 
 
 def test_on_some_leaves_the_others():

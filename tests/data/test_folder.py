@@ -555,7 +555,7 @@ def test_a_folder_that_cannot_be_listed(tmp_path):
         ({"size": 0}, "greater than or equal to 1"),
         ({"size": "big"}, "such as 128, or"),
         ({"size": [1, 2, 3]}, "at most 2 items"),
-        ({"channels": 2}, "1 or 3"),
+        ({"channels": 2}, "channels=2 are no colours"),
         ({"source_pattern": "(a"}, "no regular expression"),
         ({"source_pattern": "(a)(b)"}, "needs one group in parentheses, the source; it has 2"),
         ({"path": ""}, "at least 1 character"),

@@ -1,8 +1,11 @@
 """What every method owes: found by its file, two steps of training, N ranks = one, survives save and resume."""
 
+import copy
+
 import pytest
 import torch
 from gloo import on_ranks
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from sslcells import checkpoint, distributed, methods, models
@@ -13,6 +16,11 @@ from sslcells.train import cached_backward
 NAMES = PLUGINS["method"].names()
 IMAGES, SIZE = 8, 32
 VARIANTS = {
+    "dino": [
+        {"prototypes": 32, "local_size": SIZE // 2, "freeze": 0.0},
+        {"prototypes": 32, "local_views": 0, "freeze": 1.0, "norm": "none"},
+    ],
+    "moco": [{}, {"queue": 24}],
     "supervised": [{}, {"loss": "focal", "class_weights": "balanced"}, {"loss": "bce", "layers": 2}],
     "simclr": [
         {},
@@ -72,7 +80,7 @@ def learner(name, options):
     kind = PLUGINS["method"].config(name)
     small = {k: v for k, v in {"norm": "layer", "hidden": 16, "dimension": 8}.items() if k in kind.model_fields}
     config = kind(**{**small, **options})
-    encoder = models.build(Model(backbone="test_vit", args={"img_size": SIZE}), 3)
+    encoder = models.build(Model(backbone="test_vit", args={"img_size": SIZE, "dynamic_img_size": True}), 3)
     return methods.Learner(encoder, methods.build(config, models.width(encoder, 3, SIZE), Images()))
 
 
@@ -83,10 +91,18 @@ def batch(rows=slice(None)):
     return Batch(pixels[:, rows], *(ids[rows] for ids in (image % 3, image, image // 2)))
 
 
+def crops(b, method):
+    """The full-size views of a batch, and its local ones."""
+    views = [b.pixels[: method.views].flatten(0, 1)]
+    if method.local:
+        small = F.interpolate(b.pixels[0], (method.local.size, method.local.size))
+        views.append(torch.cat([small.roll(i, 3) for i in range(method.local.views)]))
+    return views
+
+
 def backward(network, method, rows=slice(None)):
     b = batch(rows)
-    views = b.pixels[: method.views].flatten(0, 1)
-    loss, figures = method.loss(network(views), b)
+    loss, figures = method.loss(network(*crops(b, method)), b)
     loss.backward()
     return loss.detach(), figures
 
@@ -96,17 +112,29 @@ def on_a_rank(name, options):
     part = IMAGES // distributed.world()
     start = distributed.rank() * part
     loss, _ = backward(DistributedDataParallel(network), network.method, slice(start, start + part))
-    return distributed.gather(loss[None]).mean().item(), [p.grad for p in network.parameters()]
+    return distributed.gather(loss[None]).mean().item(), gradients(network), dict(network.named_buffers())
+
+
+def gradients(network):
+    """Of all that is trained, which is all but the teacher."""
+    assert all(p.requires_grad != name.startswith("teacher.") for name, p in network.named_parameters())
+    return [p.grad for p in network.parameters() if p.requires_grad]
+
+
+def assert_same(grads, expected):
+    """Up to float32's rounding; gradients of a loss that is a sum, as Barlow Twins', are larger, and so is that."""
+    largest = max(g.abs().max().item() for g in expected)
+    torch.testing.assert_close(grads, expected, rtol=1e-3, atol=2e-6 * max(1, largest))
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_two_ranks_equal_one(name, options):
     one = learner(name, options)
     loss, _ = backward(one, one.method)
-    for value, grads in on_ranks(2, on_a_rank, name, options):
+    for value, grads, buffers in on_ranks(2, on_a_rank, name, options):
         assert value == pytest.approx(loss.item(), rel=1e-5)
-        for got, parameter in zip(grads, one.parameters(), strict=True):
-            torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=2e-6)
+        assert_same(grads, gradients(one))
+        torch.testing.assert_close(buffers, dict(one.named_buffers()))  # queue and centre
 
 
 class Plain:
@@ -125,12 +153,13 @@ def in_micro_batches(name, options):
     part = IMAGES // distributed.world()
     whole = batch(slice(distributed.rank() * part, (distributed.rank() + 1) * part))
     pieces = [batch(slice(i, i + 1)) for i in range(*slice(distributed.rank() * part, None).indices(IMAGES))][:part]
-    views = network.method.views
+    before = copy.deepcopy(network.state_dict())
     for _ in range(2):  # the second shows that the first left DDP in order
         network.zero_grad()
-        rows = lambda piece, i: ddp(piece.pixels[:views].flatten(0, 1))  # noqa: E731
+        network.load_state_dict(before)
+        rows = lambda piece, i: ddp(*crops(piece, network.method))  # noqa: E731
         cached_backward(Plain(), ddp, rows, network.method, pieces, whole)
-    return [p.grad for p in network.parameters()]
+    return gradients(network)
 
 
 IN_MICRO_BATCHES = [
@@ -139,6 +168,10 @@ IN_MICRO_BATCHES = [
     ("arcface", {"scale": 8}),
     ("margin", {"views": 2}),
     ("siamese", {"judge": "concat"}),
+    ("vicreg", {}),
+    ("simsiam", {}),
+    ("moco", {"queue": 24}),
+    ("dino", {"prototypes": 32, "local_size": SIZE // 2, "freeze": 0.0}),
 ]
 
 
@@ -147,8 +180,7 @@ def test_micro_batches_on_two_ranks_equal_one_pass(name, options):
     one = learner(name, options)
     backward(one, one.method)
     for grads in on_ranks(2, in_micro_batches, name, options):
-        for got, parameter in zip(grads, one.parameters(), strict=True):
-            torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=2e-6)
+        assert_same(grads, gradients(one))
 
 
 def two_steps(network, optimizer, count):
@@ -157,6 +189,7 @@ def two_steps(network, optimizer, count):
         loss, figures = backward(network, network.method)
         optimizer.step()
         optimizer.zero_grad()
+        network.follow()
         losses.append(loss.item())
         assert all(not v.requires_grad and v.isfinite() for v in figures.values())
     return losses
@@ -168,6 +201,7 @@ def test_training_lowers_the_loss_and_resumes_exactly(name, options, tmp_path):
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
     start = two_steps(network, optimizer, 4)
     checkpoint.write(tmp_path, 4, checkpoint.files(4, network, {"optimizer": optimizer.state_dict()}), keep=1)
+    saved = copy.deepcopy(network.state_dict())
     rest = two_steps(network, optimizer, 8)
     assert min(rest) < start[0]
 
@@ -176,6 +210,7 @@ def test_training_lowers_the_loss_and_resumes_exactly(name, options, tmp_path):
     optimizer = torch.optim.AdamW(again.parameters(), 3e-3)
     optimizer.load_state_dict(states["optimizer"])
     assert step == 4
+    torch.testing.assert_close(dict(again.state_dict()), dict(saved), rtol=0, atol=0)  # teacher, queue and centre too
     assert two_steps(again, optimizer, 8) == rest
 
 

@@ -1,0 +1,78 @@
+"""Momentum contrast: rows against keys that carry no gradient, of the global batch and of a queue."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sslcells.losses import torch_engine
+from sslcells.losses._rows import gather_rows, unit
+
+
+class MoCoLoss(nn.Module):
+    """InfoNCE of queries and keys, arXiv 1911.05722, eq. 1, with the keys of the whole global batch.
+
+    The key of a query is its positive; all other keys are negatives: those of every rank (arXiv 2104.02057, algorithm
+    1), and those of a queue where one is given. The mean over the ranks is the loss of the global batch. Keys carry no
+    gradient, so backward needs no collective. In float32 (float64 stays) whatever autocast says; a tile of similarities
+    at a time is kept.
+
+    `stats` holds detached scalars of this rank after each call: `accuracy`, the fraction of queries that are nearest to
+    their own key, and `positive_similarity`.
+    """
+
+    def __init__(self, temperature: float = 0.2) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature} is not above 0")
+        self.temperature = temperature
+        self.stats: dict[str, Tensor] = {}
+
+    def forward(self, q: Tensor, k: Tensor, queue: Tensor | None = None) -> Tensor:
+        """Loss of queries (B, D) and their keys (B, D), of any norm; queue (Q, D), equal on every rank.
+
+        Raises:
+            ValueError: for shapes that do not fit, or numbers of rows that differ between ranks.
+        """
+        if q.ndim != 2 or q.shape != k.shape:
+            raise ValueError(f"q and k must be (B, D) both; they are {tuple(q.shape)} and {tuple(k.shape)}")
+        if queue is not None and queue.shape[1:] != k.shape[1:]:
+            raise ValueError(f"queue must be (Q, {k.shape[1]}); it is {tuple(queue.shape)}")
+        with torch.autocast(q.device.type, enabled=False):
+            batch = gather_rows(unit(k.detach()))
+            keys = batch.refs if queue is None else torch.cat([batch.refs, unit(queue.detach())])
+            loss: Tensor
+            loss, accuracy, similarity = _InfoNCE.apply(unit(q), keys, batch.offset, 1 / self.temperature)
+        self.stats = {"accuracy": accuracy, "positive_similarity": similarity}
+        return loss
+
+
+class _InfoNCE(torch.autograd.Function):
+    """Mean loss of queries; its gradient is computed with it, as the keys have none: (softmax · keys − key) / τ."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, keys: Tensor, offset: int, inv_t: float) -> tuple[Tensor, Tensor, Tensor]:
+        loss, right, similarity = (q.new_zeros(()) for _ in range(3))
+        grad = torch.empty_like(q)
+        tile = torch_engine.tile_size(keys)
+        for start in range(0, len(q), tile):
+            part = slice(start, start + tile)
+            own = torch.arange(offset + start, offset + start + len(q[part]), device=q.device)
+            logits = q[part] @ keys.T * inv_t  # (T, R + Q)
+            log_sum = logits.logsumexp(1, keepdim=True)
+            positive = logits.gather(1, own[:, None])
+            loss += (log_sum - positive).sum()
+            right += (logits.argmax(1) == own).sum()
+            similarity += positive.sum() / inv_t
+            grad[part] = ((logits - log_sum).exp_() @ keys - keys[own]) * inv_t
+        ctx.save_for_backward(grad / len(q))
+        out = loss / len(q), right / len(q), similarity / len(q)
+        ctx.mark_non_differentiable(*out[1:])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+        (by_query,) = ctx.saved_tensors
+        return by_query * grad, None, None, None

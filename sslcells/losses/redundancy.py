@@ -1,0 +1,141 @@
+"""VICReg and Barlow Twins: what the dimensions of the rows should be like over the global batch.
+
+Both are functions of sums over the images: of rows, (D,), and of products of centred rows, (D, D). The sums of all
+ranks are those of one process, so the loss and its gradient are too. Sums are taken in two rounds, rows and then
+products of rows without their mean, since Σz² − (Σz)²/n cancels in float32.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sslcells import distributed
+
+
+class VICRegLoss(nn.Module):
+    """Variance, invariance and covariance over the global batch, arXiv 2105.04906, eq. 6.
+
+    invariance · mean‖z0 − z1‖² / D  +  variance · (v(z0) + v(z1))  +  covariance · (c(z0) + c(z1)), with v the mean
+    hinge max(0, 1 − std) of the dimensions (eq. 1) and c the sum of the squared covariances of two different dimensions
+    / D (eq. 4). The division by D in the first term is that of the paper's algorithm 1, which its weights belong to;
+    its eq. 5 has none. The authors' code halves v.
+
+    Where torch.distributed is initialised the batch is that of all ranks, which may bring different numbers of rows.
+    The value is the same on every rank, and DDP's mean of gradients is the gradient of one process. Backward
+    communicates nothing. The sums are in float32 (float64 stays) whatever autocast says; memory O(D²).
+
+    `stats` holds detached scalars after each call: `invariance`, `variance`, `covariance` (before their weights) and
+    `std`, the mean standard deviation of a dimension: 0 where the rows have collapsed.
+    """
+
+    def __init__(
+        self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0, *, epsilon: float = 1e-4
+    ) -> None:
+        super().__init__()
+        for name, weight in (("invariance", invariance), ("variance", variance), ("covariance", covariance)):
+            if weight < 0:
+                raise ValueError(f"{name}={weight} is negative")
+        self.invariance, self.variance, self.covariance, self.epsilon = invariance, variance, covariance, epsilon
+        self.stats: dict[str, Tensor] = {}
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """Loss of two views of the same images, (B, D) each, of any norm.
+
+        Raises:
+            ValueError: for views that are not (B, D) both, or fewer than two images in the world.
+        """
+        with torch.autocast(z0.device.type, enabled=False):
+            first, second, count = centred(z0, z1)
+            products = torch.stack([first.T @ first, second.T @ second])
+            difference = (z0 - z1 if z0.dtype == torch.float64 else z0.float() - z1.float()).square().sum()
+            products, difference = totals(products, difference)
+            covariance = products / (count - 1)  # (2, D, D)
+            std = (covariance.diagonal(dim1=1, dim2=2) + self.epsilon).sqrt()  # (2, D)
+            width = std.shape[1]
+            invariance = difference / (count * width)
+            variance = (1 - std).clamp_min(0).mean(1).sum()
+            redundancy = off_diagonal(covariance).square().sum() / width
+            loss = self.invariance * invariance + self.variance * variance + self.covariance * redundancy
+        self.stats = {
+            "invariance": invariance.detach(),
+            "variance": variance.detach(),
+            "covariance": redundancy.detach(),
+            "std": std.detach().mean(),
+        }
+        return loss
+
+
+class BarlowTwinsLoss(nn.Module):
+    """Redundancy reduction over the global batch, arXiv 2103.03230, eq. 1 and 2.
+
+    Σ_i (1 − C_ii)² + λ Σ_i Σ_{j≠i} C_ij², C being the correlation of dimension i in one view with dimension j in the
+    other. Ranks, precision and memory as in VICRegLoss.
+
+    `stats` holds detached scalars after each call: `on_diagonal` and `off_diagonal` (before its weight), and `std`, the
+    mean standard deviation of a dimension.
+    """
+
+    def __init__(self, off_diagonal: float = 0.005, *, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        if off_diagonal < 0:
+            raise ValueError(f"off_diagonal={off_diagonal} is negative")
+        self.off_diagonal, self.epsilon = off_diagonal, epsilon
+        self.stats: dict[str, Tensor] = {}
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """Loss of two views of the same images, (B, D) each; raises as VICRegLoss does."""
+        with torch.autocast(z0.device.type, enabled=False):
+            first, second, count = centred(z0, z1)
+            both = torch.stack([first, second])
+            products, squares = totals(first.T @ second, both.square().sum(1))
+            std = (squares / count + self.epsilon).sqrt()  # (2, D); BatchNorm's, which the authors' code divides by
+            correlation = products / count / (std[0][:, None] * std[1])  # (D, D)
+            on_diagonal = (1 - correlation.diagonal()).square().sum()
+            redundancy = off_diagonal(correlation).square().sum()
+            loss = on_diagonal + self.off_diagonal * redundancy
+        self.stats = {
+            "on_diagonal": on_diagonal.detach(),
+            "off_diagonal": redundancy.detach(),
+            "std": std.detach().mean(),
+        }
+        return loss
+
+
+class Centred(NamedTuple):
+    """Two views without the mean of the global batch."""
+
+    first: Tensor
+    """(B, D)"""
+    second: Tensor
+    """(B, D)"""
+    images: Tensor
+    """(): of the world"""
+
+
+def centred(z0: Tensor, z1: Tensor) -> Centred:
+    """Both views (B, D) in float32 without their global means.
+
+    The means carry no gradient: a sum of products of centred rows has none by a mean, since centred rows add up to 0.
+    """
+    if z0.ndim != 2 or z0.shape != z1.shape:
+        raise ValueError(f"z0 and z1 must be (B, D) both; they are {tuple(z0.shape)} and {tuple(z1.shape)}")
+    z = torch.stack([z0, z1])
+    z = z if z.dtype == torch.float64 else z.float()
+    sums, count = totals(z.detach().sum(1), z.new_tensor(float(len(z0))))
+    if distributed.world() == 1 and len(z0) < 2:
+        raise ValueError(f"statistics of {len(z0)} image in the batch: there must be two")
+    first, second = z - (sums / count)[:, None]
+    return Centred(first, second, count)
+
+
+def totals(*parts: Tensor) -> list[Tensor]:
+    """Sums over the ranks of tensors of one dtype, in one exchange."""
+    whole = distributed.total(torch.cat([part.flatten() for part in parts]))
+    pieces = torch.split(whole, [part.numel() for part in parts])
+    return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def off_diagonal(x: Tensor) -> Tensor:
+    """(..., D, D) with zeros in place of the diagonal."""
+    return x * (1 - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))

@@ -1,0 +1,56 @@
+"""BYOL, arXiv 2006.07733: a predictor on one view's row finds the row that a slow teacher gives to the other view."""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from sslcells import methods
+from sslcells.config import Section
+from sslcells.data import Batch, ImageSet
+from sslcells.losses import row_std, unit
+from sslcells.models.heads import Norm, projection
+
+
+class Config(Section):
+    """Heads and teacher."""
+
+    name: Literal["byol"] = "byol"
+    momentum: float = Field(0.996, ge=0, lt=1)
+    """Of the teacher at the first step; it goes to 1 by half a cosine."""
+    hidden: int = Field(512, ge=1)
+    """Width of the hidden layers of projector and predictor (4096 in the paper)."""
+    dimension: int = Field(128, ge=2)
+    """D, the width of a row (256 in the paper)."""
+    layers: int = Field(2, ge=1)
+    """Linear maps in the projector; the predictor has two."""
+    norm: Norm = "batch"
+    """Normalisation in both."""
+
+
+class Method(methods.Method):
+    """Projector, which the teacher has too, and predictor, which it has not."""
+
+    views = 2
+    negative_views = 0
+    taught = "head.0"
+
+    def __init__(self, config: Config, features: int, images: ImageSet) -> None:
+        super().__init__()
+        hidden, out, norm = config.hidden, config.dimension, config.norm
+        projector = projection(features, hidden, out, config.layers, norm)
+        self.head = nn.Sequential(projector, projection(out, hidden, out, 2, norm))
+        self.momentum = config.momentum
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(2B, F) → predictions (2B, D)."""
+        rows: Tensor = self.head(features)
+        return rows
+
+    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 2, the squared distance of unit rows, in both directions; rows (2B, 2D)."""
+        predicted, taught = rows.chunk(2, 1)
+        first, second = unit(taught.detach()).chunk(2)
+        loss = (unit(predicted) - unit(taught.detach()).roll(len(first), 0)).square().sum(1).mean() * 2
+        figures = {"teacher_alignment": (first - second).square().sum(1).mean(), "row_std": row_std(taught)}
+        return loss, figures

@@ -1,0 +1,125 @@
+"""DINO, arXiv 2104.14294: every view is given to prototypes as a slow teacher gives the image's full-size views."""
+
+import math
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sslcells import distributed, methods
+from sslcells.config import Section
+from sslcells.data import Batch, ImageSet
+from sslcells.models.heads import Norm, projection
+
+
+class Config(Section):
+    """Loss, head, teacher and local views; defaults are the paper's for ViT-S on ImageNet where none is named."""
+
+    name: Literal["dino"] = "dino"
+    local_views: int = Field(4, ge=0)
+    """Small views of parts of each image, for the student alone (8 in the paper)."""
+    local_size: int = Field(24, ge=8)
+    """Their height and width in pixels; under half of augment.size in the paper (96 of 224)."""
+    local_min_scale: float = Field(0.05, gt=0, le=1)
+    """Smallest local crop, as a part of the image's area."""
+    local_max_scale: float = Field(0.4, gt=0, le=1)
+    """Largest local crop; augment.min_scale is the smallest of the others."""
+    prototypes: int = Field(4096, ge=2)
+    """K, the outputs that are compared (65536 in the paper)."""
+    momentum: float = Field(0.996, ge=0, lt=1)
+    """Of the teacher at the first step; it goes to 1 by half a cosine."""
+    temperature: float = Field(0.1, gt=0)
+    """Of the student's outputs."""
+    teacher_temperature: float = Field(0.04, gt=0)
+    """Of the teacher's outputs, at the first step."""
+    final_teacher_temperature: float = Field(0.07, gt=0)
+    """Of the teacher's outputs, from `teacher_warmup` on."""
+    teacher_warmup: float = Field(0.3, ge=0, le=1)
+    """Part of the training in which the teacher's temperature rises (30 of 100 epochs in the paper)."""
+    centre_momentum: float = Field(0.9, ge=0, lt=1)
+    """Of the centre, the mean of the teacher's outputs."""
+    freeze: float = Field(0.01, ge=0, le=1)
+    """First part of the training, in which the prototypes stay as they are (one of 100 epochs in the paper)."""
+    hidden: int = Field(512, ge=1)
+    """Width of the head's hidden layers (2048 in the paper)."""
+    dimension: int = Field(128, ge=2)
+    """Width of what is compared with the prototypes (256 in the paper)."""
+    layers: int = Field(3, ge=1)
+    """Linear maps in the head, before the prototypes."""
+    norm: Norm = "none"
+    """Normalisation in the head; none in the paper."""
+
+    @model_validator(mode="after")
+    def _scales(self) -> Self:
+        low, high = self.local_min_scale, self.local_max_scale
+        if low > high:
+            raise ValueError(f"local_min_scale={low} is above local_max_scale={high}")
+        return self
+
+
+class Prototypes(nn.Module):
+    """Cosines with K learned directions; `frozen` keeps these as they are, but for weight decay, which turns none."""
+
+    def __init__(self, dimension: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(count, dimension))
+        self.frozen = False
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(A, D) → (A, K)."""
+        # Frozen, the gradient is zero and not none: DDP waits for one.
+        weight = self.weight.detach() + 0 * self.weight if self.frozen else self.weight
+        return F.linear(F.normalize(z, dim=1), F.normalize(weight, dim=1))
+
+
+class Method(methods.Method):
+    """Head and prototypes, which the teacher has too, and the centre of the teacher's outputs."""
+
+    views = 2
+    negative_views = 0
+    delivers = "teacher"
+    centre: Tensor
+
+    def __init__(self, config: Config, features: int, images: ImageSet) -> None:
+        super().__init__()
+        rows = projection(features, config.hidden, config.dimension, config.layers, config.norm)
+        self._prototypes = config.prototypes
+        self.head = nn.Sequential(rows, Prototypes(config.dimension, config.prototypes))
+        self.momentum = config.momentum
+        if config.local_views:
+            scale = config.local_min_scale, config.local_max_scale
+            self.local = methods.Local(config.local_views, config.local_size, scale)
+        self._config = config
+        self.register_buffer("centre", torch.zeros(config.prototypes))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(V·B, F), local views last → (V·B, K)."""
+        self.head.get_submodule("1").frozen = self.done < self._config.freeze  # type: ignore[assignment]
+        rows: Tensor = self.head(features)
+        return rows
+
+    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 1 to 3: the teacher's full-size views against every other view of the student; rows (V·B, 2K)."""
+        c, images = self._config, len(rows) // self.views_in_all
+        by_view = rows.float().view(-1, images, rows.shape[1])  # (V, B, 2K)
+        student, taught = by_view[..., : self._prototypes], by_view[:2, :, self._prototypes :].detach()
+        rise = min(1.0, self.done / c.teacher_warmup) if c.teacher_warmup else 1.0
+        temperature = c.teacher_temperature + rise * (c.final_teacher_temperature - c.teacher_temperature)
+        log_target = ((taught - self.centre) / temperature).log_softmax(2)
+        target = log_target.exp()  # (2, B, K)
+        log_student = (student / c.temperature).log_softmax(2)
+        cross = -torch.einsum("tbk,sbk->ts", target, log_student) / images  # (2, V): of each pair of views
+        others = 1 - torch.eye(*cross.shape, device=cross.device)
+        loss = (cross * others).sum() / others.sum()
+
+        entropy = -(target * log_target).sum(2).mean()
+        usage = target.mean((0, 1))
+        mean = distributed.total(taught.mean((0, 1))) / distributed.world()
+        self.centre.lerp_(mean, 1 - c.centre_momentum)
+        return loss, {
+            "teacher_entropy": entropy / math.log(self._prototypes),  # 1: the same for every image
+            "kl": loss.detach() - entropy,
+            "prototypes_used": torch.special.entr(usage).sum().exp(),  # 1: all images at one
+        }

@@ -1,0 +1,72 @@
+"""MoCo v3, arXiv 2104.02057: rows find the teacher's key of the other view among those of the global batch.
+
+With a queue, as in MoCo v1 (arXiv 1911.05722), also among the keys of the steps before.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sslcells import distributed, methods
+from sslcells.config import Section
+from sslcells.data import Batch, ImageSet
+from sslcells.losses import MoCoLoss, row_std, unit
+from sslcells.models.heads import Norm, projection
+
+
+class Config(Section):
+    """Loss, heads, teacher and queue."""
+
+    name: Literal["moco"] = "moco"
+    temperature: float = Field(0.2, ge=0.003, le=100)
+    """Of the similarities."""
+    momentum: float = Field(0.99, ge=0, lt=1)
+    """Of the teacher at the first step; it goes to 1 by half a cosine."""
+    queue: int = Field(0, ge=0)
+    """Keys of earlier steps that are negatives too; 0 for MoCo v3, 65536 in v1, for small global batches."""
+    hidden: int = Field(512, ge=1)
+    """Width of the hidden layers of projector and predictor (4096 in the paper)."""
+    dimension: int = Field(128, ge=2)
+    """D, the width of a row (256 in the paper)."""
+    layers: int = Field(3, ge=1)
+    """Linear maps in the projector; the predictor has two."""
+    norm: Norm = "batch"
+    """Normalisation in both, and of their rows."""
+
+
+class Method(methods.Method):
+    """Projector, which the teacher has too, predictor, which it has not, and the queue of keys."""
+
+    views = 2
+    negative_views = 1
+    taught = "head.0"
+    queue: Tensor
+
+    def __init__(self, config: Config, features: int, images: ImageSet) -> None:
+        super().__init__()
+        hidden, out, norm = config.hidden, config.dimension, config.norm
+        projector = projection(features, hidden, out, config.layers, norm, last=True)
+        self.head = nn.Sequential(projector, projection(out, hidden, out, 2, norm, last=True))
+        self.momentum, self.queued = config.momentum, config.queue
+        self._loss = MoCoLoss(config.temperature)
+        self.register_buffer("queue", unit(torch.randn(config.queue, out)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(2B, F) → queries (2B, D)."""
+        rows: Tensor = self.head(features)
+        return rows
+
+    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Algorithm 1: 2τ · InfoNCE in both directions; rows (2B, 2D). The keys then join the queue."""
+        predicted, taught = rows.chunk(2, 1)
+        queries, keys = predicted.chunk(2), unit(taught.detach()).chunk(2)
+        queue = self.queue if len(self.queue) else None
+        loss = self._loss(queries[0], keys[1], queue)
+        figures = {**self._loss.stats, "row_std": row_std(keys[0])}
+        loss = 2 * self._loss.temperature * (loss + self._loss(queries[1], keys[0], queue))
+        if queue is not None:
+            newest = torch.cat([distributed.gather(k) for k in keys])  # in one order on any number of ranks
+            self.queue.copy_(torch.cat([newest, queue])[: len(queue)])
+        return loss, figures
