@@ -4,8 +4,8 @@
       --variants method.same_source=negative method.same_source=ignore --seeds 0 1 2
 
 A variant is a string of overrides, put after those of all; `--config FILE` in it takes the place of the common one.
-Each run is `python -m sslcells.train` and then `python -m sslcells.evaluate`, in a folder that stays: what was measured
-before is not run again, and a run that was cut off goes on.
+Each run is `python -m sslcells.train` and then `python -m sslcells.evaluate`, which a classifier's own predictions take
+the place of, in a folder that stays: what was measured before is not run again, and a run that was cut off goes on.
 """
 
 import argparse
@@ -21,6 +21,9 @@ from typing import Any
 
 from _measure import append, markdown, section
 
+from sslcells.config import load
+from sslcells.evaluation.classifier import FILE, read_predictions
+
 TASKS = {"kNN": "k = 20, weighted", "linear probe": "", "retrieval": ""}
 FIGURES = {
     "kNN": ("kNN", "accuracy"),
@@ -31,24 +34,42 @@ FIGURES = {
     "mAP@R": ("retrieval", "mAP@R"),
 }
 HEALTH = ("effective rank", "row std")
+CLASSIFIER = {"accuracy": "top1", "balanced accuracy": "balanced", "loss": "loss"}
 
 
 def measure(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Train and evaluate a run in folder/name unless that was done; what evaluation.json holds, and seconds."""
-    result, log, took = folder / name / "evaluation.json", folder / f"{name}.log", folder / f"{name}.seconds"
+    """Train and evaluate a run in folder/name unless that was done; what was found, and seconds.
+
+    `figures` by unit (image, source), and `asked`, the split they are of.
+    """
+    predictions, result = folder / name / FILE, folder / name / "evaluation.json"
+    log, took = folder / f"{name}.log", folder / f"{name}.seconds"
     config, plain = split_config(overrides)
-    if not result.is_file():
+    if not result.is_file() and not predictions.is_file():
         began = time.monotonic()
         train = [*config, *plain, f"name={name}", f"out={folder}"]
         with log.open("a", encoding="utf-8") as file:
             for module, arguments in (("train", train), ("evaluate", [str(folder / name)])):
+                if module == "evaluate" and predictions.is_file():
+                    break
                 command = [sys.executable, "-m", f"sslcells.{module}", *arguments]
                 if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode:
                     raise SystemExit(f"{shlex.join(command)}\n{log.read_text(encoding='utf-8')[-2000:]}")
         before = float(took.read_text(encoding="ascii")) if took.is_file() else 0.0
         took.write_text(str(before + time.monotonic() - began), encoding="ascii")
+    seconds = float(took.read_text(encoding="ascii"))
+    if predictions.is_file():
+        said = read_predictions(folder / name).figures()
+        shown = {column: said[key] * (1 if key == "loss" else 100) for column, key in CLASSIFIER.items()}
+        return {
+            "figures": {"image": shown},
+            "asked": load(str(folder / name / "config.yaml")).evaluate.split,
+            "seconds": seconds,
+        }
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return found | {"seconds": float(took.read_text(encoding="ascii"))}
+    units = sorted({row["unit"] for row in found["figures"]})
+    by_unit = {unit: figures(found, unit) for unit in units}
+    return {"figures": by_unit, "asked": found["asked"], "seconds": seconds}
 
 
 def split_config(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -108,13 +129,14 @@ def main() -> None:
         for name, variant in zip(names, args.variants, strict=True):
             overrides = [*common, *shlex.split(variant), f"seed={seed}"]
             results[name].append(measure(args.folder, f"{name}_{seed}", overrides))
-            print(name, seed, figures(results[name][-1], "image"), file=sys.stderr, flush=True)
-    units = sorted({row["unit"] for row in results[names[0]][0]["figures"]})
-    columns = ["variant", "per", *FIGURES, *HEALTH, "seconds a run"]
+            print(name, seed, results[name][-1]["figures"]["image"], file=sys.stderr, flush=True)
+    units = list(results[names[0]][0]["figures"])
+    shown = dict.fromkeys(key for each in results.values() for result in each for key in result["figures"]["image"])
+    columns = ["variant", "per", *shown, "seconds a run"]
     rows = []
     for name in names:
         for unit in units:
-            each = [figures(r, unit) for r in results[name]]
+            each = [result["figures"][unit] for result in results[name]]
             cells = [spread([f[c] for f in each if c in f]) for c in columns[2:-1]]
             rows.append([name, unit, *cells, f"{statistics.mean(r['seconds'] for r in results[name]):.0f}"])
     asked, seeds = results[names[0]][0]["asked"], ", ".join(map(str, args.seeds))

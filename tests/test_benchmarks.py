@@ -67,3 +67,28 @@ def test_large_batch():
         assert float(speed) > 0
         assert float(mib.replace(",", "")) > 100
         assert all(float(ratio) > 0 for ratio in ratios)
+
+
+@pytest.mark.slow
+def test_variants(tmp_path):
+    tiny = [
+        "data.size=32",
+        "data.train=60",
+        "data.val=0",
+        "data.test=30",
+        "augment.size=32",
+        "model.backbone=small_cnn",
+    ]
+    tiny += ["train.steps=2", "train.global_batch=16", "train.workers=0", "evaluate.bootstrap=100"]
+    common = [*tiny, "--seeds", "0", "1", "--folder", str(tmp_path), "--names", "1a", "1b", "--variants"]
+    text = printed("variants.py", *common, "method.temperature=0.1", "method.temperature=0.5")
+    rows = table(text)
+    assert list(rows) == [("1a", "image"), ("1b", "image")]
+    for cells in rows.values():
+        assert all("±" in cell for cell in cells[:-1])
+    logged = (tmp_path / "1a_0.log").stat().st_size
+    assert table(printed("variants.py", *common, "method.temperature=0.1", "method.temperature=0.5")) == rows
+    assert (tmp_path / "1a_0.log").stat().st_size == logged  # nothing was run again
+    supervised = ["method.name=supervised", "method.name=supervised method.loss=focal"]
+    classes = table(printed("variants.py", *common[:-4], "--names", "1c", "1d", "--variants", *supervised))
+    assert all(len(cells) == 4 for cells in classes.values())
