@@ -3,10 +3,19 @@
 import os
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each process of the tests, and what it starts, has one core
+
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 from sslcells import storage
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole quick suite; none for a part of it, or for slow tests, which take every core."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    return 2 if whole and config.option.markexpr == "not slow and not slurm" else 0
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import atexit
 import itertools
+import os
 import sys
 import tempfile
 import traceback
@@ -21,7 +22,7 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)` returns on each of `world` ranks; an error on any of them is raised here."""
     if not _workers:
         _start()
-    store = f"{tempfile.gettempdir()}/sslcells-gloo-{next(_counter)}-{id(_workers)}"
+    store = f"{tempfile.gettempdir()}/sslcells-gloo-{os.getpid()}-{next(_counter)}"
     connections = [connection for _, connection in _workers[:world]]
     for rank, connection in enumerate(connections):
         connection.send(sys.path)  # test modules collected after the workers began

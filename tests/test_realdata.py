@@ -1,11 +1,15 @@
 """The same training on real images: Kaggle's blood cells and PBC-28."""
 
+import re
 import sys
 
 import pytest
 from test_launch import LAUNCH, finish, start
+from trained import make_run
 
 from sslcells.config import load
+from sslcells.delivery.sources import sources
+from sslcells.evaluate import evaluate
 from sslcells.metrics import read_metrics
 from sslcells.train import train
 
@@ -46,3 +50,36 @@ def test_on_two_ranks(realdata, tmp_path, kind):
     ranks, alone = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert ranks[-1] < ranks[0]
     assert ranks[0] == pytest.approx(alone[0], rel=0.05)  # BatchNorm sees half of the batch on each rank
+
+
+@pytest.mark.slow
+def test_the_leaks_of_the_blood_cells(realdata, tmp_path):
+    """What shared/data's README says of them: photographs, not images; a random split is worthless."""
+    blood = realdata / "blood-cells"
+    changes = [*BLOOD[:3], f"data.path={blood}", f"data.sources={blood / 'sources.csv'}", "data.size=[48,64]"]
+    run = make_run(tmp_path / "run", *changes)
+    found = evaluate(run, ["evaluate.bootstrap=100", "train.workers=0"])["leaks"]
+    said = [finding["text"] for finding in found["findings"]]
+    counted = dict(re.findall(r"^(train|test): [\d,]+ images of (\d+) sources", "\n".join(said), re.M))
+    assert 277 <= int(counted["train"]) <= 279  # a few rows of the table name no sure photograph
+    assert 71 <= int(counted["test"]) <= 72
+    assert "0 images of test are in train too, byte for byte" in said
+    assert any(text.startswith("a random split of train is worthless") for text in said)
+    assert found["shortcut"]["random split of train"]["top1"] > 0.97
+    assert found["shortcut"]["test"]["top1"] < 0.4
+
+
+@pytest.mark.slow
+def test_the_photographs_of_the_blood_cells_are_found(realdata, tmp_path):
+    pytest.importorskip("cv2", reason="the extra `sources` is not installed")
+    root = realdata / "blood-cells"
+    images = sorted((root / "TEST").rglob("*.jpeg"))[::8]
+    for image in images:
+        link = tmp_path / "images" / image.relative_to(root)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(image)
+    said = []
+    sources(str(tmp_path / "images"), str(tmp_path), known=str(root / "sources.csv"), say=said.append)
+    precision, recall = (float(x) for x in re.findall(r"(?:precision|recall) ([\d.]+)", said[-1]))
+    assert precision >= 0.95
+    assert recall >= 0.8
