@@ -19,6 +19,7 @@ from rich.console import Console
 from sslcells import __version__, distributed
 from sslcells.config import ConfigError, Run, load, validated
 from sslcells.data import ImageSet
+from sslcells.data.subset import labelled_part
 from sslcells.evaluation.classifier import FILE, Said, read_predictions
 from sslcells.evaluation.gallery import Picture
 from sslcells.evaluation.pictures import fractions_plot, model_curves
@@ -126,12 +127,14 @@ def plan(run: Run, splits: Mapping[str, ImageSet], models: Sequence[str] | Mappi
     Raises:
         ConfigError: where `compare` describes no run.
     """
-    config, images, world = run.compare, len(splits["train"]), distributed.world()
+    config, images, world = run.compare, splits["train"], distributed.world()
     for fraction in config.fractions:
-        some = round(images * fraction)
+        some = len(labelled_part(images, fraction, run.seed))
         batch = min(config.global_batch, some) // world * world
         if batch < 2:
-            raise ConfigError(f"compare.fractions: {fraction:g} of {images} images leaves {some}: too few to train on")
+            raise ConfigError(
+                f"compare.fractions: {fraction:g} of {len(images)} images leaves {some}: too few for {world} ranks"
+            )
         per_epoch = max(1, some // batch)
         steps = max(config.min_steps, round(config.epochs * per_epoch))
         for model in models:

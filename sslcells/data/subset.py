@@ -28,6 +28,8 @@ class Subset(ImageSet):
 def labelled_part(images: ImageSet, fraction: float, seed: int) -> ImageSet:
     """This fraction of the labelled images of each class, at least one; all of `images` where it is 1.
 
+    Where an image may have several classes, this fraction of all.
+
     Sources are drawn, and all their images taken, until the fraction is reached: a lab that labels a tenth labels a
     tenth of its photographs. The parts of one seed are nested.
 
@@ -36,15 +38,16 @@ def labelled_part(images: ImageSet, fraction: float, seed: int) -> ImageSet:
     """
     if fraction == 1:
         return images
-    if not images.labelled:
+    if not images.labelled and images.targets is None:
         raise ConfigError(f"train.label_fraction={fraction}: the train split has no labels to take a part of")
     generator = torch.Generator().manual_seed(seed)
     turn = torch.randperm(len(images), generator=generator)
     numbers, source = torch.unique(images.sources, return_inverse=True)
     first = torch.full((len(numbers),), len(images)).scatter_reduce(0, source, turn, "amin")
     order = (first[source] * len(images) + turn).argsort()  # by source, sources in the order of their first image
+    kind = images.labels[order] if images.targets is None else torch.zeros_like(order)
     chosen = []
-    for c in range(len(images.classes)):
-        members = order[images.labels[order] == c]
+    for c in kind[kind >= 0].unique().tolist():  # type: ignore[no-untyped-call]
+        members = order[kind == c]
         chosen.append(members[: max(1, round(fraction * len(members)))])
     return Subset(images, torch.cat(chosen).sort().values)

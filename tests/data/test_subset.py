@@ -47,6 +47,13 @@ def test_sources_stay_whole():
     assert len(set(part.sources.tolist())) in (3, 4)  # 20 images of class 0 in 2 or 3 sources, 2 of class 1 in 1
 
 
+def test_of_images_with_several_classes_a_part_of_all():
+    images = Images(known=False)
+    images.targets = torch.ones(220, 3, dtype=torch.uint8)
+    part = labelled_part(images, 0.1, 0)
+    assert part.targets.shape == (22, 3)
+
+
 def test_all_is_all_and_without_labels_there_is_no_part():
     images = Images(known=False)
     assert labelled_part(images, 1.0, 0) is images
