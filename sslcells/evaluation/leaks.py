@@ -215,6 +215,7 @@ def _near(looks: Mapping[str, Look], pair: tuple[Tensor, Tensor] | None, known: 
         out["findings"].append(_finding(_such_as(text, examples), warning=images > expected + 3 * expected**0.5))
     if recall < 0.5 and len(looks) > 1:
         text = f"that finds only {recall:.0%} of copies that are turned and cut by 5 %: these features see little of it"
+        text += "; `sslcells sources` compares the details of the images themselves"
         out["findings"].append(_finding(text, warning=True))
     return out
 
