@@ -1,5 +1,6 @@
 """A classifier from labels: from scratch, fine-tuned from a run's encoder, and on a frozen one."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -91,3 +92,20 @@ def test_an_encoder_that_does_not_fit_is_told(pretrained, tmp_path, changes, mes
 def test_a_folder_without_an_encoder_is_told(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no encoder\.json"):
         train(load(None, [*TINY, f"out={tmp_path}", f"model.encoder={tmp_path}"]))
+
+
+def test_several_classes_an_image(tmp_path):
+    """MedMNIST's layout with 4 labels an image, as ChestMNIST has 14."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, images in (("train", 48), ("val", 24), ("test", 24)):
+        labels = generator.integers(0, 2, (images, 4))
+        pixels = generator.integers(0, 60, (images, 16, 16, 3)) + 150 * labels[:, None, None, :3]
+        arrays |= {f"{split}_images": pixels.astype(np.uint8), f"{split}_labels": labels}
+    np.savez(tmp_path / "chest.npz", **arrays)
+    data = ["data={kind: medmnist, path: " + str(tmp_path / "chest.npz") + "}", "augment={recipe: none, size: 16}"]
+    changes = [*TINY[4:], *data, "method.loss=bce", "train.steps=60", f"out={tmp_path}", "optim.lr=1e-2"]
+    folder = train(load(None, [c for c in changes if not c.startswith("augment.size")]))
+    rows = [row for row in read_metrics(folder) if "val/auroc" in row]
+    assert rows[-1]["val/auroc"] > 0.8 > rows[0]["val/auroc"]  # three of four can be seen
+    assert read_predictions(folder).labels.shape == (24, 4)
