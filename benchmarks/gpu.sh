@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one call of at most 25 minutes: the GPU tests, selfcheck, the losses beside the
-# peers and FlexAttention, large batches, and a training run. From the checkout, in its environment:
+# peers and FlexAttention, large batches, and a training run with its evaluation. From the checkout, in its environment:
 #
 #   bash benchmarks/gpu.sh [FOLDER]                  prints; sections for RESULTS.md and a log go to FOLDER
-#   PARTS="tests losses" bash benchmarks/gpu.sh      only some of: tests selfcheck losses large train
+#   PARTS="tests losses" bash benchmarks/gpu.sh      only some of: tests selfcheck losses large train evaluate
 #   PBC28=pbc28.npz bash benchmarks/gpu.sh           trains on these images instead of synthetic ones
 set -uo pipefail
 
@@ -13,7 +13,7 @@ mkdir -p "$out"
 status=0
 
 part() { # NAME SECONDS COMMAND ...
-  [[ " ${PARTS:-tests selfcheck losses large train} " == *" $1 "* ]] || return 0
+  [[ " ${PARTS:-tests selfcheck losses large train evaluate} " == *" $1 "* ]] || return 0
   echo "== $1"
   timeout --signal=INT --kill-after=30 "$2" "${@:3}" 2>&1 | tee -a "$out/$1.log" || status=1
 }
@@ -28,6 +28,7 @@ if [[ -n ${PBC28:-} ]]; then
 else
   images=(data.train=20000 data.size=64 augment.size=64 model.backbone=resnet18 model.stem=small)
 fi
-part train 540 accelerate launch --config_file launch/gpu1.yaml -m sslcells.train "${images[@]}" \
+part train 480 accelerate launch --config_file launch/gpu1.yaml -m sslcells.train "${images[@]}" \
   name=gpu out="$out/runs" train.precision=bf16 train.global_batch=1024 train.workers=12 train.epochs=60 log.tracker=none
+part evaluate 60 python -m sslcells.evaluate "$out/runs/gpu" evaluate.bootstrap=200
 exit "$status"

@@ -296,7 +296,7 @@ class _Meter:
         self._began = self._looked = time.monotonic()
         console, already = self._console, f", {self._before} of them already" if self._before else ""
         console.print(
-            f"{self._embeddings.root}: {self._embeddings.count} images{already}; {distributed.world()} ranks",
+            f"{self._embeddings.root}: {self._embeddings.count} images{already}; {distributed.world()} rank{'s' * (distributed.world() > 1)}",
             markup=False,
             soft_wrap=True,
         )
