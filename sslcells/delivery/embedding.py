@@ -295,8 +295,9 @@ class _Meter:
     def __enter__(self) -> "_Meter":
         self._began = self._looked = time.monotonic()
         console, already = self._console, f", {self._before} of them already" if self._before else ""
+        ranks = f"{distributed.world()} rank{'s' * (distributed.world() > 1)}"
         console.print(
-            f"{self._embeddings.root}: {self._embeddings.count} images{already}; {distributed.world()} rank{'s' * (distributed.world() > 1)}",
+            f"{self._embeddings.root}: {self._embeddings.count} images{already}; {ranks}",
             markup=False,
             soft_wrap=True,
         )
