@@ -30,6 +30,7 @@ def finish(process, seconds=240):
     return out
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one(tmp_path):
     arguments = [*TINY, *NO_BATCHNORM, f"out={tmp_path}", "train.steps=6", "log.every=1"]
     two = start(*LAUNCH, "-m", "sslcells.train", *arguments, "name=two")

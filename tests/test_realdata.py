@@ -24,6 +24,7 @@ def losses(folder):
     return [row["loss"] for row in read_metrics(folder) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_blood_cells_as_they_are_downloaded(realdata, tmp_path):
     changes = [f"data.path={realdata / 'blood-cells'}", f"data.sources={realdata / 'blood-cells' / 'sources.csv'}"]
     folder = train(load(None, [*BLOOD, *changes, *SMALL, *SHORT, f"out={tmp_path}"]))
@@ -32,6 +33,7 @@ def test_blood_cells_as_they_are_downloaded(realdata, tmp_path):
     assert 0.2 < read_metrics(folder)[-1]["knn/top1"] < 1
 
 
+@pytest.mark.slow
 def test_pbc28(realdata, tmp_path):
     changes = ["data.kind=medmnist", f"data.path={realdata / 'pbc28.npz'}"]
     folder = train(load(None, [*changes, *SMALL, *SHORT, f"out={tmp_path}"]))

@@ -144,6 +144,7 @@ def tiffs(tmp_path):
     return root
 
 
+@pytest.mark.slow
 def test_from_a_folder_of_five_channels_to_embeddings(tmp_path, tiffs, capsys):
     run = load(
         "configs/channels_folder.yaml",
