@@ -83,11 +83,10 @@ FREE = {"train.workers", "train.device", "train.timeout", "log", "evaluate", "co
 """What may change when a run goes on: nothing of it changes what is learned."""
 
 
-def _same_run(run: Run) -> None:
-    """Raise a ConfigError unless the folder's configuration decides the same training."""
-    path = run.folder / "config.yaml"
-    before, now = load(str(path)).model_dump(mode="json"), run.model_dump(mode="json")
-    changed = [
+def changed(run: Run) -> list[str]:
+    """What of a run is not as the configuration in its folder says, and decides the training; read for a person."""
+    before, now = load(str(run.folder / "config.yaml")).model_dump(mode="json"), run.model_dump(mode="json")
+    different = [
         f"{section}.{key}: {before[section].get(key)!r} → {now[section].get(key)!r}"
         for section in now
         if isinstance(now[section], dict) and section not in FREE
@@ -95,9 +94,14 @@ def _same_run(run: Run) -> None:
         if before[section].get(key) != now[section].get(key) and f"{section}.{key}" not in FREE
     ]
     if before["seed"] != now["seed"]:
-        changed.append(f"seed: {before['seed']} → {now['seed']}")
-    if changed:
+        different.append(f"seed: {before['seed']} → {now['seed']}")
+    return different
+
+
+def _same_run(run: Run) -> None:
+    """Raise a ConfigError unless the folder's configuration decides the same training."""
+    if different := changed(run):
         raise ConfigError(
-            f"{run.folder} holds a run with another configuration ({'; '.join(changed)}); choose another name=, "
-            f"or go on with the one it has: --config {path}"
+            f"{run.folder} holds a run with another configuration ({'; '.join(different)}); choose another name=, "
+            f"or go on with the one it has: --config {run.folder / 'config.yaml'}"
         )

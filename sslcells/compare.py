@@ -17,19 +17,19 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from sslcells import __version__, distributed
+from sslcells.claim import changed
 from sslcells.config import ConfigError, Run, load, validated
 from sslcells.data import ImageSet
 from sslcells.data.subset import labelled_part
 from sslcells.evaluation.classifier import FILE, Said, read_predictions
 from sslcells.evaluation.gallery import Picture
 from sslcells.evaluation.pictures import fractions_plot, model_curves
-from sslcells.evaluation.report import Table, document, say_table, section_of
+from sslcells.evaluation.report import Table, document, say_table, section_of, write
 from sslcells.evaluation.scores import Units, of_classes, of_ranking
 from sslcells.evaluation.sheets import Image, prediction_sheet
 from sslcells.metrics import read_metrics
 from sslcells.models import files
 from sslcells.plan import open_run
-from sslcells.storage import whole
 from sslcells.train import train
 
 MODELS = {"supervised": "from scratch", "probe": "frozen encoder", "fine-tuned": "from the encoder"}
@@ -77,10 +77,10 @@ def compare(run: Run) -> dict[str, Any]:
     shown = table(result)
     say_table(Console(highlight=False, width=160), shown)
     pictures = draw(run, said, splits[run.evaluate.split])
-    _write(run.folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write(run.folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     about = f"sslcells {__version__}, {run.model.backbone}, {run.method.name}"  # type: ignore[attr-defined]
     body = section_of("Three models", [shown], pictures)
-    _write(run.folder / REPORT, document(f"{run.name}: what labels are worth", about, body))
+    write(run.folder / REPORT, document(f"{run.name}: what labels are worth", about, body))
     print(f"{run.folder / RESULTS}, {REPORT}; {result['made']['seconds']:.0f} s")
     return result
 
@@ -181,12 +181,9 @@ def _finished(run: Run, file: str) -> bool:
     config = run.folder / "config.yaml"
     if not (run.folder / file).is_file() or not config.is_file():
         return False
-    free = {"log", "checkpoint", "compare", "resume", "out"}
-    before, now = (r.model_dump(mode="json", exclude=free) for r in (load(str(config)), run))
-    for tree in (before, now):
-        tree["train"] = {k: v for k, v in tree["train"].items() if k not in ("workers", "device", "timeout")}
-        tree["evaluate"] = {k: tree["evaluate"][k] for k in ("split", "max_images")}
-    return before == now
+    asked = load(str(config)).evaluate
+    same = (asked.split, asked.max_images) == (run.evaluate.split, run.evaluate.max_images)
+    return same and not changed(run)
 
 
 def rows(said: Sequence[tuple[Part, Said]]) -> list[dict[str, Any]]:
@@ -263,13 +260,6 @@ def draw(run: Run, said: Sequence[tuple[Part, Said]], images: ImageSet) -> list[
         caption = "Test images with the true class, and what each model says with which confidence."
         drawn.append(Picture("Predictions", path, caption))
     return drawn
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        whole(file, lambda opened: opened.write(text.encode()))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error}") from None
 
 
 if __name__ == "__main__":

@@ -23,11 +23,10 @@ from sslcells.evaluation.figures import Figures
 from sslcells.evaluation.gallery import Picture, draw
 from sslcells.evaluation.health import alignment
 from sslcells.evaluation.leaks import COPIES, Look, copies, digests, histograms, leaks
-from sslcells.evaluation.report import page, say_figures, say_leaks
+from sslcells.evaluation.report import page, say_figures, say_leaks, write
 from sslcells.evaluation.sheets import Image
 from sslcells.metrics import METRICS, note_steps, read_metrics
 from sslcells.models import files
-from sslcells.storage import whole
 
 RESULTS, REPORT = "evaluation.json", "report.html"
 
@@ -50,8 +49,8 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[st
     if result:
         seconds = round(time.perf_counter() - began, 1)
         result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": distributed.world()}
-        _write(folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        _write(folder / REPORT, page(result, [*_of_training(folder), *pictures]))
+        write(folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write(folder / REPORT, page(result, [*_of_training(folder), *pictures]))
         print(f"{folder / RESULTS}, {REPORT}: everything above, and pictures; {seconds:.0f} s")
         _log(folder, result, pictures)
     return result
@@ -243,13 +242,6 @@ def one_thread() -> Iterator[None]:
 
 def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        whole(file, lambda opened: opened.write(text.encode()))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error}") from None
 
 
 if __name__ == "__main__":

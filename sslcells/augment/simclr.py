@@ -1,37 +1,29 @@
 """SimCLR's augmentation for natural images, arXiv 2002.05709, appendix A: crop, flip, colour, grey, blur."""
 
 import math
-from typing import Literal, Self
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
+from sslcells.augment._crops import Crops
 from sslcells.augment._draws import Draws
 from sslcells.augment._operations import blur, colour_jitter, grey, odd, on_some, warp
-from sslcells.config import Recipe
 
 
-class Config(Recipe):
+class Config(Crops):
     """Defaults as in the paper."""
 
     recipe: Literal["simclr"] = "simclr"
     min_scale: float = Field(0.08, gt=0, le=1)
     """Smallest crop, as a part of the image's area."""
-    max_scale: float = Field(1.0, gt=0, le=1)
-    """Largest crop."""
     strength: float = Field(1.0, ge=0, le=1.25)
     """Of the colour distortion, s in the paper; it uses 0.5 on CIFAR-10."""
     blur: float = Field(0.5, ge=0, le=1)
     """Probability of the blur; the paper leaves it out on CIFAR-10."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of the mirror image."""
-
-    @model_validator(mode="after")
-    def _scales(self) -> Self:
-        if self.min_scale > self.max_scale:
-            raise ValueError(f"min_scale={self.min_scale} is above max_scale={self.max_scale}")
-        return self
 
 
 def views(config: Config, x: Tensor, draws: Draws) -> Tensor:

@@ -3,12 +3,15 @@
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from sslcells.config import ConfigError
 from sslcells.evaluation.gallery import Picture
+from sslcells.storage import whole
 
 CLASSIFIERS = ("kNN", "linear probe", "fine-tuning", "few-shot")
 
@@ -184,6 +187,18 @@ def document(title: str, about: str, body: Sequence[str]) -> str:
     )
     lines = "\n".join([f"<h1>{escape(title)}</h1>", f'<p class="made">{escape(about)}</p>', *body])
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{lines}\n</body></html>\n'
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file whole, or not at all.
+
+    Raises:
+        ConfigError: where it cannot be written.
+    """
+    try:
+        whole(file, lambda opened: opened.write(text.encode()))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error}") from None
 
 
 def _html(table: Table) -> str:

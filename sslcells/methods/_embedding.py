@@ -1,4 +1,4 @@
-"""What the methods of metric learning share: the embedding head, and who is whose positive."""
+"""What methods share: the head whose output are the rows, and who is whose positive."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ Positive = Literal["view", "label", "source"]
 
 
 class Head(Section):
-    """The embedding head."""
+    """The head whose output are the rows."""
 
     hidden: int = Field(256, ge=1)
     """Width of the head's hidden layers."""
@@ -25,6 +25,17 @@ class Head(Section):
     """Linear maps in the head; 1 for a linear embedding."""
     norm: Norm = "batch"
     """Normalisation in the head."""
+
+
+class WideHead(Head):
+    """One for losses on the dimensions of the rows."""
+
+    hidden: int = Field(512, ge=1)
+    """Width of the head's hidden layers."""
+    dimension: int = Field(512, ge=2)
+    """D, the width of a row; the loss takes memory for D² numbers, and gains from a wide one (8192 in the paper)."""
+    layers: int = Field(3, ge=1)
+    """Linear maps in the head."""
 
 
 class Embedding(methods.Method):

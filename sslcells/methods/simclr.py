@@ -6,14 +6,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sslcells import methods
-from sslcells.config import Section
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
-from sslcells.models.heads import Norm, projection
+from sslcells.methods._embedding import Embedding, Head
 
 
-class Config(Section):
+class Config(Head):
     """Loss and projection head."""
 
     name: Literal["simclr"] = "simclr"
@@ -29,14 +27,6 @@ class Config(Section):
     """With hard_negative: how much more a similar negative weighs; 0 for the debiased loss alone."""
     same_source: Literal["negative", "ignore", "positive"] = "negative"
     """What another image of the same source is: a negative, left out of the negatives, or a positive."""
-    hidden: int = Field(256, ge=1)
-    """Width of the head's hidden layers."""
-    dimension: int = Field(128, ge=2)
-    """D, the width of a row."""
-    layers: int = Field(2, ge=1)
-    """Linear maps in the head."""
-    norm: Norm = "batch"
-    """Normalisation in the head."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -47,21 +37,13 @@ class Config(Section):
         return self
 
 
-class Method(methods.Method):
+class Method(Embedding):
     """A projection head and NT-Xent."""
 
-    views = 2
-
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
-        super().__init__()
-        self.head = projection(features, config.hidden, config.dimension, config.layers, config.norm)
+        super().__init__(config, features, views=2)
         self._same_source = config.same_source
         self._loss = _loss(config)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(2B, F) → (2B, D)."""
-        rows: Tensor = self.head(features)
-        return rows
 
     def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """NT-Xent of the two views; SupCon's loss by source where images of one source are positives."""
