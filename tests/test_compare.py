@@ -4,6 +4,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+from trained import SMALL
 
 from sslcells import compare as module
 from sslcells.cli import main
@@ -13,13 +14,7 @@ from sslcells.evaluation.classifier import read_predictions
 from sslcells.plan import open_run
 
 TINY = [
-    "data.size=32",
-    "data.train=60",
-    "data.val=20",
-    "data.test=20",
-    "augment.size=32",
-    "model.backbone=small_cnn",
-    "model.args={width: 8}",
+    *SMALL,
     "method.hidden=16",
     "train.global_batch=16",
     "train.steps=4",

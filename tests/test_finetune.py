@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from trained import SMALL
 
 from sslcells.config import ConfigError, load
 from sslcells.evaluation.classifier import read_predictions
@@ -11,13 +12,7 @@ from sslcells.metrics import read_metrics
 from sslcells.train import train
 
 TINY = [
-    "data.size=32",
-    "data.train=60",
-    "data.val=20",
-    "data.test=20",
-    "augment.size=32",
-    "model.backbone=small_cnn",
-    "model.args={width: 8}",
+    *SMALL,
     "method.name=supervised",
     "train.global_batch=16",
     "train.steps=4",
@@ -104,8 +99,9 @@ def test_several_classes_an_image(tmp_path):
         arrays |= {f"{split}_images": pixels.astype(np.uint8), f"{split}_labels": labels}
     np.savez(tmp_path / "chest.npz", **arrays)
     data = ["data={kind: medmnist, path: " + str(tmp_path / "chest.npz") + "}", "augment={recipe: none, size: 16}"]
-    changes = [*TINY[4:], *data, "method.loss=bce", "train.steps=60", f"out={tmp_path}", "optim.lr=1e-2"]
-    folder = train(load(None, [c for c in changes if not c.startswith("augment.size")]))
+    rest = [change for change in TINY if not change.startswith(("data.", "augment."))]
+    changes = [*rest, *data, "method.loss=bce", "train.steps=60", f"out={tmp_path}", "optim.lr=1e-2"]
+    folder = train(load(None, changes))
     rows = [row for row in read_metrics(folder) if "val/auroc" in row]
     assert rows[-1]["val/auroc"] > 0.8 > rows[0]["val/auroc"]  # three of four can be seen
     assert read_predictions(folder).labels.shape == (24, 4)

@@ -11,6 +11,17 @@ from sslcells.data import reading
 from sslcells.data._smear import draw_smear
 from sslcells.models import files
 
+SMALL = [
+    "data.size=32",
+    "data.train=60",
+    "data.val=20",
+    "data.test=20",
+    "augment.size=32",
+    "model.backbone=small_cnn",
+    "model.args={width: 8}",
+]
+"""Drawn cells and a network that are trained in a second."""
+
 
 def make_run(folder: Path, *overrides: str, channels: int = 3, seed: int = 0) -> Path:
     """A run's folder with an untrained encoder whose BatchNorm statistics are not those of a new one."""
