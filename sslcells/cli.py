@@ -121,10 +121,16 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--known", metavar="CSV", help="columns path and source: print precision and recall against them")
     sub.add_argument("--inliers", type=int, default=12, metavar="N", help="details that two images must share (12)")
     sub.add_argument("--neighbours", type=int, default=20, metavar="N", help="by colour, compared with each (20)")
+    words = "pairs of groups, compared with one another at the end (100000)"
+    sub.add_argument("--between", type=int, default=100_000, metavar="N", help=words)
     sub = commands.add_parser("sync", help="send runs to W&B, as far as it has not got them yet")
     sub.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, such as runs/quickstart")
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args([command, *argv] if command else argv)
+    args, rest = parser.parse_known_args([command, *argv] if command else argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest  # argparse takes one run of them, before or after the options
     return _guarded(lambda: _COMMANDS[args.command](args))
 
 
@@ -239,7 +245,7 @@ def _search(args: argparse.Namespace) -> None:
 def _sources(args: argparse.Namespace) -> None:
     from sslcells.delivery.sources import sources
 
-    sources(args.images, args.out, args.known, args.inliers, args.neighbours)
+    sources(args.images, args.out, args.known, args.inliers, args.neighbours, args.between)
 
 
 _COMMANDS = {

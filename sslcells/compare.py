@@ -77,7 +77,7 @@ def compare(run: Run) -> dict[str, Any]:
     shown = table(result)
     say_table(Console(highlight=False, width=160), shown)
     pictures = draw(run, said, splits[run.evaluate.split])
-    write(run.folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write(run.folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     about = f"sslcells {__version__}, {run.model.backbone}, {run.method.name}"  # type: ignore[attr-defined]
     body = section_of("Three models", [shown], pictures)
     write(run.folder / REPORT, document(f"{run.name}: what labels are worth", about, body))
@@ -106,7 +106,7 @@ def fine_tuned(folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, An
     out = []
     for row in rows([(part, read_predictions(part.run.folder)) for part in parts]):
         means = {key: score["mean"] for key, score in row["scores"].items() if key != "loss"}
-        scores = {key: {"value": v if np.isfinite(v) else None, "low": None, "high": None} for key, v in means.items()}
+        scores = {key: {"value": value, "low": None, "high": None} for key, value in means.items()}
         name = f"{100 * row['fraction']:g} % of the labels, {run.compare.seeds} seeds"
         found = {"task": "fine-tuning", "name": name, "unit": row["unit"], "images": row["images"], "scores": scores}
         spread = row["scores"].get("accuracy", {}).get("sd")
@@ -194,14 +194,17 @@ def rows(said: Sequence[tuple[Part, Said]]) -> list[dict[str, Any]]:
         words = [words for part, words in said if (part.model, part.fraction) == (model, fraction)]
         for unit in Units(words[0].sources, 0).names if words[0].labels.ndim == 1 else ["image"]:
             each = [_scores(w, unit) for w in words]
-            scores = {
-                key: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1)) if len(v) > 1 else None}
-                for key in each[0]
-                if (v := [e[key] for e in each])
-            }
+            scores = {key: _over_seeds([e[key] for e in each]) for key in each[0]}
             images = len(words[0].labels)
             out.append({"model": model, "fraction": fraction, "unit": unit, "images": images, "scores": scores})
     return out
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and sample standard deviation; none where a score has no value, as where a class has no image."""
+    if not np.isfinite(values).all():
+        return {"mean": None, "sd": None}
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
 def _scores(said: Said, unit: str) -> dict[str, float]:
@@ -228,7 +231,7 @@ def table(result: Mapping[str, Any]) -> Table:
 
 
 def _cell(metric: str, score: Mapping[str, float | None] | None) -> str:
-    if score is None or score["mean"] is None or np.isnan(score["mean"]):
+    if score is None or score["mean"] is None:
         return "–"
     scale, digits = (1, 3) if metric == "loss" else (100, 1)
     sd = "" if score["sd"] is None else f" ± {scale * score['sd']:.{digits}f}"

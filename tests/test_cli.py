@@ -23,6 +23,20 @@ def test_check_prints_a_tree_that_reads_back_and_what_follows(capsys, tmp_path):
     assert "memory of the loss" in consequences
 
 
+def test_changes_may_stand_on_both_sides_of_an_option(capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text("optim: {lr: 0.5}\n")
+    arguments = [*SMALL, "optim.lr=0.25", "--config", str(tmp_path / "a.yaml"), "name=after", "optim.lr=0.125"]
+    assert main("train", ["--check", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "name: after" in out
+    assert "lr: 0.125" in out
+    for wrong in (["train", "name=x", "--chek", "name=y"], ["export", "run", "another"]):
+        with pytest.raises(SystemExit) as status:
+            main(None, wrong)
+        assert status.value.code == 2
+        assert f"unrecognized arguments: {wrong[2]}" in capsys.readouterr().err
+
+
 def test_check_says_what_micro_batches_change(capsys):
     assert main("train", ["--check", *SMALL, "train.micro_batch=4"]) == 0
     assert "BatchNorm" in capsys.readouterr().out

@@ -100,6 +100,23 @@ def test_mistakes_are_named_before_anything_is_trained(tmp_path, changes, messag
         compare(run)
 
 
+def test_where_the_split_has_one_class_there_is_no_ranking(compared, monkeypatch, capsys):
+    """The AUROC does not exist then; the file says so in JSON's words."""
+    run, _ = compared
+    real = module.read_predictions
+
+    def of_one_class(folder):
+        said = real(folder)
+        return said._replace(labels=said.labels * 0)
+
+    monkeypatch.setattr(module, "read_predictions", of_one_class)
+    scores = compare(run)["models"][0]["scores"]
+    assert scores["AUROC"] == {"mean": None, "sd": None}
+    assert scores["accuracy"]["mean"] is not None
+    assert "–" in capsys.readouterr().out
+    assert "NaN" not in (run.folder / "comparison.json").read_text(encoding="utf-8")
+
+
 def test_fine_tuning_needs_a_finished_run(tmp_path, capsys):
     assert main(None, ["evaluate", "--fine-tune", str(tmp_path)]) == 2
     assert "is not the folder of a finished run" in capsys.readouterr().err

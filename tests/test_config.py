@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
+from omegaconf import OmegaConf
 
-from sslcells.config import PLUGINS, ConfigError, dump, load
+from sslcells.config import PLUGINS, ConfigError, Run, Section, dump, load
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -35,6 +37,34 @@ def test_an_override_replaces_a_whole_mapping(tmp_path):
     (tmp_path / "a.yaml").write_text("model: {args: {width: 8}}\n")
     assert load(str(tmp_path / "a.yaml"), ["model.args={depth: 2}"]).model.args == {"depth": 2}
     assert load(str(tmp_path / "a.yaml"), ["model.args.depth=2"]).model.args == {"depth": 2, "width": 8}
+
+
+def sections():
+    """Every section that a configuration can have."""
+    found, left = {}, [Run, *(plugin.config(name) for plugin in PLUGINS.values() for name in plugin.names())]
+    while left:
+        section = left.pop()
+        if section not in found:
+            found[section] = True
+            kinds = [field.annotation for field in section.model_fields.values()]
+            left += [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+    return list(found)
+
+
+def words(kind):
+    """The strings that a type allows."""
+    if get_origin(kind) is Literal:
+        return [word for word in get_args(kind) if isinstance(word, str)]
+    return [word for part in get_args(kind) for word in words(part)]
+
+
+def test_no_choice_is_read_as_something_else():
+    """YAML reads words such as `no`, `on` and `null` as no words."""
+    fields = [(s.__name__, key, field.annotation) for s in sections() for key, field in s.model_fields.items()]
+    choices = {(name, key, word) for name, key, kind in fields for word in words(kind)}
+    assert len(choices) > 50
+    changed = [choice for choice in choices if OmegaConf.create(f"x: {choice[2]}").x != choice[2]]
+    assert changed == [("Train", "precision", "no")]  # the next test
 
 
 def test_precision_no_is_not_false(tmp_path):

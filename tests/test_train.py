@@ -115,6 +115,8 @@ def signalled_in(step, number):
         ([], (3, 9)),
         pytest.param(["train.micro_batch=4", "train.workers=1"], (6,), marks=pytest.mark.slow),
         pytest.param(["optim.warmup_epochs=2", "method.name=triplet"], (7,), marks=pytest.mark.slow),
+        (["sampler.kind=balanced", "train.epochs=2"], (7,)),
+        pytest.param(["sampler.kind=classes", "sampler.per_class=4"], (8,), marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_goes_on_exactly(tmp_path, changes, steps):

@@ -179,4 +179,6 @@ def _reason(error: Exception, file: str) -> str:
         return "not an image" if os.path.getsize(file) else "empty file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if "imagecodecs" in str(error):
+        return f"{error}: pip install 'sslcells[tiff]'"
     return str(error) or type(error).__name__

@@ -1,8 +1,9 @@
-"""`sslcells sources`: which images of a folder were made from one photograph, where no name says so.
+"""`sslcells sources`: which images of a folder show one place of a slide, where no name says so.
 
-Turned, mirrored, shifted and cropped copies keep the photograph's colours and its details. Neighbours by colour are
+Turned, mirrored, shifted and cropped copies of a photograph keep its colours and its details. Neighbours by colour are
 candidates; SIFT features (Lowe 2004, doi 10.1023/B:VISI.0000029664.99615.94) of both, matched in RootSIFT's distance
-and checked by RANSAC for one rotation, scale and shift that maps them, decide; pairs that pass make groups.
+and checked by RANSAC for one rotation, scale and shift that maps them, decide; pairs that pass make groups. Then the
+groups are compared with one another, whatever their colours: one place may have been photographed twice.
 """
 
 import csv
@@ -11,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from sslcells.config import ConfigError, extra
 from sslcells.data import Decoder, Unreadable, read_table
@@ -32,8 +35,8 @@ _FEATURES = 300
 _RATIO, _REACH = 0.8, 6.0
 """Lowe's ratio test; pixels that a mapped feature may lie off."""
 _SCALES = 0.5, 2.0
-_IN_VAIN = 5
-"""Pairs of two groups that fail before no other pair of them is tried."""
+_IN_VAIN, _BETWEEN = 5, 3
+"""Pairs of two groups that fail before no other pair of them is tried: of neighbours by colour, and of all groups."""
 _BLOCK = 512
 _SHOWN = 6
 """Pairs of each kind on the picture."""
@@ -77,20 +80,25 @@ def sources(
     known: str | None = None,
     inliers: int = 12,
     neighbours: int = 20,
+    between: int = 100_000,
     say: Callable[[str], None] = print,
 ) -> Sources:
     """Group a folder's images by photograph; write sources.csv (path, source, inliers) and sources.png into `out`.
 
-    A group is named by its first image. `known` names a CSV with columns path and source, against which pairs of images
-    of one source are counted: precision and recall.
+    A group is named by its first image. `between` is how many pairs of groups are compared with one another at the end,
+    nearest by colour first: 3 pairs of images each. `known` names a CSV with columns path and source, against which
+    pairs of images of one source are counted: precision and recall.
 
     Raises:
         ConfigError: where the folder holds no images, the extra `sources` is not installed, or `known` is no such CSV.
     """
+    for option, value, least in (("--inliers", inliers, 4), ("--neighbours", neighbours, 1), ("--between", between, 0)):
+        if value < least:
+            raise ConfigError(f"{option} {value} should be at least {least}")
     root = Path(folder)
     names = list_images(root)
     table = read_table(Path(known), "path", "source") if known else None
-    found = group([root / name for name in names], names, inliers, neighbours, say)
+    found = group([root / name for name in names], names, inliers, neighbours, between, say)
     target = Path(out or ".")
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -110,9 +118,17 @@ def sources(
 
 
 def group(
-    files: Sequence[Path], names: Sequence[str], inliers: int, neighbours: int, say: Callable[[str], None]
+    files: Sequence[Path],
+    names: Sequence[str],
+    inliers: int,
+    neighbours: int,
+    between: int,
+    say: Callable[[str], None],
 ) -> Sources:
-    """Groups of images that share at least `inliers` details, each compared with `neighbours` nearest by colour."""
+    """Groups of images that share at least `inliers` details, each compared with `neighbours` nearest by colour.
+
+    Then `between` pairs of these groups are compared.
+    """
     cv2 = extra("cv2", "sources", "finding the sources of images")
     cv2.setNumThreads(1)
     decoder = Decoder(channels=3, size=None, fit="crop", intensity="percentile")
@@ -131,8 +147,16 @@ def group(
         say(f"{len(kept):,} images read; comparing")
         details = [detail for _, (_, detail) in kept]
         colours = np.stack([colour for _, (colour, _) in kept]) if kept else np.zeros((0, 1), np.float32)
-        joined = _join(cv2, details, torch.from_numpy(colours), inliers, neighbours, pool, 4 * threads)
-    return Sources([name for name, _ in kept], *joined[:2], unreadable, *joined[2:])
+        joining = Joining(cv2, details, inliers, pool, 4 * threads)
+        tensor = torch.from_numpy(colours)
+        joining.run(_candidates(tensor, neighbours), _IN_VAIN)
+        groups = joining.groups()
+        among, nearest = len(groups) * (len(groups) - 1) // 2, _nearest_groups(tensor, groups, between)
+        say(f"{len(groups):,} groups; comparing {len(nearest):,} of {among:,} pairs of groups")
+        joining.run(_pairs_between(tensor, groups, nearest), _BETWEEN)
+    return Sources(
+        [name for name, _ in kept], joining.of_each(), joining.best, unreadable, joining.passed, joining.failed
+    )
 
 
 def _look(cv2: Any, pixels: Image) -> tuple[Floats, Details]:
@@ -153,72 +177,107 @@ def _look(cv2: Any, pixels: Image) -> tuple[Floats, Details]:
     return colour, Details((places[0], places[1]), (whats[0], whats[1]))
 
 
-def _join(
-    cv2: Any,
-    details: Sequence[Details],
-    colours: Tensor,
-    inliers: int,
-    neighbours: int,
-    pool: ThreadPoolExecutor,
-    ahead: int,
-) -> tuple[list[int], list[int], list[Pair], list[Pair]]:
-    """Groups, best pairs, and the pairs that passed and failed; pairs of one group are not compared again."""
-    parent, best = list(range(len(details))), [0] * len(details)
-    passed: list[Pair] = []
-    failed: list[Pair] = []
-    vain: Counter[tuple[int, int]] = Counter()
+class Joining:
+    """Images on their way into groups, by comparing pairs of them; pairs of one group are not compared again."""
 
-    def first(i: int) -> int:
+    def __init__(
+        self, cv2: Any, details: Sequence[Details], inliers: int, pool: ThreadPoolExecutor, ahead: int
+    ) -> None:
+        self._cv2, self._details, self._inliers, self._pool, self._ahead = cv2, details, inliers, pool, ahead
+        self._parent = list(range(len(details)))
+        self.best = [0] * len(details)
+        """as in Sources, and so the two that follow"""
+        self.passed: list[Pair] = []
+        self.failed: list[Pair] = []
+
+    def run(self, candidates: Iterator[tuple[int, int]], patience: int) -> None:
+        """Compare the candidates, but no more of two groups when `patience` of theirs have failed."""
+        vain: Counter[tuple[int, int]] = Counter()
+        while True:
+            batch: list[tuple[int, int]] = []
+            for pair in candidates:
+                both = self._both(*pair)
+                if both[0] != both[1] and vain[both] < patience:
+                    batch.append(pair)
+                if len(batch) == self._ahead:
+                    break
+            if not batch:
+                return
+            for compared in self._pool.map(self._compare, batch):
+                both = self._both(compared.one, compared.other)
+                if compared.inliers >= self._inliers:
+                    self._parent[both[1]] = both[0]
+                    self.passed.append(compared)
+                    for i in (compared.one, compared.other):
+                        self.best[i] = max(self.best[i], compared.inliers)
+                else:
+                    self.failed.append(compared)
+                    vain[both] += 1
+
+    def of_each(self) -> list[int]:
+        """Of each image the first of its group."""
+        return [self._first(i) for i in range(len(self._parent))]
+
+    def groups(self) -> list[list[int]]:
+        """The images of each group."""
+        members: dict[int, list[int]] = {}
+        for i, first in enumerate(self.of_each()):
+            members.setdefault(first, []).append(i)
+        return list(members.values())
+
+    def _first(self, i: int) -> int:
+        parent = self._parent
         while parent[i] != i:
             parent[i] = i = parent[parent[i]]
         return i
 
-    def groups(i: int, j: int) -> tuple[int, int]:
-        a, b = first(i), first(j)
+    def _both(self, i: int, j: int) -> tuple[int, int]:
+        a, b = self._first(i), self._first(j)
         return min(a, b), max(a, b)
 
-    def compare(pair: tuple[int, int]) -> Pair:
-        return Pair(*pair, shared(cv2, details[pair[0]], details[pair[1]]))
-
-    candidates = _candidates(colours, neighbours)
-    while True:
-        batch: list[tuple[int, int]] = []
-        for pair in candidates:
-            both = groups(*pair)
-            if both[0] != both[1] and vain[both] < _IN_VAIN:
-                batch.append(pair)
-            if len(batch) == ahead:
-                break
-        if not batch:
-            return [first(i) for i in range(len(details))], best, passed, failed
-        for compared in pool.map(compare, batch):
-            both = groups(compared.one, compared.other)
-            if compared.inliers >= inliers:
-                parent[both[1]] = both[0]
-                passed.append(compared)
-                for i in (compared.one, compared.other):
-                    best[i] = max(best[i], compared.inliers)
-            else:
-                failed.append(compared)
-                vain[both] += 1
+    def _compare(self, pair: tuple[int, int]) -> Pair:
+        return Pair(*pair, shared(self._cv2, self._details[pair[0]], self._details[pair[1]]))
 
 
 def _candidates(colours: Tensor, neighbours: int) -> Iterator[tuple[int, int]]:
     """Pairs of images that are neighbours by colour, nearest neighbours of all first; each pair once."""
-    near = []
-    for start in range(0, len(colours), _BLOCK):
-        cosine = colours[start : start + _BLOCK] @ colours.T
-        rows = torch.arange(len(cosine))
-        cosine[rows, start + rows] = -1
-        near.append(cosine.topk(min(neighbours, len(colours) - 1)).indices)
-    index = torch.cat(near) if near else torch.zeros(0, 0, dtype=torch.int64)
     seen: set[tuple[int, int]] = set()
-    for column in index.T.tolist():
+    for column in _neighbours(colours, neighbours).T.tolist():
         for i, j in enumerate(column):
             pair = (min(i, j), max(i, j))
             if pair not in seen:
                 seen.add(pair)
                 yield pair
+
+
+def _nearest_groups(colours: Tensor, groups: Sequence[Sequence[int]], most: int) -> list[tuple[int, int]]:
+    """At most so many pairs of groups, by the cosine of their mean colours, nearest neighbours of all first."""
+    mean = torch.stack([colours[members].mean(0) for members in groups]) if groups else colours
+    each = -(-2 * most // max(1, len(groups)))  # neighbours of a group: every pair is met up to twice
+    return list(islice(_candidates(F.normalize(mean, dim=1), each), most))
+
+
+def _pairs_between(
+    colours: Tensor, groups: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """Of each pair of groups the images that are nearest by colour, each image in one pair."""
+    for a, b in pairs:
+        cosine = colours[groups[a]] @ colours[groups[b]].T
+        for _ in range(min(_BETWEEN, *cosine.shape)):
+            i, j = divmod(int(cosine.argmax()), cosine.shape[1])
+            cosine[i] = cosine[:, j] = -1
+            yield groups[a][i], groups[b][j]
+
+
+def _neighbours(rows: Tensor, count: int) -> Tensor:
+    """(N, F) of length 1 → (N, up to `count`): the rows with the largest cosine to each."""
+    near = []
+    for start in range(0, len(rows), _BLOCK):
+        cosine = rows[start : start + _BLOCK] @ rows.T
+        at = torch.arange(len(cosine))
+        cosine[at, start + at] = -1
+        near.append(cosine.topk(min(count, len(rows) - 1)).indices)
+    return torch.cat(near) if near else torch.zeros(0, 0, dtype=torch.int64)
 
 
 def shared(cv2: Any, one: Details, other: Details) -> int:

@@ -21,7 +21,7 @@ class Config(Centres):
     """How far from the boundary, on either side, a pair must be; rows have length 1."""
     boundary: float = Field(1.2, gt=0, lt=2)
     """The distance that parts near from far, at first."""
-    learn: Literal["no", "one", "per_class"] = "per_class"
+    learn: Literal["none", "one", "per_class"] = "per_class"
     """Whether the boundary is learned, and one for all or one for each class of the anchor."""
     nu: float = Field(0.0, ge=0)
     """How strongly a learned boundary is kept small."""
@@ -44,7 +44,7 @@ class Method(Embedding):
             config.margin,
             config.nu,
             config.boundary,
-            learn_beta=config.learn != "no",
+            learn_beta=config.learn != "none",
             num_classes=count if config.learn == "per_class" else None,
         )
 

@@ -1,5 +1,8 @@
 """TIFF files whose channels are no colours: where these are, how they are scaled, and from folder to embedding."""
 
+import importlib
+import sys
+
 import numpy as np
 import pytest
 import tifffile
@@ -45,6 +48,22 @@ def test_channels_first_or_last(tmp_path, channels, dtype):
             assert torch.equal(read(tmp_path, array, decoder(channels, "auto"), **options), want)
             if channels > 1:
                 assert torch.equal(read(tmp_path, array, decoder(channels, stack), **options), want)
+
+
+@pytest.mark.parametrize("compression", ["lzw", "jpegxl"])
+def test_compressions_that_need_imagecodecs(tmp_path, compression, monkeypatch):
+    pytest.importorskip("imagecodecs", reason="the extra `tiff` is not installed")
+    x = planes(5)
+    lossless = {"compressionargs": {"lossless": True}} if compression == "jpegxl" else {}
+    want = torch.from_numpy(np.rint(x / 65535 * 255).astype(np.uint8))
+    compressed = {"photometric": "minisblack", "compression": compression, **lossless}
+    assert torch.equal(read(tmp_path, x, decoder(5), **compressed), want)
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)  # as where it is not installed
+    for name in [name for name in sys.modules if name.startswith("tifffile")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("sslcells.data._decode.tifffile", importlib.import_module("tifffile"))
+    with pytest.raises(Unreadable, match=r"requires the 'imagecodecs' package: pip install 'sslcells\[tiff\]'"):
+        decoder(5)(str(tmp_path / "x.tif"))
 
 
 def test_pages_ome_and_samples_say_where_the_channels_are(tmp_path):

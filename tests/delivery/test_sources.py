@@ -63,6 +63,29 @@ def test_a_limit_that_none_reaches_leaves_all_alone(folder, tmp_path):
     assert not found.passed
 
 
+def test_a_place_photographed_twice_is_one_source(folder, tmp_path):
+    """In other colours it is nobody's neighbour: only the groups' comparison with one another finds it."""
+    both = tmp_path / "both"
+    both.mkdir()
+    for name in ("plain", "shifted", "smaller"):
+        for number in range(2):
+            with Image.open(folder / f"{name}_{number}.png") as image:
+                image.save(both / f"a_{name}_{number}.png")
+                if number == 0:
+                    Image.fromarray(np.asarray(image)[..., ::-1] // 2 + 90).save(both / f"b_{name}_{number}.png")
+    apart = sources(str(both), str(tmp_path), neighbours=2, between=0, say=lambda line: None)
+    together = sources(str(both), str(tmp_path), neighbours=2, say=lambda line: None)
+
+    def groups(found):
+        members = {}
+        for path, g in zip(found.paths, found.group, strict=True):
+            members.setdefault(g, set()).add((path[0], path[-5]))
+        return sorted(map(sorted, members.values()))
+
+    assert groups(apart) == [[("a", "0")], [("a", "1")], [("b", "0")]]
+    assert groups(together) == [[("a", "0"), ("b", "0")], [("a", "1")]]
+
+
 def test_precision_and_recall_count_pairs():
     found = Sources(["a", "b", "c", "d", "x"], [0, 0, 0, 3, 4], [], [], [], [])
     said = agreement(found, {"a": "1", "b": "1", "c": "2", "d": "2"})
@@ -78,7 +101,12 @@ def test_images_without_details_share_none():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["nowhere"], "no such folder"), ([".", "--known", "nowhere.csv"], "cannot be read")],
+    [
+        (["nowhere"], "no such folder"),
+        ([".", "--known", "nowhere.csv"], "cannot be read"),
+        ([".", "--inliers", "3"], "--inliers 3 should be at least 4"),
+        ([".", "--neighbours", "0"], "--neighbours 0 should be at least 1"),
+    ],
 )
 def test_mistakes_are_named(folder, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(folder)

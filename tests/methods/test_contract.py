@@ -51,7 +51,7 @@ VARIANTS = {
     ],
     "arcface": [{}, {"views": 2, "scale": 16}],
     "sphereface": [{"margin": 2}],
-    "margin": [{}, {"learn": "one", "views": 2, "nu": 0.1}, {"learn": "no"}],
+    "margin": [{}, {"learn": "one", "views": 2, "nu": 0.1}, {"learn": "none"}],
     "proxies": [{}, {"loss": "proxy_nca", "views": 2}],
 }
 CASES = [(name, options) for name in NAMES for options in VARIANTS.get(name, [{}])]
