@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from trained import make_run
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -92,3 +93,14 @@ def test_variants(tmp_path):
     supervised = ["method.name=supervised", "method.name=supervised method.loss=focal"]
     classes = table(printed("variants.py", *common[:-4], "--names", "1c", "1d", "--variants", *supervised))
     assert all(len(cells) == 4 for cells in classes.values())
+
+
+@pytest.mark.slow
+def test_search(tmp_path):
+    pytest.importorskip("faiss", reason="the faiss extra is not installed")
+    run = make_run(tmp_path / "run", "data.train=60", "data.val=0", "data.test=20")
+    rows = table(printed("search.py", str(run), "--sizes", "300", "12000", "--queries", "5"))
+    assert list(rows) == [(n, way) for n in ("300", "12,000") for way in ("every row", "FAISS")]
+    assert rows["300", "FAISS"][-2:] == rows["12,000", "every row"][-2:] == ["1.000", "1.000"]
+    assert 0.5 < float(rows["12,000", "FAISS"][-1]) <= 1
+    assert all(float(cell) > 0 for cells in rows.values() for cell in cells[2:6])
