@@ -107,13 +107,12 @@ def main() -> None:
             endless = views(encoder, augment, splits["train"])
             rows += measure(written(Path(folder) / str(size), endless, size, encoder.features), queries)
             print("\n".join(" ".join(row) for row in rows[-2:]), flush=True)
-    many = len(queries)
-    times = "1 query, s", "quicker", f"{many} queries, s", "quicker"
+    times = ["1 query, s", "quicker", f"{len(queries)} queries, s", "quicker"]
     columns = ["rows", "way", "index made, s", "index, MiB", *times, "recall@1", f"recall@{K}"]
     table = markdown(columns, rows)
     notes = (
-        f"Features ({encoder.features}) of augmented views of the train images of `{args.run.name}`; queries are images "
-        f"of test; {K} neighbours of each. A call reads the shards, or the index and the shards of what was found."
+        f"Features ({encoder.features}) of augmented views of the train images of `{args.run.name}`; queries are its "
+        f"test images; {K} neighbours each. A call reads the shards, or the index and the shards of what was found."
     )
     text = section("Search", "cpu", notes, [table])
     print(text)
