@@ -56,7 +56,7 @@ def test_on_two_ranks(realdata, tmp_path, kind):
 
 @pytest.mark.slow
 def test_the_leaks_of_the_blood_cells(realdata, tmp_path):
-    """What shared/data's README says of them: photographs, not images; a random split is worthless."""
+    """They are photographs, not images, and a random split of them is worthless."""
     blood = realdata / "blood-cells"
     changes = [*BLOOD[:3], f"data.path={blood}", f"data.sources={blood / 'sources.csv'}", "data.size=[48,64]"]
     run = make_run(tmp_path / "run", *changes)
