@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslcells.augment._draws import Draws as Draws
+from sslcells.augment._stain import StainJitter as StainJitter
 from sslcells.config import ConfigError, Recipe
 
 

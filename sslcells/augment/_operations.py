@@ -78,27 +78,6 @@ def linear_colour(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: T
     return torch.baddbmm(offset[:, None, None], matrix, x.flatten(2)).view_as(x).clamp(0, 1)
 
 
-STAINS = {
-    "haematoxylin-eosin": ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776)),
-    "giemsa": ((0.834, 0.513, 0.196), (0.092, 0.954, 0.283), (0.635, 0.001, 0.771)),
-}
-"""Optical densities of the dyes in red, green and blue, as in Ruifrok and Johnston's colour deconvolution (2001)."""
-
-
-def stain_jitter(x: Tensor, stain: str, amount: Tensor, base: Tensor) -> Tensor:
-    """Change how much of each dye there is: density of dye k times amount (N, 3) plus base (N, 3).
-
-    Images are taken to optical density (Beer–Lambert), apart into the dyes, changed, and back: what differs between
-    staining batches and laboratories. (N, 3, H, W) → the same.
-    """
-    dyes = F.normalize(torch.tensor(STAINS[stain]), dim=1)
-    apart = dyes.inverse()
-    matrix = (apart[None] * amount[:, None, :]) @ dyes
-    matrix, shift = (t.to(x.device, non_blocking=True) for t in (matrix.mT, base @ dyes))
-    density = -x.clamp(1 / 255, 1).log().flatten(2)
-    return torch.baddbmm(shift[:, :, None], matrix, density).neg().exp().view_as(x).clamp(0, 1)
-
-
 def grey(x: Tensor) -> Tensor:
     """The luma of (N, 3, H, W) in all three channels."""
     return kornia.color.rgb_to_grayscale(x).expand_as(x)

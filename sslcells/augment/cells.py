@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sslcells.augment._crops import CellCrops, blurred, cropped
 from sslcells.augment._draws import Draws
-from sslcells.augment._operations import linear_colour, stain_jitter
+from sslcells.augment._operations import linear_colour
+from sslcells.augment._stain import stain_jitter
 
 
 class Config(CellCrops):

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from kornia.augmentation import AugmentationSequential, RandomHorizontalFlip
 from kornia.enhance import adjust_hue
 
-from sslcells.augment import Augment, cells, channels, none, simclr
+from sslcells.augment import Augment, StainJitter, cells, channels, none, simclr
 from sslcells.augment import _operations as op
+from sslcells.augment._stain import STAINS, stain_jitter
 from sslcells.config import ConfigError
 
 RECIPES = {"simclr": simclr, "cells": cells, "channels": channels, "none": none}
@@ -136,14 +138,49 @@ def test_linear_colour_is_near_the_conversion_to_hsv():
     assert torch.equal(ours.argsort(), theirs.argsort())
 
 
-@pytest.mark.parametrize("stain", op.STAINS)
+@pytest.mark.parametrize("stain", STAINS)
 def test_stain_jitter_changes_only_the_dye_it_should(stain):
-    dyes = torch.nn.functional.normalize(torch.tensor(op.STAINS[stain]), dim=1)
+    dyes = torch.nn.functional.normalize(torch.tensor(STAINS[stain]), dim=1)
     one_dye = (-0.4 * dyes[0]).exp()[None, :, None, None].expand(1, 3, 4, 4)
-    kept = op.stain_jitter(one_dye, stain, torch.tensor([[1.0, 1.7, 0.3]]), torch.zeros(1, 3))
+    kept = stain_jitter(one_dye, stain, torch.tensor([[1.0, 1.7, 0.3]]), torch.zeros(1, 3))
     torch.testing.assert_close(kept, one_dye, rtol=0, atol=1e-4)
-    doubled = op.stain_jitter(one_dye, stain, torch.tensor([[2.0, 1.0, 1.0]]), torch.zeros(1, 3))
+    doubled = stain_jitter(one_dye, stain, torch.tensor([[2.0, 1.0, 1.0]]), torch.zeros(1, 3))
     torch.testing.assert_close(doubled, one_dye**2, rtol=0, atol=1e-4)
+
+
+def test_stain_jitter_among_kornias_augmentations():
+    x = torch.rand(64, 3, 6, 6).mul(0.8).add(0.1)
+    both = AugmentationSequential(RandomHorizontalFlip(p=1.0), StainJitter("haematoxylin-eosin", p=1.0))
+    out = both(x)
+    assert out.shape == x.shape
+    assert ((out >= 0) & (out <= 1)).all()
+    torch.testing.assert_close(both(x, params=both._params), out)
+    half = StainJitter(p=0.5)
+    kept = (half(x) == x).flatten(1).all(1)
+    assert 10 < kept.sum() < 54
+    drawn = StainJitter(strength=0.5, base=0.1).generate_parameters((4000, 3, 6, 6))
+    for values, low, high in ((drawn["amount"], 0.5, 1.5), (drawn["base"], -0.1, 0.1)):
+        assert low <= values.min() < low + 0.01 * (high - low)
+        assert high >= values.max() > high - 0.01 * (high - low)
+    same = StainJitter(same_on_batch=True).generate_parameters((5, 3, 6, 6))["amount"]
+    assert torch.equal(same, same[:1].expand(5, 3))
+    none = StainJitter(strength=0, base=0)(x)
+    torch.testing.assert_close(none, x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"stain": "eosin"}, "there are: haematoxylin-eosin, giemsa"),
+        ({"strength": 1.5}, r"strength=1\.5"),
+        ({"base": -1}, "base=-1"),
+    ],
+)
+def test_stain_jitter_says_what_is_wrong(options, words):
+    with pytest.raises(ValueError, match=words):
+        StainJitter(**options)
+    with pytest.raises(ValueError, match="these images have 4"):
+        StainJitter()(torch.rand(2, 4, 6, 6))
 
 
 def test_channels_are_jittered_each_on_its_own():
