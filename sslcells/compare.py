@@ -18,7 +18,7 @@ from rich.console import Console
 
 from sslcells import __version__, distributed
 from sslcells.claim import changed
-from sslcells.config import ConfigError, Run, load, validated
+from sslcells.config import PLUGINS, ConfigError, Run, load, validated
 from sslcells.data import ImageSet
 from sslcells.data.subset import labelled_part
 from sslcells.evaluation.classifier import FILE, Said, read_predictions
@@ -163,11 +163,23 @@ def _run(run: Run, model: str, fixed: Mapping[str, Any]) -> Run:
     """The run with the classifier's section of `compare`, then the model's, then what is fixed."""
     of_model = {"supervised": run.compare.supervised, "probe": run.compare.probe, "fine-tuned": run.compare.fine_tuned}
     tree = run.model_dump(mode="json") | {"method": {"name": "supervised"}}
-    merged = OmegaConf.merge(tree, run.compare.classifier, of_model[model], dict(fixed))
+    merged: Any = tree
+    for changes in (run.compare.classifier, of_model[model], fixed):
+        merged = OmegaConf.merge(_without_other_choices(merged, changes), dict(changes))
     try:
         return validated(OmegaConf.to_container(merged))  # type: ignore[arg-type]
     except ConfigError as error:
         raise ConfigError(f"compare, the {model} model: {error}") from None
+
+
+def _without_other_choices(tree: Any, changes: Mapping[str, Any]) -> Any:
+    """The tree, but where the changes choose another plugin nothing stays of that section except the images' size."""
+    kept = dict(tree)
+    for section, plugin in PLUGINS.items():
+        change, now = changes.get(section), kept[section]
+        if isinstance(change, Mapping) and change.get(plugin.key, now[plugin.key]) != now[plugin.key]:
+            kept[section] = {"size": now["size"]} if section == "augment" else {}
+    return kept
 
 
 def carry_out(part: Part) -> None:

@@ -242,10 +242,11 @@ class Compare(Section):
     global_batch: int = Field(128, ge=2)
     """Images per optimizer step over all ranks; fewer where there are fewer labels."""
     classifier: dict[str, Any] = {}
-    """Sections of a run that all three classifiers change, such as {method: {class_weights: balanced}}."""
+    """Sections of a run that all three classifiers change, such as {method: {class_weights: balanced}}. Another
+    augment.recipe takes nothing over from the run's but the size."""
     supervised: dict[str, Any] = {}
     """Sections that the model from scratch changes."""
-    probe: dict[str, Any] = {}
+    probe: dict[str, Any] = {"method": {"standardise": True}, "augment": {"recipe": "none"}}
     """Sections that the probe on the frozen encoder changes."""
     fine_tuned: dict[str, Any] = {"optim": {"encoder_scale": 0.3}}
     """Sections that the fine-tuned model changes."""

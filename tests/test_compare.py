@@ -83,6 +83,9 @@ def test_sections_reach_the_models_they_are_for(tmp_path):
     assert [r.model.freeze for r in parts.values()] == [False, True, False]
     assert [r.model.encoder for r in parts.values()] == [None, str(run.folder), str(run.folder)]
     assert parts["fine-tuned"].optim.encoder_scale == 0.3
+    assert [r.method.standardise for r in parts.values()] == [False, True, False]
+    assert [r.augment.recipe for r in parts.values()] == ["cells", "none", "cells"]
+    assert {r.augment.size for r in parts.values()} == {32}
     assert len({r.train.steps for r in parts.values()}) == 1
 
 

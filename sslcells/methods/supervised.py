@@ -31,6 +31,9 @@ class Config(Section):
     """Linear maps in the head; 1 for a linear classifier."""
     norm: Norm = "batch"
     """Normalisation in the head's hidden layers."""
+    standardise: bool = False
+    """Bring each feature to mean 0 and deviation 1 over the batch before the head, as a probe on a frozen encoder
+    needs: BatchNorm without scale and shift, arXiv 2111.06377, appendix A."""
 
 
 class Method(methods.Classifier):
@@ -95,7 +98,8 @@ def _logits(features: int, config: Config, classes: int) -> nn.Module:
     """The head, (N, F) → (N, K), whose last map has a bias: classes are not equally frequent."""
     *before, last = projection(features, config.hidden, classes, config.layers, config.norm).children()
     assert isinstance(last, nn.Linear)
-    return nn.Sequential(*before, nn.Linear(last.in_features, classes))
+    first = [nn.BatchNorm1d(features, affine=False)] if config.standardise else []
+    return nn.Sequential(*first, *before, nn.Linear(last.in_features, classes))
 
 
 def _targets(config: Config, images: ImageSet) -> Tensor:
