@@ -79,7 +79,7 @@ def compare(run: Run) -> dict[str, Any]:
     pictures = draw(run, said, splits[run.evaluate.split])
     write(run.folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     about = f"sslcells {__version__}, {run.model.backbone}, {run.method.name}"  # type: ignore[attr-defined]
-    body = section_of("Three models", [shown], pictures)
+    body = section_of("Supervised, probe and fine-tuned", [shown], pictures)
     write(run.folder / REPORT, document(f"{run.name}: what labels are worth", about, body))
     print(f"{run.folder / RESULTS}, {REPORT}; {result['made']['seconds']:.0f} s")
     return result

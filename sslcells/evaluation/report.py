@@ -146,6 +146,7 @@ figure img { max-width: 100%; height: auto; }
 figcaption, .caption, .made { color: #555; font-size: .85rem; margin: .3rem 0; }
 .warning { border-left: .3rem solid #D55E00; padding-left: .5rem; font-weight: 600; list-style: "! "; }
 @media print { body { font-size: 9pt; max-width: none; padding: 0; } table { font-size: 7pt; }
+  h2, h3, thead { break-after: avoid; } .caption { break-before: avoid; } figure img { max-height: 20cm; }
   .scroll { overflow: visible; } th, td { white-space: normal; padding: .1rem .3rem; } tr { break-inside: avoid; } }
 """
 
