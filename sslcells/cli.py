@@ -119,7 +119,13 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("images", metavar="IMAGES", help="folder of images, at any depth")
     sub.add_argument("--out", metavar="FOLDER", help="for sources.csv and sources.png; this folder otherwise")
     sub.add_argument("--known", metavar="CSV", help="columns path and source: print precision and recall against them")
-    sub.add_argument("--inliers", type=int, default=12, metavar="N", help="details that two images must share (12)")
+    sub.add_argument(
+        "--inliers",
+        type=int,
+        default=12,
+        metavar="N",
+        help="details that two images must share (12), twice as many between groups",
+    )
     sub.add_argument("--neighbours", type=int, default=20, metavar="N", help="by colour, compared with each (20)")
     words = "pairs of groups, compared with one another at the end (100000)"
     sub.add_argument("--between", type=int, default=100_000, metavar="N", help=words)

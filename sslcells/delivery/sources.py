@@ -37,6 +37,8 @@ _RATIO, _REACH = 0.8, 6.0
 _SCALES = 0.5, 2.0
 _IN_VAIN, _BETWEEN = 5, 3
 """Pairs of two groups that fail before no other pair of them is tried: of neighbours by colour, and of all groups."""
+_BLIND = 2
+"""Times as many details that images of two groups must share: they are many pairs, and few of them show one place."""
 _BLOCK = 512
 _SHOWN = 6
 """Pairs of each kind on the picture."""
@@ -127,7 +129,7 @@ def group(
 ) -> Sources:
     """Groups of images that share at least `inliers` details, each compared with `neighbours` nearest by colour.
 
-    Then `between` pairs of these groups are compared.
+    Then `between` pairs of these groups are compared, and must share twice as many.
     """
     cv2 = extra("cv2", "sources", "finding the sources of images")
     cv2.setNumThreads(1)
@@ -147,13 +149,13 @@ def group(
         say(f"{len(kept):,} images read; comparing")
         details = [detail for _, (_, detail) in kept]
         colours = np.stack([colour for _, (colour, _) in kept]) if kept else np.zeros((0, 1), np.float32)
-        joining = Joining(cv2, details, inliers, pool, 4 * threads)
+        joining = Joining(cv2, details, pool, 4 * threads)
         tensor = torch.from_numpy(colours)
-        joining.run(_candidates(tensor, neighbours), _IN_VAIN)
+        joining.run(_candidates(tensor, neighbours), inliers, _IN_VAIN)
         groups = joining.groups()
         among, nearest = len(groups) * (len(groups) - 1) // 2, _nearest_groups(tensor, groups, between)
         say(f"{len(groups):,} groups; comparing {len(nearest):,} of {among:,} pairs of groups")
-        joining.run(_pairs_between(tensor, groups, nearest), _BETWEEN)
+        joining.run(_pairs_between(tensor, groups, nearest), _BLIND * inliers, _BETWEEN)
     return Sources(
         [name for name, _ in kept], joining.of_each(), joining.best, unreadable, joining.passed, joining.failed
     )
@@ -180,18 +182,16 @@ def _look(cv2: Any, pixels: Image) -> tuple[Floats, Details]:
 class Joining:
     """Images on their way into groups, by comparing pairs of them; pairs of one group are not compared again."""
 
-    def __init__(
-        self, cv2: Any, details: Sequence[Details], inliers: int, pool: ThreadPoolExecutor, ahead: int
-    ) -> None:
-        self._cv2, self._details, self._inliers, self._pool, self._ahead = cv2, details, inliers, pool, ahead
+    def __init__(self, cv2: Any, details: Sequence[Details], pool: ThreadPoolExecutor, ahead: int) -> None:
+        self._cv2, self._details, self._pool, self._ahead = cv2, details, pool, ahead
         self._parent = list(range(len(details)))
         self.best = [0] * len(details)
         """as in Sources, and so the two that follow"""
         self.passed: list[Pair] = []
         self.failed: list[Pair] = []
 
-    def run(self, candidates: Iterator[tuple[int, int]], patience: int) -> None:
-        """Compare the candidates, but no more of two groups when `patience` of theirs have failed."""
+    def run(self, candidates: Iterator[tuple[int, int]], inliers: int, patience: int) -> None:
+        """Join candidates that share so many details; of two groups no more when `patience` of theirs have not."""
         vain: Counter[tuple[int, int]] = Counter()
         while True:
             batch: list[tuple[int, int]] = []
@@ -205,7 +205,7 @@ class Joining:
                 return
             for compared in self._pool.map(self._compare, batch):
                 both = self._both(compared.one, compared.other)
-                if compared.inliers >= self._inliers:
+                if compared.inliers >= inliers:
                     self._parent[both[1]] = both[0]
                     self.passed.append(compared)
                     for i in (compared.one, compared.other):
