@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -142,7 +143,7 @@ def group(
         except Unreadable as error:
             return str(error)
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, user_api="blas"):  # each thread makes products
         looks = list(pool.map(look, files))
         unreadable = [(name, seen) for name, seen in zip(names, looks, strict=True) if isinstance(seen, str)]
         kept = [(name, seen) for name, seen in zip(names, looks, strict=True) if not isinstance(seen, str)]
