@@ -19,7 +19,7 @@ from _measure import append, markdown, section
 from torch import nn
 from torch.nn.functional import normalize
 
-from sslcells import distributed, models
+from sslcells import models, ranks
 from sslcells.config import Model
 from sslcells.losses import NTXentLoss
 
@@ -40,7 +40,7 @@ def paper(world: int, images: int, parameters: int, norms: list[int]) -> list[st
 
 def measured(images: int, repeats: int) -> tuple[float, float, float, float]:
     """On a rank: seconds of a step's vote, of a gather of rows, and of the loss with its backward; its error."""
-    torch.manual_seed(distributed.rank())
+    torch.manual_seed(ranks.rank())
     z = torch.randn(2 * images, WIDTH, requires_grad=True)
     loss = NTXentLoss(0.1)
 
@@ -48,11 +48,11 @@ def measured(images: int, repeats: int) -> tuple[float, float, float, float]:
         z.grad = None
         loss(*z.chunk(2)).backward()
 
-    calls = (lambda: distributed.largest(0), lambda: distributed.gather(z), step)
+    calls = (lambda: ranks.largest(0), lambda: ranks.gather(z), step)
     taken = []
     for call in calls:
         call()
-        distributed.barrier()
+        ranks.barrier()
         # The same number of calls on every rank, or one would wait for the others for ever.
         taken.append(min(_timed(call) for _ in range(repeats)))
     step()
@@ -68,14 +68,14 @@ def _timed(call: Callable[[], object]) -> float:
 
 def _error(z: torch.Tensor, grad: torch.Tensor) -> float:
     """Relative error of a rank's gradient against one process in float64 over the rows of all."""
-    world, count = distributed.world(), len(z) // 2
-    views = distributed.gather(z.detach().double()).view(world, 2, count, WIDTH).transpose(0, 1).flatten(1, 2)
+    world, count = ranks.world(), len(z) // 2
+    views = ranks.gather(z.detach().double()).view(world, 2, count, WIDTH).transpose(0, 1).flatten(1, 2)
     views = views.clone().requires_grad_()
     rows = normalize(views.flatten(0, 1), dim=1)
     logits = (rows @ rows.T / 0.1).fill_diagonal_(-torch.inf)
     nn.functional.cross_entropy(logits, torch.arange(len(rows)).roll(len(rows) // 2)).backward()
     assert views.grad is not None
-    own = views.grad.view(2, world, count, WIDTH)[:, distributed.rank()].flatten(0, 1) * world
+    own = views.grad.view(2, world, count, WIDTH)[:, ranks.rank()].flatten(0, 1) * world
     return ((grad - own).norm() / own.norm()).item()
 
 
@@ -85,10 +85,10 @@ def on_rank(rank: int, world: int, store: str, images: int, repeats: int, out: s
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     found = torch.tensor(measured(images, repeats), dtype=torch.float64)
-    slowest = distributed.gather(found[None]).amax(0)
+    slowest = ranks.gather(found[None]).amax(0)
     if rank == 0:
         torch.save(slowest, out)
-    distributed.close()
+    ranks.close()
 
 
 def main() -> None:

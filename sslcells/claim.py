@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sslcells import checkpoint, distributed
+from sslcells import checkpoint, ranks
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.interrupt import Stopped
 from sslcells.lock import Lock
@@ -28,15 +28,15 @@ def claimed(run: Run) -> Iterator["Claim"]:
     """
     claim = Claim()
     try:
-        with distributed.parting():
-            claim.whole = distributed.from_main(lambda: _take(run, claim))
+        with ranks.parting():
+            claim.whole = ranks.from_main(lambda: _take(run, claim))
             claim.ours = True
             yield claim
-    except (Stopped, KeyboardInterrupt, distributed.Lost):
+    except (Stopped, KeyboardInterrupt, ranks.Lost):
         raise
     except BaseException as error:
         if claim.ours:
-            cause = f"rank {distributed.rank()}: {type(error).__name__}: {error}"
+            cause = f"rank {ranks.rank()}: {type(error).__name__}: {error}"
             with contextlib.suppress(OSError):  # a full disk holds no reasons
                 (run.folder / STOPPED).write_text(f"{cause}\n", encoding="utf-8")
         raise

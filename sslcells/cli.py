@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sslcells import __version__, distributed, lock, tracking, wandb_sync
+from sslcells import __version__, launcher, lock, ranks, tracking, wandb_sync
 from sslcells.checkpoint import CheckpointError
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import DataError
@@ -146,8 +146,8 @@ def _train(args: argparse.Namespace) -> None:
         overrides = [*_dotted(DEBUG), f"out={tempfile.mkdtemp(prefix='sslcells-')}", *overrides]
     run = load(args.config, overrides)
     if args.check:
-        report = f"{dump(run)}\n{consequences(run, distributed.launched_world())}"
-        print(report if distributed.launched_rank() == 0 else "", end="")
+        report = f"{dump(run)}\n{consequences(run, launcher.launched_world())}"
+        print(report if launcher.launched_rank() == 0 else "", end="")
     elif args.debug:
         _debug(run)
     else:
@@ -202,8 +202,8 @@ def _export(args: argparse.Namespace) -> None:
 
 def _debug(run: Run) -> None:
     """One process, deterministic, with anomaly detection, saying the shape of what passes each station."""
-    if distributed.launched_world() > 1:
-        raise ConfigError(f"--debug is for one process; {distributed.launched_world()} were launched")
+    if launcher.launched_world() > 1:
+        raise ConfigError(f"--debug is for one process; {launcher.launched_world()} were launched")
     torch.use_deterministic_algorithms(True, warn_only=True)
 
     def watch(station: str, x: Tensor) -> None:
@@ -233,8 +233,8 @@ def _embed(args: argparse.Namespace) -> None:
 def _search(args: argparse.Namespace) -> None:
     from sslcells.delivery.search import search
 
-    if distributed.launched_world() > 1:
-        raise ConfigError(f"search is for one process; {distributed.launched_world()} were launched")
+    if launcher.launched_world() > 1:
+        raise ConfigError(f"search is for one process; {launcher.launched_world()} were launched")
     search(
         args.target,
         args.queries,
@@ -279,7 +279,7 @@ def _guarded(command: Callable[[], None]) -> int:
         return _told(stopped, stopped.status)
     except torch.OutOfMemoryError as error:
         return _told(error, 1, "; a smaller train.micro_batch needs less, and train.precision=bf16")
-    except distributed.Lost as error:
+    except ranks.Lost as error:
         _told(error, 1)
         sys.stderr.flush()
         os._exit(1)  # what waits for a rank that is gone may never end in order
@@ -287,18 +287,18 @@ def _guarded(command: Callable[[], None]) -> int:
         print("sslcells: interrupted", file=sys.stderr)
         return 130
     finally:
-        distributed.close()
+        ranks.close()
     return 0
 
 
-_ONE_RANKS = (DataError, torch.OutOfMemoryError, distributed.Lost)
+_ONE_RANKS = (DataError, torch.OutOfMemoryError, ranks.Lost)
 """Errors that a rank may meet alone; where it told the others, a note says so."""
 
 
 def _told(error: Exception, status: int, advice: str = "") -> int:
     """Print what every rank knows once, and what one rank knows with its number."""
-    rank, notes = distributed.launched_rank(), getattr(error, "__notes__", [])
-    alone = isinstance(error, _ONE_RANKS) and not notes and distributed.launched_world() > 1
+    rank, notes = launcher.launched_rank(), getattr(error, "__notes__", [])
+    alone = isinstance(error, _ONE_RANKS) and not notes and launcher.launched_world() > 1
     if rank == 0 or alone:
         of = f"rank {rank}: " if alone else "".join(f"{note}: " for note in notes[:1])
         print(f"sslcells: {of}{error}{advice}", file=sys.stderr)

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from sslcells import __version__, distributed
+from sslcells import __version__, launcher, ranks
 from sslcells.claim import changed
 from sslcells.config import PLUGINS, ConfigError, Run, load, validated
 from sslcells.data import ImageSet
@@ -55,15 +55,15 @@ def compare(run: Run) -> dict[str, Any]:
         DataError, TrainingError, Stopped, Lost: as training does.
     """
     began = time.perf_counter()
-    distributed.accelerator(run)
+    launcher.accelerator(run)
     splits = open_run(run)
     _check_labels(run, splits)
     parts = list(plan(run, splits, MODELS))
-    if not distributed.from_main(lambda: _finished(run, files.SPEC)):
+    if not ranks.from_main(lambda: _finished(run, files.SPEC)):
         train(run)
     for part in parts:
         carry_out(part)
-    if distributed.rank() > 0:
+    if ranks.rank() > 0:
         return {}
     said = [(part, read_predictions(part.run.folder)) for part in parts]
     result: dict[str, Any] = {
@@ -95,13 +95,13 @@ def fine_tuned(folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, An
     if not config.is_file() or not (folder / files.SPEC).is_file():
         raise ConfigError(f"{folder} is not the folder of a finished run: fine-tuning starts from its encoder")
     run = load(str(config), overrides).model_copy(update={"name": folder.name, "out": str(folder.parent)})
-    distributed.accelerator(run)
+    launcher.accelerator(run)
     splits = open_run(run)
     _check_labels(run, splits)
     parts = list(plan(run, splits, ["fine-tuned"]))
     for part in parts:
         carry_out(part)
-    if distributed.rank() > 0:
+    if ranks.rank() > 0:
         return []
     out = []
     for row in rows([(part, read_predictions(part.run.folder)) for part in parts]):
@@ -127,7 +127,7 @@ def plan(run: Run, splits: Mapping[str, ImageSet], models: Sequence[str] | Mappi
     Raises:
         ConfigError: where `compare` describes no run.
     """
-    config, images, world = run.compare, splits["train"], distributed.world()
+    config, images, world = run.compare, splits["train"], ranks.world()
     for fraction in config.fractions:
         some = len(labelled_part(images, fraction, run.seed))
         batch = min(config.global_batch, some) // world * world
@@ -184,7 +184,7 @@ def _without_other_choices(tree: Any, changes: Mapping[str, Any]) -> Any:
 
 def carry_out(part: Part) -> None:
     """Train a part, or go on with it, unless it is done; every rank takes part."""
-    if not distributed.from_main(lambda: _finished(part.run, FILE)):
+    if not ranks.from_main(lambda: _finished(part.run, FILE)):
         train(part.run)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from sslcells import __version__, distributed, models, wandb_sync
+from sslcells import __version__, launcher, models, ranks, wandb_sync
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, load
 from sslcells.data import Batch, DataError, ImageSet, open_splits
@@ -45,10 +45,10 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[st
     """
     began = time.perf_counter()
     run = _run(folder, overrides)
-    result, pictures = measured(run, folder, distributed.accelerator(run).device, also)
+    result, pictures = measured(run, folder, launcher.accelerator(run).device, also)
     if result:
         seconds = round(time.perf_counter() - began, 1)
-        result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": distributed.world()}
+        result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": ranks.world()}
         write(folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         write(folder / REPORT, page(result, [*_of_training(folder), *pictures]))
         print(f"{folder / RESULTS}, {REPORT}: everything above, and pictures; {seconds:.0f} s")
@@ -61,9 +61,9 @@ def measured(
 ) -> tuple[dict[str, Any], list[Picture]]:
     """What `evaluate` finds, prints and draws, on rank 0; nothing on the others."""
     splits = open_splits(run.data)
-    encoder, spec = distributed.together(lambda: _encoder(folder, run, splits["train"].channels))
+    encoder, spec = ranks.together(lambda: _encoder(folder, run, splits["train"].channels))
     encoded = Encoded(run, encoder.to(device), splits, device)
-    if distributed.rank() > 0:
+    if ranks.rank() > 0:
         return {}, []
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from sslcells import checkpoint, distributed, methods, models, optim
+from sslcells import checkpoint, methods, models, optim, ranks
 from sslcells.config import ConfigError, Run
 from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.subset import labelled_part
@@ -101,7 +101,7 @@ class Meter:
         self._losses = []
         self._last_loss = losses[-1]
         figures = torch.stack([v.float().to(self._device) for v in self._figures.values()])
-        means = distributed.gather(figures[None]).mean(0).tolist()
+        means = ranks.gather(figures[None]).mean(0).tolist()
         seconds = time.perf_counter() - self._began
         speed = {
             "images_per_second": self._timed * self._plan.global_batch / seconds,
@@ -114,7 +114,7 @@ class Meter:
     def check(self, step: int) -> list[float]:
         """Losses of the steps since the last line, means over the ranks; raises where one is not finite."""
         local = torch.stack([x.float() for x in self._losses]) if self._losses else torch.empty(0)
-        by_rank = distributed.gather(local[None].to(self._device))  # (world, steps)
+        by_rank = ranks.gather(local[None].to(self._device))  # (world, steps)
         losses: list[float] = by_rank.mean(0).tolist()
         first = step - len(losses) + 1
         for at, loss in enumerate(losses, first):
@@ -122,9 +122,9 @@ class Meter:
                 before = losses[at - first - 1] if at > first else self._last_loss
                 whole = checkpoint.newest(self._run.folder / "checkpoints")
                 on = f"the newest checkpoint is {whole}" if whole else "there is no checkpoint yet"
-                ranks = (~by_rank[:, at - first].isfinite()).nonzero()[:, 0].tolist()
+                bad = (~by_rank[:, at - first].isfinite()).nonzero()[:, 0].tolist()
                 raise TrainingError(
-                    f"the loss became {loss} at step {at} on {_ranks(ranks)} (before it: {before:.6g}); {on}. "
+                    f"the loss became {loss} at step {at} on {_ranks(bad)} (before it: {before:.6g}); {on}. "
                     f"A lower optim.lr, optim.clip_norm or train.precision=no may help."
                 )
         return losses
@@ -139,8 +139,8 @@ class Meter:
         self._last_loss = state["last"]
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+def _ranks(numbers: Sequence[int]) -> str:
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(map(str, numbers))}"
 
 
 def _memory(device: torch.device) -> float:

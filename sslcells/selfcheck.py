@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslcells import __version__, distributed
+from sslcells import __version__, launcher, ranks
 from sslcells.augment import Draws
 from sslcells.config import load
 from sslcells.losses import (
@@ -42,7 +42,7 @@ class Check(NamedTuple):
 
 def selfcheck() -> bool:
     """Run every check on every rank, print the table on rank 0, and return whether all passed; all ranks agree."""
-    accelerator = distributed.accelerator(load(None, ["out=."]))
+    accelerator = launcher.accelerator(load(None, ["out=."]))
     device = accelerator.device
     began = time.perf_counter()
     checks = [*_devices(device), *_gather(device), *_randomness(), *_gradients(accelerator.prepare, device)]
@@ -55,8 +55,8 @@ def selfcheck() -> bool:
 
 def _devices(device: torch.device) -> Iterator[Check]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    everyone = distributed.all_ranks((socket.gethostname(), name, str(device)))
-    launched, started = distributed.launched_world(), distributed.world()
+    everyone = ranks.all_ranks((socket.gethostname(), name, str(device)))
+    launched, started = launcher.launched_world(), ranks.world()
     hosts = sorted({host for host, _, _ in everyone})
     yield Check(
         "ranks",
@@ -75,16 +75,16 @@ def _devices(device: torch.device) -> Iterator[Check]:
 
 
 def _gather(device: torch.device) -> Iterator[Check]:
-    world, rank = distributed.world(), distributed.rank()
-    order = distributed.gather(torch.full((2,), rank, device=device)).tolist()
+    world, rank = ranks.world(), ranks.rank()
+    order = ranks.gather(torch.full((2,), rank, device=device)).tolist()
     right = order == [r for r in range(world) for _ in range(2)]
     yield Check("gather, order", right, "rows come in rank order" if right else str(order), "report it: this is a bug")
     rows = torch.zeros(8192, 128, device=device)
-    distributed.gather(rows)
+    ranks.gather(rows)
     _finish(device)
     began = time.perf_counter()
     for _ in range(5):
-        distributed.gather(rows)
+        ranks.gather(rows)
     _finish(device)
     seconds = (time.perf_counter() - began) / 5
     received = rows.nbytes * (world - 1) / 2**30
@@ -95,16 +95,16 @@ def _gather(device: torch.device) -> Iterator[Check]:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    distributed.barrier()
+    ranks.barrier()
 
 
 def _randomness() -> Iterator[Check]:
-    seeds = distributed.all_ranks(stream(0, 0, distributed.rank()))
+    seeds = ranks.all_ranks(stream(0, 0, ranks.rank()))
     differ = len(set(seeds)) == len(seeds)
     yield Check(
         "network's random numbers", differ, "differ between ranks" if differ else "the same", "report it: a bug"
     )
-    drawn = distributed.all_ranks(Draws(0, 3, torch.arange(64), 2).uniform().tolist())
+    drawn = ranks.all_ranks(Draws(0, 3, torch.arange(64), 2).uniform().tolist())
     same = all(d == drawn[0] for d in drawn)
     found = "the same for the same image on every rank" if same else "depend on the rank"
     yield Check(
@@ -114,7 +114,7 @@ def _randomness() -> Iterator[Check]:
 
 def _gradients(prepare: Callable[[nn.Module], nn.Module], device: torch.device) -> Iterator[Check]:
     """Parameter gradients through DDP against float64 on the whole batch, with nothing tiled and nothing gathered."""
-    world, rank = distributed.world(), distributed.rank()
+    world, rank = ranks.world(), ranks.rank()
     x = torch.randn(2, world * IMAGES, 16, generator=torch.Generator().manual_seed(1))
     label = torch.arange(world * IMAGES) % 5
     own = slice(rank * IMAGES, (rank + 1) * IMAGES)
@@ -138,7 +138,7 @@ def _gradients(prepare: Callable[[nn.Module], nn.Module], device: torch.device) 
         (weight,) = network.parameters()
         assert weight.grad is not None
         error = ((weight.grad.cpu().double() - expected).norm() / expected.norm()).item()
-        worst = max(distributed.all_ranks(error))
+        worst = max(ranks.all_ranks(error))
         limit = 5e-3 if device.type == "cuda" else 1e-5
         yield Check(
             f"gradient of {name}",

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sslcells import __version__, checkpoint, distributed, methods, models, optim
+from sslcells import __version__, checkpoint, launcher, methods, models, optim, ranks
 from sslcells.augment import Augment
 from sslcells.claim import claimed
 from sslcells.config import Run
@@ -41,9 +41,9 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
         Lost: where another rank is gone.
     """
     with Interrupt() as interrupt:
-        accelerator = distributed.accelerator(run)
+        accelerator = launcher.accelerator(run)
         splits = open_run(run)
-        plan = Plan(run, len(splits["train"]), distributed.world())
+        plan = Plan(run, len(splits["train"]), ranks.world())
         with claimed(run) as claim:
             training = Training(run, plan, splits, accelerator, watch)
             training.begin(claim.whole)
@@ -65,7 +65,7 @@ class Training:
         self._run, self._plan, self._accelerator, self._watch = run, plan, accelerator, watch
         self._images = splits["train"]
         self._sampling = sampler.build(run.sampler, self._images, plan.global_batch, run.seed)
-        self._device, world = accelerator.device, distributed.world()
+        self._device, world = accelerator.device, ranks.world()
         self._learner = build(run, self._images, sync_batchnorm=world > 1 and self._device.type == "cuda")
         optimizer = optim.build(run.optim, self._learner, self._learner.backbone)
         self._network, self._optimizer = accelerator.prepare(self._learner, optimizer)
@@ -99,7 +99,7 @@ class Training:
     def batches(self) -> Generator[Batch, None, None]:
         """This rank's part of the global batches of the steps to come."""
         run, plan = self._run, self._plan
-        rank, world = distributed.rank(), distributed.world()
+        rank, world = ranks.rank(), ranks.world()
         steps = sampler.Steps(self._sampling, rank, world, start=self.step, stop=plan.steps)
         self._meter.start()
         return read(self._images, steps, run.train.workers, pin_memory=self._device.type == "cuda")
@@ -134,16 +134,16 @@ class Training:
     def stop(self, number: int) -> NoReturn:
         """Write what a later start needs, and leave with all ranks together."""
         self._save()
-        distributed.together(self.writer.wait)
+        ranks.together(self.writer.wait)
         self._log.close()
-        distributed.barrier()
+        ranks.barrier()
         name, folder = signal.Signals(number).name, self._run.folder
         raise Stopped(number, f"{folder}: stopped by {name} after step {self.step}; the same command goes on")
 
     def finish(self) -> None:
         """The last pictures, a classifier's predictions, and the encoder on its own."""
         run, log, main = self._run, self._log, self._accelerator.is_main_process
-        distributed.together(self.writer.wait)
+        ranks.together(self.writer.wait)
         said, drawn = self._evaluation.predictions(self._learner), dict[str, Path]()
         if run.evaluate.pictures:
             drawn = self._evaluation.pictures(self._encoder, read_metrics(run.folder) if main else [])
@@ -155,7 +155,7 @@ class Training:
         log.pictures(self.step, drawn)
         log.say(f"{run.folder}: {files.WEIGHTS}, {files.SPEC}, metrics.jsonl, plots/")
         log.close()
-        distributed.barrier()
+        ranks.barrier()
 
     def _backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, figures, and the gradients in the parameters: in one pass, or in micro-batches."""
@@ -175,7 +175,7 @@ class Training:
             crops.append(self._local(pixels, part.image, seed=seed, step=self.step, views=few, first=first))
         for x in crops:
             self._watch("views", x)  # (V·b, C, S, S) float32
-        torch.manual_seed(stream(seed, self.step, distributed.rank(), index))
+        torch.manual_seed(stream(seed, self.step, ranks.rank(), index))
         rows: Tensor = self._network(*(x.contiguous(memory_format=self._plan.memory_format) for x in crops))
         self._watch("rows", rows)  # (V·b, D)
         return rows
@@ -204,9 +204,9 @@ def in_step(batches: Iterator[Batch], checks: Sequence[Callable[[], None]], inte
             batch = next(batches, None)
         except Exception as error:  # handed to every rank, and raised there
             failure = error
-        verdict = distributed.largest(_FAILED if failure is not None else interrupt.asked)
+        verdict = ranks.largest(_FAILED if failure is not None else interrupt.asked)
         if verdict == _FAILED:
-            distributed.raise_first(failure)
+            ranks.raise_first(failure)
         if verdict:
             interrupt.asked = verdict
         if verdict or batch is None:
@@ -262,7 +262,7 @@ def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
         models.width(encoder, images.channels, method.local.size, "method.local_size")
     learner = methods.Learner(encoder, method, frozen=run.model.freeze)
     if sync_batchnorm and run.train.sync_batchnorm:
-        distributed.sync_batchnorm(learner)
+        ranks.sync_batchnorm(learner)
     if run.train.channels_last:
         learner.to(memory_format=torch.channels_last)
     if run.train.compile:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.config import ConfigError, Section
 from sslcells.data._decode import Decoder as Decoder
 from sslcells.data._decode import Unreadable as Unreadable
@@ -96,8 +96,8 @@ def open_splits(config: Section) -> dict[str, ImageSet]:
         opened.update(_open_splits(config))
         return opened if all(images.light for images in opened.values()) else None
 
-    shared = distributed.from_main(first)
-    return shared if shared is not None else distributed.together(lambda: opened or _open_splits(config))
+    shared = ranks.from_main(first)
+    return shared if shared is not None else ranks.together(lambda: opened or _open_splits(config))
 
 
 def _open_splits(config: Section) -> dict[str, ImageSet]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler as IndexSampler
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.config import ConfigError, Sampler
 from sslcells.data import Batch, ImageSet
 
@@ -255,7 +255,7 @@ def composition(batch: Batch, device: torch.device) -> dict[str, float]:
     `batch/same_source`: of its source. `batch/same_label`: of its class, among the images whose class is known; left
     out where none is. Every rank takes part.
     """
-    label, source = distributed.gather(torch.stack([batch.label, batch.source], 1).to(device)).cpu().unbind(1)
+    label, source = ranks.gather(torch.stack([batch.label, batch.source], 1).to(device)).cpu().unbind(1)
     out = {"batch/same_source": _share(source)}
     if bool((label >= 0).any()):
         out["batch/same_label"] = _share(label[label >= 0])

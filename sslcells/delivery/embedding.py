@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from sslcells import distributed
+from sslcells import launcher, ranks
 from sslcells.config import ConfigError, extra
 from sslcells.data import DataError
 from sslcells.data.folder import FolderImages, class_of, list_images
@@ -65,12 +65,12 @@ def embed_folder(
     if workers is None:
         workers = max(1, min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
     with Interrupt() as interrupt:
-        device = distributed.start(cpu, _WAIT).device
+        device = launcher.start(cpu, _WAIT).device
         lock: list[Lock] = []
         try:
-            with distributed.parting():
-                encoder = distributed.together(lambda: _load(run, device))
-                begun = distributed.from_main(lambda: _begin(run, images, out, format, labels, shard, encoder, lock))
+            with ranks.parting():
+                encoder = ranks.together(lambda: _load(run, device))
+                begun = ranks.from_main(lambda: _begin(run, images, out, format, labels, shard, encoder, lock))
                 _work(*begun, encoder, device, batch, workers, interrupt)
                 return begun[0].folder
         finally:
@@ -163,21 +163,21 @@ def _work(
     interrupt: Interrupt,
 ) -> None:
     """This rank's part of the missing shards; then, together, the list of what could not be read."""
-    mine = missing[distributed.rank() :: distributed.world()]
-    console = Console(highlight=False, quiet=distributed.rank() > 0)
+    mine = missing[ranks.rank() :: ranks.world()]
+    console = Console(highlight=False, quiet=ranks.rank() > 0)
     with _Meter(embeddings, missing, console) as meter:
         failure: Exception | None = None
         try:
             _embed(embeddings, names, mine, encoder, device, batch, workers, interrupt, meter)
         except Exception as error:  # told at once, and raised on every rank when each has done its part
             failure = error
-            if distributed.world() > 1:
-                _log.error("rank %d stopped: %s; the other ranks go on with their parts", distributed.rank(), error)
-        distributed.raise_first(failure)
-        asked = distributed.largest(interrupt.asked)
+            if ranks.world() > 1:
+                _log.error("rank %d stopped: %s; the other ranks go on with their parts", ranks.rank(), error)
+        ranks.raise_first(failure)
+        asked = ranks.largest(interrupt.asked)
     folder = embeddings.folder
     if asked:
-        there = len(distributed.from_main(embeddings.written))
+        there = len(ranks.from_main(embeddings.written))
         name = signal.Signals(asked).name
         raise Stopped(
             asked, f"{folder}: stopped by {name} with {there} of {embeddings.shards} shards; the same command goes on"
@@ -187,7 +187,7 @@ def _work(
         unreadable = embeddings.write_unreadable()
         return unreadable, f", {embeddings.write_h5ad().name}" if embeddings.format == "h5ad" else ""
 
-    unreadable, more = distributed.from_main(finish)
+    unreadable, more = ranks.from_main(finish)
     listed = f"; {unreadable} could not be read: {folder / UNREADABLE}" if unreadable else ""
     console.print(
         f"{folder}: {embeddings.count - unreadable} images of {embeddings.features} features in "
@@ -295,9 +295,9 @@ class _Meter:
     def __enter__(self) -> "_Meter":
         self._began = self._looked = time.monotonic()
         console, already = self._console, f", {self._before} of them already" if self._before else ""
-        ranks = f"{distributed.world()} rank{'s' * (distributed.world() > 1)}"
+        of = f"{ranks.world()} rank{'s' * (ranks.world() > 1)}"
         console.print(
-            f"{self._embeddings.root}: {self._embeddings.count} images{already}; {ranks}",
+            f"{self._embeddings.root}: {self._embeddings.count} images{already}; {of}",
             markup=False,
             soft_wrap=True,
         )

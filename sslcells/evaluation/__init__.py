@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.augment import Augment
 from sslcells.config import Run
 from sslcells.data import ImageSet
@@ -95,7 +95,7 @@ class Evaluation:
         shown = self._asked if self._asked is not None else self._bank
         index = spread(len(shown), min(SHOWN, self._run.evaluate.max_images or SHOWN))
         z = self._features(encoder, shown, index)
-        if distributed.rank() > 0:
+        if ranks.rank() > 0:
             return {}
         labels, sources = shown.labels[index], shown.sources[index]
         split = self._run.evaluate.split if self._asked is not None else "train"
@@ -112,7 +112,7 @@ class Evaluation:
 
     def view_sheet(self, views: int) -> dict[str, Path]:
         """Draw what the augmentation makes of the first images of train; rank 0 draws."""
-        if distributed.rank() > 0:
+        if ranks.rank() > 0:
             return {}
         batch = next(read(self._bank, InOrder(spread(len(self._bank), 8), 8), 0, pin_memory=False))
         x = self._augment(batch.pixels, batch.image, seed=self._run.seed, step=0, views=max(6, views))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.data import Batch, ImageSet
 from sslcells.data.loader import InOrder, attended, read
 from sslcells.data.sampler import permutation
@@ -37,25 +37,25 @@ def collect(
     Raises:
         DataError: on every rank, where an image cannot be read.
     """
-    world, blocks = distributed.world(), -(-len(indices) // batch)
-    mine = [i for b in range(distributed.rank(), blocks, world) for i in indices[b * batch : (b + 1) * batch]]
+    world, blocks = ranks.world(), -(-len(indices) // batch)
+    mine = [i for b in range(ranks.rank(), blocks, world) for i in indices[b * batch : (b + 1) * batch]]
 
     def local() -> list[Tensor]:
         with attended(read(images, InOrder(mine, batch), workers, pin_memory=device.type == "cuda")) as batches:
             parts = [compute(b) for b in batches]
         return [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
 
-    columns = distributed.together(local)
+    columns = ranks.together(local)
     if not blocks:
         return []
     # A rank without a block learns from the first, which always has one, what to bring.
-    kinds = distributed.from_main(lambda: [(c.shape[1:], c.dtype) for c in columns])
+    kinds = ranks.from_main(lambda: [(c.shape[1:], c.dtype) for c in columns])
     rows, out = -(-blocks // world) * batch, []
     for place, (shape, dtype) in enumerate(kinds):
         padded = torch.zeros(rows, *shape, dtype=dtype, device=device)
         if mine:
             padded[: len(mine)] = columns[place]
-        gathered = distributed.gather(padded).view(world, rows // batch, batch, *shape)
+        gathered = ranks.gather(padded).view(world, rows // batch, batch, *shape)
         # rank r's i-th block is block i·world + r
         out.append(gathered.transpose(0, 1).flatten(0, 2)[: len(indices)].cpu())
     return out

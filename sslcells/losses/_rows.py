@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sslcells import distributed
+from sslcells import ranks
 
 
 def unit(z: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def gather_rows(z: Tensor) -> Gathered:
     Raises:
         ValueError: on every rank, where the ranks bring different numbers of rows.
     """
-    distributed.same_count(len(z), "rows")
-    return Gathered(distributed.gather(z), distributed.rank() * len(z), len(z))
+    ranks.same_count(len(z), "rows")
+    return Gathered(ranks.gather(z), ranks.rank() * len(z), len(z))
 
 
 def gather_groups(z: Tensor, positive: Tensor, source: Tensor | None) -> tuple[Tensor, Gathered, Tensor, Tensor | None]:
@@ -81,8 +81,8 @@ def gather_groups(z: Tensor, positive: Tensor, source: Tensor | None) -> tuple[T
     check_ids(source, len(z), "source")
     rows = unit(z)
     batch = gather_rows(rows)
-    sources = None if source is None else codes(distributed.gather(source))
-    return rows, batch, codes(distributed.gather(positive)), sources
+    sources = None if source is None else codes(ranks.gather(source))
+    return rows, batch, codes(ranks.gather(positive)), sources
 
 
 class Positives(Protocol):

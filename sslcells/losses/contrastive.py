@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.losses._rows import (
     Gathered,
     Groups,
@@ -95,7 +95,7 @@ class _ContrastiveLoss(nn.Module):
         exclude = Exclude(partner)
         if source is not None:
             image = row % images + row // (2 * images) * images
-            exclude = Exclude(partner, image.int(), codes(distributed.gather(source.repeat(2))))
+            exclude = Exclude(partner, image.int(), codes(ranks.gather(source.repeat(2))))
         return self._contrast(rows, batch, Pairs(partner), exclude, row_loss)
 
     def _groups(self, z: Tensor, positive: Tensor, source: Tensor | None, row_loss: RowLoss) -> Tensor:
@@ -169,7 +169,7 @@ class HardNegativeLoss(_ContrastiveLoss):
 
         The number of negatives N counts those that `source` leaves out too.
         """
-        negatives = 2 * len(z0) * distributed.world() - 2
+        negatives = 2 * len(z0) * ranks.world() - 2
         return self._pairs(z0, z1, source, lambda logs, positive: self._row_loss(logs, positive, negatives))
 
     def _scales(self) -> Sequence[float]:
@@ -250,7 +250,7 @@ class _Contrast(torch.autograd.Function):
         mean = task.positives.mean(refs, batch.own)
         cosine = (refs[batch.own] * mean).sum(1)
         known = task.positives.known()
-        scale = distributed.world() / known.sum().clamp_min(1).to(refs.dtype)
+        scale = ranks.world() / known.sum().clamp_min(1).to(refs.dtype)
         with torch.enable_grad():
             sums, positive = [s.total.requires_grad_() for s in found], (task.inv_t * cosine).requires_grad_()
             tiny = torch.finfo(refs.dtype).tiny
@@ -258,7 +258,7 @@ class _Contrast(torch.autograd.Function):
             loss = torch.where(known[batch.own], task.row_loss(logs, positive), 0.0).sum()
         if rows.requires_grad:
             by = torch.autograd.grad(loss, [*sums, positive])
-            ctx.save_for_backward(refs, distributed.gather(torch.stack(by, 1)), scale)
+            ctx.save_for_backward(refs, ranks.gather(torch.stack(by, 1)), scale)
             ctx.rest = batch.offset, batch.rows, task, inv_ts
         positive_cosine = cosine.sum() / known[batch.own].sum().clamp_min(1)
         nearest = (inv_ts[0] * (cosine - 1)).exp() if group is None else found[0].largest

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.losses._rows import gather_groups
 from sslcells.losses.triplet import Distance
 
@@ -186,7 +186,7 @@ class _AllPairs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * (grad * distributed.world()), None, None, None, None, None
+        return gradient * (grad * ranks.world()), None, None, None, None, None
 
 
 def _add(sums: list[Tensor], more: list[Tensor]) -> None:

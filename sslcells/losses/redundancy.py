@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sslcells import distributed
+from sslcells import ranks
 
 
 class VICRegLoss(nn.Module):
@@ -123,7 +123,7 @@ def centred(z0: Tensor, z1: Tensor) -> Centred:
     z = torch.stack([z0, z1])
     z = z if z.dtype == torch.float64 else z.float()
     sums, count = totals(z.detach().sum(1), z.new_tensor(float(len(z0))))
-    if distributed.world() == 1 and len(z0) < 2:
+    if ranks.world() == 1 and len(z0) < 2:
         raise ValueError(f"statistics of {len(z0)} image in the batch: there must be two")
     first, second = z - (sums / count)[:, None]
     return Centred(first, second, count)
@@ -131,7 +131,7 @@ def centred(z0: Tensor, z1: Tensor) -> Centred:
 
 def totals(*parts: Tensor) -> list[Tensor]:
     """Sums over the ranks of tensors of one dtype, in one exchange."""
-    whole = distributed.total(torch.cat([part.flatten() for part in parts]))
+    whole = ranks.total(torch.cat([part.flatten() for part in parts]))
     pieces = torch.split(whole, [part.numel() for part in parts])
     return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
 

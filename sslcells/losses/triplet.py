@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.losses._rows import Gathered, gather_groups, log1p_exp
 from sslcells.losses.engine import MiningPrecision, hardest
 from sslcells.losses.torch_engine import ranked_negative
@@ -77,7 +77,7 @@ class BatchHardTripletLoss(nn.Module):
             if self.semi_hard or self.rank > 1:
                 bound = (batch.refs[batch.own] * batch.refs[far]).sum(1) if self.semi_hard else None
                 near = ranked_negative(batch.refs, batch.offset, batch.rows, group, sources, bound, self.rank)
-            chosen = distributed.gather(torch.stack([far, near], 1))
+            chosen = ranks.gather(torch.stack([far, near], 1))
             loss: Tensor
             loss, active, to_positive, to_negative = _Triplets.apply(rows, batch, chosen, self._anchor_loss)
         self.stats = {"active": active, "positive_distance": to_positive, "negative_distance": to_negative}
@@ -114,7 +114,7 @@ class _Triplets(torch.autograd.Function):
         anchor_loss: Callable[..., tuple[Tensor, ...]],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         valid = (chosen >= 0).all(1)
-        scale = distributed.world() / valid.sum().clamp_min(1).to(rows.dtype)
+        scale = ranks.world() / valid.sum().clamp_min(1).to(rows.dtype)
         far, near = chosen[batch.own].clamp_min(0).unbind(1)
         own = valid[batch.own]
         each, active, to_positive, to_negative = anchor_loss(batch.refs[batch.own], batch.refs[far], batch.refs[near])

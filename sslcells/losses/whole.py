@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sslcells import distributed
+from sslcells import ranks
 
 
 def whole_rows(z: Tensor, views: int = 1) -> Tensor:
@@ -19,26 +19,26 @@ def whole_rows(z: Tensor, views: int = 1) -> Tensor:
     Raises:
         ValueError: on every rank, where the ranks bring different numbers of rows.
     """
-    distributed.same_count(len(z), "rows")
+    ranks.same_count(len(z), "rows")
     rows: Tensor = _Whole.apply(z, views)
     return rows
 
 
 def whole_ids(ids: Tensor, views: int = 1) -> Tensor:
     """(B,) ids of this rank's images → (V·B·world,) of the rows of `whole_rows`."""
-    return distributed.gather(ids).repeat(views)
+    return ranks.gather(ids).repeat(views)
 
 
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, views: int) -> Tensor:
         ctx.views = views
-        by_rank = distributed.gather(z).view(distributed.world(), views, -1, z.shape[1])
+        by_rank = ranks.gather(z).view(ranks.world(), views, -1, z.shape[1])
         return by_rank.transpose(0, 1).reshape(-1, z.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        world = distributed.world()
+        world = ranks.world()
         by_rank = grad.view(ctx.views, world, -1, grad.shape[1])
-        return by_rank[:, distributed.rank()].flatten(0, 1) * world, None
+        return by_rank[:, ranks.rank()].flatten(0, 1) * world, None

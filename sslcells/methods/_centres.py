@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import whole_ids, whole_rows
 from sslcells.methods._embedding import Embedding, Head, check_labels
@@ -31,7 +31,7 @@ class CentreMethod(Embedding):
     def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the labelled rows of the global batch; and for how many the nearest centre is their own's."""
         known, label = _known(batch.label.repeat(self.views))
-        total = distributed.gather(known.sum()[None]).sum()
+        total = ranks.gather(known.sum()[None]).sum()
         if not len(label):
             return 0 * rows.sum(), {"top1": torch.ones_like(total, dtype=torch.float32)}
         with torch.autocast(rows.device.type, enabled=False):
@@ -40,7 +40,7 @@ class CentreMethod(Embedding):
             with torch.no_grad():
                 right = self._loss.get_logits(rows).argmax(1) == label
         # The mean over ranks of own sum × world / all is the mean over the global batch.
-        return mean * len(label) * distributed.world() / total, {"top1": right.float().mean()}
+        return mean * len(label) * ranks.world() / total, {"top1": right.float().mean()}
 
 
 def whole_batch(rows: Tensor, batch: Batch, views: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sslcells import distributed, methods
+from sslcells import methods, ranks
 from sslcells.config import ConfigError, Section
 from sslcells.data import Batch, ImageSet
 from sslcells.models.heads import Norm, projection
@@ -88,6 +88,6 @@ _UNKNOWN = 2**32
 def drawn_by(batch: Batch) -> int:
     """A seed that the images of the global batch, in their order, decide: the same on every rank."""
     mixed = 0
-    for image in distributed.gather(batch.image).tolist():
+    for image in ranks.gather(batch.image).tolist():
         mixed = (mixed * 1_000_003 + image) % 2**63
     return mixed

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslcells import distributed, methods
+from sslcells import methods, ranks
 from sslcells.config import Section
 from sslcells.data import Batch, ImageSet
 from sslcells.models.heads import Norm, projection
@@ -116,7 +116,7 @@ class Method(methods.Method):
 
         entropy = -(target * log_target).sum(2).mean()
         usage = target.mean((0, 1))
-        mean = distributed.total(taught.mean((0, 1))) / distributed.world()
+        mean = ranks.total(taught.mean((0, 1))) / ranks.world()
         self.centre.lerp_(mean, 1 - c.centre_momentum)
         return loss, {
             "teacher_entropy": entropy / math.log(self._prototypes),  # 1: the same for every image

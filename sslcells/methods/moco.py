@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslcells import distributed, methods
+from sslcells import methods, ranks
 from sslcells.config import Section
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import MoCoLoss, row_std, unit
@@ -67,6 +67,6 @@ class Method(methods.Method):
         figures = {**self._loss.stats, "row_std": row_std(keys[0])}
         loss = 2 * self._loss.temperature * (loss + self._loss(queries[1], keys[0], queue))
         if queue is not None:
-            newest = torch.cat([distributed.gather(k) for k in keys])  # in one order on any number of ranks
+            newest = torch.cat([ranks.gather(k) for k in keys])  # in one order on any number of ranks
             self.queue.copy_(torch.cat([newest, queue])[: len(queue)])
         return loss, figures

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslcells import distributed, methods
+from sslcells import methods, ranks
 from sslcells.config import ConfigError, Section
 from sslcells.data import Batch, ImageSet
 from sslcells.models.heads import Norm, projection
@@ -77,8 +77,8 @@ class Method(methods.Classifier):
             each = self._of_one_class(rows, label)
             weight = self._weights[label] * known
             right = (rows.argmax(1) == label).float() * known
-        total = distributed.gather(torch.stack([weight.sum(), weight.count_nonzero()])[None]).sum(0)
-        world = distributed.world()
+        total = ranks.gather(torch.stack([weight.sum(), weight.count_nonzero()])[None]).sum(0)
+        world = ranks.world()
         figures = {"top1": (right * (weight > 0)).detach().sum() * world / total[1].clamp(min=1)}
         return (weight * each).sum() * world / total[0].clamp(min=torch.finfo(torch.float32).tiny), figures
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gloo import on_ranks
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.config import ConfigError, Sampler
 from sslcells.data import Batch, ImageSet
 from sslcells.data.sampler import Shuffle, Steps, build, composition
@@ -182,8 +182,8 @@ LABEL, SOURCE = [0, 0, 1, 1, 1, -1, 2, 2], [0, 0, 0, 1, 1, 2, 3, 4]
 
 
 def held():
-    part = 8 // distributed.world()
-    own = slice(distributed.rank() * part, (distributed.rank() + 1) * part)
+    part = 8 // ranks.world()
+    own = slice(ranks.rank() * part, (ranks.rank() + 1) * part)
     label, source = torch.tensor(LABEL)[own], torch.tensor(SOURCE)[own]
     return composition(Batch(torch.zeros(part, 1, 1, 1), label, label, source), torch.device("cpu"))
 

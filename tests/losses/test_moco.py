@@ -6,7 +6,7 @@ from gloo import on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.losses import MoCoLoss, torch_engine
 
 IMAGES, D, T = 6, 5, 0.3
@@ -36,7 +36,7 @@ def pairs(world):
 def step(queue):
     patch = pytest.MonkeyPatch()
     patch.setattr(torch_engine, "tile_size", lambda refs: 4)
-    world, rank = distributed.world(), distributed.rank()
+    world, rank = ranks.world(), ranks.rank()
     net = DistributedDataParallel(network())
     x = pairs(world)[:, rank * IMAGES : (rank + 1) * IMAGES]
     try:
@@ -44,7 +44,7 @@ def step(queue):
         loss.backward()
     finally:
         patch.undo()
-    return distributed.gather(loss[None]).mean().item(), net.module.weight.grad
+    return ranks.gather(loss[None]).mean().item(), net.module.weight.grad
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

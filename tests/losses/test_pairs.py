@@ -8,7 +8,7 @@ from test_losses import Largest
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.losses import BatchAllTripletLoss, PairLoss, pairs, whole_ids, whole_rows
 
 LABELS = [0, 0, 0, 1, 1, 2, 2, 2, 2, 3, -1, -1]
@@ -90,9 +90,9 @@ def on_a_rank(name, dtype=torch.float64):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, D)).to(dtype)
     x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    part = 12 // distributed.world()
-    own = slice(distributed.rank() * part, (distributed.rank() + 1) * part)
-    wrapped = DistributedDataParallel(network) if distributed.world() > 1 else network
+    part = 12 // ranks.world()
+    own = slice(ranks.rank() * part, (ranks.rank() + 1) * part)
+    wrapped = DistributedDataParallel(network) if ranks.world() > 1 else network
     if name == "whole":  # two views, a loss that mixes all rows and looks at their order
         z = whole_rows(wrapped(torch.cat([x[own], 2 * x[own]])), views=2)
         weight = torch.linspace(0, 1, 24, dtype=dtype)[:, None] * whole_ids(torch.arange(12)[own], 2)[:, None]

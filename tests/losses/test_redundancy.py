@@ -6,7 +6,7 @@ from gloo import on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.losses import BarlowTwinsLoss, VICRegLoss
 
 IMAGES, D = 6, 5
@@ -48,7 +48,7 @@ def images(count):
 
 def step(name, bounds):
     """On a rank: the loss of its images, and the parameter gradients."""
-    net, rank = DistributedDataParallel(network()), distributed.rank()
+    net, rank = DistributedDataParallel(network()), ranks.rank()
     x = images(bounds[-1])[:, bounds[rank] : bounds[rank + 1]]
     loss = LOSSES[name](*net(x.flatten(0, 1)).chunk(2))
     loss.backward()

@@ -8,7 +8,7 @@ from gloo import on_ranks
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from sslcells import checkpoint, distributed, methods, models
+from sslcells import checkpoint, methods, models, ranks
 from sslcells.config import PLUGINS, Model, load
 from sslcells.data import Batch, ImageSet
 from sslcells.train import cached_backward
@@ -109,10 +109,10 @@ def backward(network, method, rows=slice(None)):
 
 def on_a_rank(name, options):
     network = learner(name, options)
-    part = IMAGES // distributed.world()
-    start = distributed.rank() * part
+    part = IMAGES // ranks.world()
+    start = ranks.rank() * part
     loss, _ = backward(DistributedDataParallel(network), network.method, slice(start, start + part))
-    return distributed.gather(loss[None]).mean().item(), gradients(network), dict(network.named_buffers())
+    return ranks.gather(loss[None]).mean().item(), gradients(network), dict(network.named_buffers())
 
 
 def gradients(network):
@@ -150,9 +150,9 @@ class Plain:
 def in_micro_batches(name, options):
     network = learner(name, options)
     ddp = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    part = IMAGES // distributed.world()
-    whole = batch(slice(distributed.rank() * part, (distributed.rank() + 1) * part))
-    pieces = [batch(slice(i, i + 1)) for i in range(*slice(distributed.rank() * part, None).indices(IMAGES))][:part]
+    part = IMAGES // ranks.world()
+    whole = batch(slice(ranks.rank() * part, (ranks.rank() + 1) * part))
+    pieces = [batch(slice(i, i + 1)) for i in range(*slice(ranks.rank() * part, None).indices(IMAGES))][:part]
     before = copy.deepcopy(network.state_dict())
     for _ in range(2):  # the second shows that the first left DDP in order
         network.zero_grad()

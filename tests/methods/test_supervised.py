@@ -8,7 +8,7 @@ from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.config import ConfigError
 from sslcells.data import Batch, ImageSet
 from sslcells.methods.supervised import Config, Method
@@ -59,8 +59,8 @@ def test_focal_with_gamma_0_is_cross_entropy_and_with_2_its_formula():
 
 
 def of_rank(weights):
-    value, figures = loss(class_weights=weights, part=slice(distributed.rank() * 2, distributed.rank() * 2 + 2))
-    return distributed.gather(torch.stack([value, figures["top1"]])[None]).mean(0)
+    value, figures = loss(class_weights=weights, part=slice(ranks.rank() * 2, ranks.rank() * 2 + 2))
+    return ranks.gather(torch.stack([value, figures["top1"]])[None]).mean(0)
 
 
 @pytest.mark.parametrize("weights", ["none", "balanced"])

@@ -9,7 +9,7 @@ from reference import batch_hard, contrastive, nt_xent, pairwise
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.losses import BatchHardTripletLoss, HardNegativeLoss, NTXentLoss, SupConLoss, _rows, triplet
 from sslcells.losses import contrastive as module
 from sslcells.losses import torch_engine as engine
@@ -73,19 +73,19 @@ LOSSES = [
 def without_world(monkeypatch):
     """The loss forgets that DDP divides by the world."""
     for m in (module, triplet):
-        monkeypatch.setattr(m, "distributed", SimpleNamespace(**{**vars(distributed), "world": lambda: 1}))
+        monkeypatch.setattr(m, "ranks", SimpleNamespace(**{**vars(ranks), "world": lambda: 1}))
 
 
 def swapped(monkeypatch):
     """Ranks are gathered in the wrong order."""
-    gather = distributed.gather
-    monkeypatch.setattr(distributed, "gather", lambda x: gather(x).unflatten(0, (-1, len(x))).flip(0).flatten(0, 1))
+    gather = ranks.gather
+    monkeypatch.setattr(ranks, "gather", lambda x: gather(x).unflatten(0, (-1, len(x))).flip(0).flatten(0, 1))
 
 
 def local_only(monkeypatch):
     """Every rank sees its own rows as everyone's."""
-    monkeypatch.setattr(distributed, "gather", lambda x: x.detach())
-    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(ranks, "gather", lambda x: x.detach())
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
 
 
 def no_columns(monkeypatch):
@@ -114,7 +114,7 @@ def step(name, plant=None):
         loss.backward()
     finally:
         patch.undo()
-    values = distributed.gather(loss[None])
+    values = ranks.gather(loss[None])
     return values.mean().item(), [p.grad for p in net.parameters()]
 
 

@@ -3,14 +3,14 @@
 import pytest
 from gloo import on_ranks
 
-from sslcells import distributed
+from sslcells import ranks
 from sslcells.data import DataError
 from sslcells.interrupt import Interrupt
 from sslcells.train import in_step
 
 
 def votes():
-    return distributed.largest(7 if distributed.rank() == 1 else 3)
+    return ranks.largest(7 if ranks.rank() == 1 else 3)
 
 
 def test_the_largest_is_known_to_all():
@@ -21,8 +21,8 @@ def broken():
     """Rank 1 cannot read its third batch; what each rank got, and what it raises."""
 
     def batches():
-        yield from range(2 if distributed.rank() == 1 else 5)
-        if distributed.rank() == 1:
+        yield from range(2 if ranks.rank() == 1 else 5)
+        if ranks.rank() == 1:
             raise DataError("cell_17.png: truncated")
 
     got = []
@@ -40,7 +40,7 @@ def test_what_one_rank_cannot_read_every_rank_raises():
 
 def unsound():
     def check():
-        if distributed.rank() == 2:
+        if ranks.rank() == 2:
             raise ValueError("the folder is gone")
 
     with pytest.raises(ValueError, match="the folder is gone") as raised:
@@ -57,7 +57,7 @@ def asked():
     interrupt, got = Interrupt(), []
     for batch in in_step(iter(range(5)), (), interrupt):
         got.append(batch)
-        if distributed.rank() == 1 and batch == 1:
+        if ranks.rank() == 1 and batch == 1:
             interrupt.asked = 10
     return got, interrupt.asked
 
@@ -68,15 +68,15 @@ def test_all_stop_after_the_same_step():
 
 def post_mortem(error, *leaving):
     """On a rank: say that one leaves, or what is lost; the ranks of `leaving` in the way given there."""
-    distributed._POST_MORTEM = 1.0
+    ranks._POST_MORTEM = 1.0
     for number, cause in leaving:
-        if distributed.rank() == number:
+        if ranks.rank() == number:
             if cause:
-                distributed.leave(cause)
-            distributed.barrier()
+                ranks.leave(cause)
+            ranks.barrier()
             return None
-    lost = distributed.lost(error)
-    distributed.barrier()
+    lost = ranks.lost(error)
+    ranks.barrier()
     return str(lost) if lost else None
 
 
@@ -97,4 +97,4 @@ def test_who_left_with_a_reason_is_quoted():
 
 def test_errors_of_other_kinds_are_no_lost_ranks():
     assert on_ranks(2, post_mortem, RuntimeError("shapes do not match")) == [None, None]
-    assert distributed.lost(GONE) is None
+    assert ranks.lost(GONE) is None

@@ -1,7 +1,6 @@
-"""Ranks: the one file that knows them. Everything here also works in a process that was never initialised."""
+"""torch.distributed, in one file. Everything here also works in a process without a process group."""
 
 import contextlib
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-
-from sslcells.config import ConfigError, Run
 
 T = TypeVar("T")
 
@@ -22,55 +17,10 @@ T = TypeVar("T")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def accelerator(run: Run) -> Accelerator:
-    """Start the process group that the launcher described, if any, and bind this process to its device.
-
-    Numerics come from the run's configuration alone: the launcher's mixed precision is overruled.
-
-    Raises:
-        ConfigError: where Accelerate would silently run apart the ranks that the launcher started.
-    """
-    return start(
-        run.train.device == "cpu",
-        run.train.timeout,
-        mixed_precision=run.train.precision,
-        log_with=None if run.log.tracker == "none" else run.log.tracker,
-        project_dir=run.folder,
-    )
-
-
-def start(cpu: bool, minutes: float, **options: Any) -> Accelerator:
-    """As `accelerator`, on the CPU if asked to or where there is nothing else; ranks wait for each other `minutes`.
-
-    Raises:
-        ConfigError: as `accelerator`.
-    """
+def set_timeout(timeout: timedelta) -> None:
+    """How long ranks wait for each other in the group of CPU tensors that is made beside a bare NCCL."""
     global _timeout
-    _timeout = timedelta(minutes=minutes)
-    started = Accelerator(
-        cpu=cpu or not torch.accelerator.is_available(),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=_timeout),
-        ],
-        **options,
-    )
-    if started.num_processes != launched_world():
-        raise ConfigError(
-            f"{launched_world()} processes were launched, but Accelerate joins {started.num_processes}: "
-            f"launch with one of launch/*.yaml"
-        )
-    return started
-
-
-def launched_rank() -> int:
-    """This process's rank as the launcher says it, known before any process group is."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def launched_world() -> int:
-    """Number of processes that the launcher started, known before any process group is."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    _timeout = timeout
 
 
 def world() -> int:
