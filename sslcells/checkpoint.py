@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from sslcells.storage import patiently
+from sslcells.storage import json_text, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def files(step: int, model: nn.Module, states: dict[str, Any]) -> dict[str, byte
     torch.save(states, plain)
     contents = {_WEIGHTS: safetensors.torch.save(weights), _STATES: plain.getvalue()}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    return contents | {_SUMMARY: json.dumps({"step": step, "sha256": digests}, indent=2).encode()}
+    return contents | {_SUMMARY: json_text({"step": step, "sha256": digests}, indent=2).encode()}
 
 
 def write(folder: Path, step: int, contents: Mapping[str, bytes], keep: int) -> Path:

@@ -19,6 +19,7 @@ from sslcells.interrupt import Stopped
 from sslcells.models import files
 from sslcells.plan import TrainingError, consequences
 from sslcells.selfcheck import selfcheck
+from sslcells.storage import denied
 from sslcells.train import train
 
 DEBUG = {"name": "debug", "train": {"steps": 5, "workers": 0, "compile": False}, "log": {"every": 1, "tracker": "none"}}
@@ -273,6 +274,8 @@ def _guarded(command: Callable[[], None]) -> int:
         command()
     except ConfigError as error:
         return _told(error, 2)
+    except PermissionError as error:
+        return _told(ConfigError(denied(error)), 2)
     except (TrainingError, CheckpointError, DataError, DeliveryError, tracking.LogError) as error:
         return _told(error, 1)
     except Stopped as stopped:

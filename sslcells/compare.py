@@ -5,7 +5,6 @@ and parts of the labels, each with several seeds. Every one of them is a run of 
 below the run's, and goes on where it was cut off.
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from sslcells.evaluation.sheets import Image, prediction_sheet
 from sslcells.metrics import read_metrics
 from sslcells.models import files
 from sslcells.plan import open_run
+from sslcells.storage import is_file, json_text
 from sslcells.train import train
 
 MODELS = {"supervised": "from scratch", "probe": "frozen encoder", "fine-tuned": "from the encoder"}
@@ -77,7 +77,7 @@ def compare(run: Run) -> dict[str, Any]:
     shown = table(result)
     say_table(Console(highlight=False, width=160), shown)
     pictures = draw(run, said, splits[run.evaluate.split])
-    write(run.folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write(run.folder / RESULTS, json_text(result, indent=2) + "\n")
     about = f"sslcells {__version__}, {run.model.backbone}, {run.method.name}"  # type: ignore[attr-defined]
     body = section_of("Supervised, probe and fine-tuned", [shown], pictures)
     write(run.folder / REPORT, document(f"{run.name}: what labels are worth", about, body))
@@ -92,7 +92,7 @@ def fine_tuned(folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, An
         ConfigError: where the folder is no finished run's, or its data has no labels; else as `compare`.
     """
     config = folder / "config.yaml"
-    if not config.is_file() or not (folder / files.SPEC).is_file():
+    if not is_file(config) or not is_file(folder / files.SPEC):
         raise ConfigError(f"{folder} is not the folder of a finished run: fine-tuning starts from its encoder")
     run = load(str(config), overrides).model_copy(update={"name": folder.name, "out": str(folder.parent)})
     launcher.accelerator(run)
@@ -191,7 +191,7 @@ def carry_out(part: Part) -> None:
 def _finished(run: Run, file: str) -> bool:
     """Whether the run's folder holds its results, and they are of this configuration."""
     config = run.folder / "config.yaml"
-    if not (run.folder / file).is_file() or not config.is_file():
+    if not is_file(run.folder / file) or not is_file(config):
         return False
     asked = load(str(config)).evaluate
     same = (asked.split, asked.max_images) == (run.evaluate.split, run.evaluate.max_images)

@@ -26,6 +26,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
+from sslcells.storage import is_file
+
 
 class ConfigError(Exception):
     """A mistake of the user's in the configuration or the data it names; the message is all there is to show."""
@@ -337,7 +339,7 @@ def dump(run: Run) -> str:
 def _merge(file: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     parts: list[Any] = []
     if file is not None:
-        if not Path(file).is_file():
+        if not is_file(Path(file)):
             near = [str(p) for p in sorted(Path(file).parent.glob("*.yaml"))] if Path(file).parent.is_dir() else []
             raise ConfigError(f"--config {file}: no such file{nearest(file, near)}")
         try:

@@ -1,7 +1,6 @@
 """What a run has learned: `sslcells evaluate RUN`, also `accelerate launch -m sslcells.evaluate RUN` on many ranks."""
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from sslcells.evaluation.report import page, say_figures, say_leaks, write
 from sslcells.evaluation.sheets import Image
 from sslcells.metrics import METRICS, note_steps, read_metrics
 from sslcells.models import files
+from sslcells.storage import is_file, json_text
 
 RESULTS, REPORT = "evaluation.json", "report.html"
 
@@ -49,7 +49,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[st
     if result:
         seconds = round(time.perf_counter() - began, 1)
         result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": ranks.world()}
-        write(folder / RESULTS, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write(folder / RESULTS, json_text(result, indent=2) + "\n")
         write(folder / REPORT, page(result, [*_of_training(folder), *pictures]))
         print(f"{folder / RESULTS}, {REPORT}: everything above, and pictures; {seconds:.0f} s")
         _log(folder, result, pictures)
@@ -179,7 +179,7 @@ def _log(folder: Path, result: Mapping[str, Any], pictures: Sequence[Picture]) -
         for metric, score in row["scores"].items()
         if score["value"] is not None
     }
-    line = json.dumps({"step": step, "epoch": before[-1]["epoch"], **figures}, ensure_ascii=False)
+    line = json_text({"step": step, "epoch": before[-1]["epoch"], **figures})
     try:
         with (folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
@@ -196,7 +196,7 @@ def _log(folder: Path, result: Mapping[str, Any], pictures: Sequence[Picture]) -
 def _run(folder: Path, overrides: Sequence[str]) -> Run:
     """The run's configuration, with changes; what made the encoder stays as it was."""
     config = folder / "config.yaml"
-    if not config.is_file():
+    if not is_file(config):
         raise ConfigError(f"{folder} holds no config.yaml: is it a run's folder?")
     fixed = [o for o in overrides if o.split("=")[0].split(".")[0] in ("model", "method", "augment", "optim")]
     if fixed:

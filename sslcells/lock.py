@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from sslcells.config import ConfigError
-from sslcells.storage import whole
+from sslcells.storage import json_text, whole
 
 FILE = "lock.json"
 BEAT = 10.0
@@ -106,7 +106,7 @@ class Lock:
         return owner
 
     def _write(self, beat: int) -> None:
-        text = json.dumps(self._owner | {"beat": beat})
+        text = json_text(self._owner | {"beat": beat})
         whole(self._path, lambda file: file.write(text.encode()))
 
 

@@ -1,28 +1,34 @@
 """What a run's folder records of itself: the rows of metrics.jsonl, and which step each picture shows."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sslcells.storage import whole
+from sslcells.storage import json_text, whole
 
 METRICS = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
+    """The rows of a run's metrics.jsonl; a value that was not finite, null there, is NaN."""
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in lines]
+    return [_numbers(row) for row in rows]
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in row.items()}
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl, None where it was cut off."""
+    """A line of metrics.jsonl as `read_metrics` has it, None where it was cut off."""
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return _numbers(row) if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def forget_after(path: Path, step: int) -> None:
@@ -38,7 +44,7 @@ def note_steps(paths: Mapping[str, Path], step: int) -> None:
     """Write down beside the pictures which step they show."""
     for path in paths.values():
         notes = path.parent / "steps.json"
-        notes.write_text(json.dumps(_noted(notes) | {path.name: step}), encoding="utf-8")
+        notes.write_text(json_text(_noted(notes) | {path.name: step}), encoding="utf-8")
 
 
 def _noted(path: Path) -> dict[str, int]:

@@ -4,7 +4,6 @@ metrics.jsonl and plots/ are the truth; W&B is sent them by a process of its own
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sslcells import wandb_sync
 from sslcells.config import Run
 from sslcells.metrics import METRICS, flat, forget_after, note_steps
-from sslcells.storage import patiently
+from sslcells.storage import json_text, patiently
 
 
 class LogError(OSError):
@@ -70,7 +69,7 @@ class Log:
             return
         self._step = step
         row = {"step": step, "epoch": round(epoch, 4), **values}
-        self._write(json.dumps(row) + "\n")
+        self._write(json_text(row) + "\n")
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         self.say(f"{time.strftime('%H:%M:%S')}  step {step}/{self._steps}  epoch {epoch:.2f}  {shown}")
         self._track(lambda: self._accelerator.log(dict(values), step=step))

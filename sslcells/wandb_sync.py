@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 
 from sslcells.config import ConfigError
 from sslcells.metrics import METRICS, flat, pictures_of, row_of
+from sslcells.storage import json_text
 
 WANDB_ID = "wandb_id.txt"
 
@@ -253,7 +254,7 @@ def _main(argv: Sequence[str]) -> None:
 
     def tell(**news: object) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more
-            print(json.dumps(news), file=voice, flush=True)
+            print(json_text(news), file=voice, flush=True)
 
     if how:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

@@ -1,7 +1,10 @@
 """Storage that is away for a while."""
 
 import errno
+import json
+import math
 import time
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +48,19 @@ def test_patience_ends_and_the_next_call_is_tried_once(monkeypatch):
     assert time.monotonic() - began < 0.4
     assert patiently(failing(0, errno.EIO), "a file") == "here"
     assert patiently(failing(2, errno.EIO), "a file") == "here"  # patient anew
+
+
+def test_json_holds_no_nan():
+    """What is not a number in JSON becomes null, at any depth; every other value comes back as it was."""
+    value = {"a": math.nan, "b": [1.5, -math.inf, (math.inf, "é\udcff")], "c": {"d": True, "e": None, "f": 3}}
+    text = storage.json_text(value)
+    strict = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in {text}"))
+    assert strict == {"a": None, "b": [1.5, None, [None, "é\udcff"]], "c": {"d": True, "e": None, "f": 3}}
+    text.encode()
+
+
+def test_no_file_is_written_as_json_but_through_one_writer():
+    """A rule of the tree: json.dumps writes bare NaN."""
+    package = Path(storage.__file__).parent
+    others = [p.name for p in package.rglob("*.py") if "json.dump" in p.read_text(encoding="utf-8")]
+    assert sorted(others) == ["encoder.py", "storage.py"]  # the encoder's digest is of JSON, and never written

@@ -4,6 +4,7 @@ W&B is the real one where a test is slow, with a server that this file has; else
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from test_train import TINY, Killed, in_step, killed_after, tiny, untimed
 
 from sslcells import metrics, tracking, wandb_sync
 from sslcells.config import ConfigError, dump
+from sslcells.evaluation.pictures import curves
 from sslcells.train import train
 from sslcells.wandb_sync import TrackingError
 
@@ -103,6 +105,21 @@ def test_a_row_that_cannot_be_written_ends_the_training(tmp_path):
     (run.folder / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         train(run)
+
+
+def test_a_figure_that_is_not_finite_is_null_in_the_file_and_nan_where_it_is_read(tmp_path):
+    """Bare NaN is no JSON: most readers but Python's refuse the whole file."""
+    run = tiny(tmp_path)
+    run.folder.mkdir()
+    log = tracking.Log(run, 10, 0, SimpleNamespace(is_main_process=True, trackers=[], log=print))
+    log.metrics(1, 0.1, {"loss": 2.0, "gradient_norm": math.inf, "knn/top1": math.nan})
+    log.close()
+    text = (run.folder / "metrics.jsonl").read_text()
+    strict = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in {text}"))
+    assert strict == {"step": 1, "epoch": 0.1, "loss": 2.0, "gradient_norm": None, "knn/top1": None}
+    (row,) = metrics.read_metrics(run.folder)
+    assert math.isnan(row["gradient_norm"])
+    assert curves([row], tmp_path / "curves.png").is_file()
 
 
 def test_a_step_is_read_once_it_is_whole(tmp_path):

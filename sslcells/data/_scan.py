@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sslcells.config import ConfigError, nearest
+from sslcells.storage import is_file, is_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
@@ -29,13 +30,13 @@ def find_root(path: str) -> Path:
         ConfigError: where it is none, with the nearest name that is.
     """
     root = Path(path).expanduser()
-    if os.path.isdir(root):
+    if is_folder(root):
         return root
-    if os.path.isfile(root):
+    if is_file(root):
         kind = "; data.kind=medmnist reads such a file" if root.suffix == ".npz" else ""
         raise ConfigError(f"data.path={path!r} is a file, not the folder that holds the images{kind}")
     missing = root
-    while not os.path.isdir(missing.parent):
+    while not is_folder(missing.parent):
         missing = missing.parent
     near = nearest(missing.name, subfolders(missing.parent))
     raise ConfigError(f"data.path={path!r}: {missing.parent} has no folder {missing.name!r}{near}")
@@ -68,7 +69,7 @@ def find_splits(root: Path, given: dict[str, str | None]) -> dict[str, str]:
 
 
 def _named_split(root: Path, split: str, name: str, present: Sequence[str]) -> str:
-    if not (root / name).is_dir():
+    if not is_folder(root / name):
         folded = {folder.casefold(): folder for folder in present}
         same = folded.get(name.casefold())
         near = f" (did you mean {same}?)" if same else nearest(name, present)
@@ -95,7 +96,7 @@ def subfolders(folder: Path) -> list[str]:
     Raises:
         ConfigError: where it cannot be listed.
     """
-    return sorted(name for name, is_folder in _entries(str(folder)) if is_folder)
+    return sorted(name for name, inner in _entries(str(folder)) if inner)
 
 
 def walk(folder: Path) -> Iterator[str]:
@@ -109,8 +110,8 @@ def walk(folder: Path) -> Iterator[str]:
     waiting = [""]
     while waiting:
         prefix = waiting.pop()
-        for name, is_folder in _entries(f"{folder}/{prefix}"):
-            if is_folder:
+        for name, inner in _entries(f"{folder}/{prefix}"):
+            if inner:
                 waiting.append(f"{prefix}{name}/")
             elif name.lower().endswith(SUFFIXES):
                 yield prefix + name
@@ -122,9 +123,9 @@ def _entries(folder: str) -> Iterator[tuple[str, bool]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.startswith("."):
-                    is_folder = entry.is_dir()
-                    if not (is_folder and entry.is_symlink() and _turns_back(Path(entry.path))):
-                        yield entry.name, is_folder
+                    inner = entry.is_dir()
+                    if not (inner and entry.is_symlink() and _turns_back(Path(entry.path))):
+                        yield entry.name, inner
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be listed: {error.strerror}") from None
 

@@ -18,7 +18,7 @@ from sslcells.data import DataError, ImageSet
 from sslcells.data._decode import Decoder, Fit, Intensity, Size, Stack, Unreadable, header_size
 from sslcells.data._scan import SUFFIXES, find_root, find_splits, is_split, subfolders, walk
 from sslcells.data._sources import check_pattern, find_sources, read_table, source_ids
-from sslcells.storage import patiently
+from sslcells.storage import is_file, is_folder, patiently
 
 _SHOWN = 10  # broken images in one message
 _THREADS = 16  # that look at images; at most one per core
@@ -159,7 +159,7 @@ def list_images(folder: Path) -> list[str]:
     Raises:
         ConfigError: where there is no such folder, or no image in it.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         what = "is a file, not a folder of images" if folder.is_file() else f"no such folder{nearest_folder(folder)}"
         raise ConfigError(f"{folder}: {what}")
     names = sorted(walk(folder))
@@ -294,7 +294,7 @@ def _sources(config: Config, root: Path, names: Sequence[str]) -> Tensor:
 
 def _sources_file(given: str, root: Path) -> Path:
     for file in (Path(given).expanduser(), root / given):
-        if file.is_file():
+        if is_file(file):
             return file
     near = nearest(Path(given).name, sorted(file.name for file in root.glob("*.csv")))
     raise ConfigError(f"data.sources={given!r}: no such file, neither here nor in {root}{near}")

@@ -19,6 +19,7 @@ from sslcells.config import ConfigError, Section, nearest
 from sslcells.data import SPLITS, ImageSet
 from sslcells.data._array import ArrayImages
 from sslcells.data.subset import Subset
+from sslcells.storage import is_file
 
 _SETS = (
     "pathmnist",
@@ -131,15 +132,16 @@ def _file(config: Config) -> Path:
         file = Path(config.root).expanduser() / f"{config.set}{suffix}.npz"
         if not file.is_file() and config.download:
             _download(config.set, config.resolution, file)
-        if not file.is_file():
+        if not is_file(file):
             raise ConfigError(f"data.set={config.set!r}: there is no {file}; data.download=true fetches it")
     else:
         assert config.path is not None
         file = Path(config.path).expanduser()
-        if not file.is_file():
+        if not is_file(file):
             near = nearest(file.name, sorted(path.name for path in file.parent.glob("*.npz")))
             what = "is a folder, not a .npz file" if file.is_dir() else f"no such file{near}"
             raise ConfigError(f"data.path={config.path!r}: {what}")
+    file.open("rb").close()  # zipfile says "no archive" of one that may not be read
     if not zipfile.is_zipfile(file):
         raise ConfigError(f"{file} is no .npz archive")
     return file

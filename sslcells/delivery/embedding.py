@@ -23,6 +23,7 @@ from sslcells.delivery.encoder import Encoder, find_run, load_encoder
 from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, list_digest, spelt
 from sslcells.interrupt import Interrupt, Stopped
 from sslcells.lock import Lock
+from sslcells.storage import is_file
 
 SHARD = 4096
 """images; what a kill loses a rank at most"""
@@ -118,7 +119,7 @@ def _begin(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.append(Lock(folder, otherwise="choose another --out"))
-        if (folder / MANIFEST).is_file():
+        if is_file(folder / MANIFEST):
             before = Embeddings.open(folder)
             if shard is None:
                 fresh["shard"] = before.size

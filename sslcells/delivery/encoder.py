@@ -16,6 +16,7 @@ from sslcells.config import ConfigError, Run, load
 from sslcells.data import DataError, Decoder, Unreadable, reading
 from sslcells.data.folder import list_images, nearest_folder
 from sslcells.models import files, width
+from sslcells.storage import is_file, is_folder
 
 Picture = Tensor | Image.Image
 Pictures = Picture | Sequence[Picture]
@@ -192,7 +193,7 @@ def _opened(file: str | os.PathLike[str], decoder: Decoder) -> Tensor:
 def _files(path: Path) -> list[Path]:
     """The image files that a path names: itself, or those below it in the order of their paths."""
     path = path.expanduser()
-    if path.is_file():
+    if is_file(path):
         return [path]
     return [path / name for name in list_images(path)]
 
@@ -204,11 +205,11 @@ def find_run(path: str | os.PathLike[str]) -> Path:
         ConfigError: where there is none, with the nearest name that is.
     """
     folder = Path(path).expanduser()
-    if folder.name in (files.SPEC, files.WEIGHTS) and folder.is_file():
+    if folder.name in (files.SPEC, files.WEIGHTS) and is_file(folder):
         folder = folder.parent
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise ConfigError(f"{path}: no such run's folder{nearest_folder(folder)}")
-    if not (folder / files.SPEC).is_file() and (folder / "config.yaml").is_file():
+    if not is_file(folder / files.SPEC) and is_file(folder / "config.yaml"):
         raise ConfigError(f"{path} holds no {files.SPEC}: the run has not come to its end; its own command goes on")
     return folder
 
@@ -216,7 +217,7 @@ def find_run(path: str | os.PathLike[str]) -> Path:
 def _reading_of(folder: Path, size: int) -> dict[str, Any]:
     """How files are read, for an encoder.json that does not say: as the configuration beside it has it."""
     config = folder / "config.yaml"
-    return reading(load(str(config)).data if config.is_file() else None, size)
+    return reading(load(str(config)).data if is_file(config) else None, size)
 
 
 def _digest(folder: Path, spec: dict[str, Any], how: dict[str, Any]) -> str:

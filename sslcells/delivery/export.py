@@ -21,6 +21,7 @@ from sslcells.delivery import DeliveryError, standalone
 from sslcells.delivery.card import card
 from sslcells.delivery.encoder import Encoder, find_run, load_encoder
 from sslcells.models import files
+from sslcells.storage import json_text
 
 ONNX, PROGRAM = "encoder.onnx", "encoder.pt2"
 TOLERANCE = 1e-3
@@ -90,7 +91,7 @@ def export(run: str, to: str | None = None, onnx: bool = True, say: Callable[[st
 
 def _write(encoder: Encoder, folder: Path, out: Path, onnx: bool, say: Callable[[str], None]) -> None:
     spec = json.loads((folder / files.SPEC).read_text(encoding="utf-8")) | {"reading": encoder.reading}
-    (out / files.SPEC).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+    (out / files.SPEC).write_text(json_text(spec, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(folder / files.WEIGHTS, out / files.WEIGHTS)
     shutil.copyfile(standalone.__file__, out / "load.py")
     if spec["timm"]["model_name"] == "small_cnn":

@@ -22,7 +22,7 @@ from sslcells.delivery.shards import MANIFEST, Embeddings, Shard, spelt
 from sslcells.evaluation.knn import neighbours
 from sslcells.evaluation.sheets import Image, found_sheet
 from sslcells.models import files
-from sslcells.storage import whole
+from sslcells.storage import is_file, is_folder, whole
 
 _MOST_SHOWN = 20
 """queries, and neighbours of each, on the picture"""
@@ -96,10 +96,10 @@ def find_embeddings(target: str) -> Embeddings:
         ConfigError: where there are none, or several.
     """
     folder = Path(target).expanduser()
-    if (folder / MANIFEST).is_file():
+    if is_file(folder / MANIFEST):
         return Embeddings.open(folder)
     folder = find_run(target)
-    if not (folder / files.SPEC).is_file():
+    if not is_file(folder / files.SPEC):
         raise ConfigError(f"{target} holds neither {MANIFEST} nor {files.SPEC}: it is neither embeddings nor a run")
     inside = sorted(manifest.parent for manifest in folder.glob(f"embeddings/*/{MANIFEST}"))
     if not inside:
@@ -118,7 +118,7 @@ def source_finder(table: str | None, pattern: str | None) -> Sources:
     listed: dict[str, str] = {}
     if table is not None:
         file = Path(table).expanduser()
-        if not file.is_file():
+        if not is_file(file):
             near = nearest(file.name, sorted(p.name for p in file.parent.glob("*.csv")))
             raise ConfigError(f"--sources {table}: no such file{near}")
         try:
@@ -255,9 +255,9 @@ def _query(query: str, embeddings: Embeddings) -> Path:
     """The file of a query, as given or below the folder of images."""
     path = Path(query).expanduser()
     for file in (path, Path(embeddings.root) / query):
-        if file.is_file():
+        if is_file(file):
             return file
-    if path.is_dir():
+    if is_folder(path):
         raise ConfigError(f"{query} is a folder; a query is an image")
     beside = path.parent if path.parent.is_dir() else Path(embeddings.root)
     near = nearest(path.name, sorted(p.name for p in beside.iterdir() if p.is_file()))

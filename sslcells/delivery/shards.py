@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sslcells.config import ConfigError, extra
 from sslcells.data import DataError
-from sslcells.storage import partial_name, patiently, whole
+from sslcells.storage import json_text, partial_name, patiently, whole
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class Embeddings:
         for left in self.folder.glob(".*.partial"):
             with suppress(OSError):
                 left.unlink()
-        text = json.dumps(self._manifest, indent=2) + "\n"
+        text = json_text(self._manifest, indent=2) + "\n"
         whole(self.folder / MANIFEST, lambda file: file.write(text.encode()))
 
     @property
@@ -233,7 +233,7 @@ def _write_parquet(file: BinaryIO, shard: Shard) -> None:
     }
     if shard.label is not None:
         columns["label"] = pa.array(shard.label, pa.string())
-    about = {"unreadable": json.dumps(shard.unreadable)}
+    about = {"unreadable": json_text(shard.unreadable)}
     pq.write_table(pa.table(columns).replace_schema_metadata(about), file)
 
 

@@ -1,17 +1,19 @@
 """The encoder's file: weights as safetensors, and a JSON that says how timm makes the network they fit."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from sslcells.config import ConfigError, Model
 from sslcells.models import create, normalisation, small_stem
+from sslcells.storage import denied, is_file, json_text, whole
 
 WEIGHTS, SPEC = "encoder.safetensors", "encoder.json"
 
@@ -30,6 +32,9 @@ def export(
 
     `timm.create_model(**spec["timm"], checkpoint_path="encoder.safetensors")` loads it; with stem "small", which timm
     has no argument for, the stem is replaced first, as `load` does.
+
+    Raises:
+        ConfigError: where a weight is not finite; nothing is written then.
     """
     mean, std = normalisation(config, channels)
     spec = {
@@ -43,8 +48,31 @@ def export(
         "timm_version": timm.__version__,
     }
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / SPEC).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+    if bad := not_finite(weights.items()):
+        raise ConfigError(f"the encoder is not exported to {folder}: {said_of(bad)}")
+    content = save(weights, metadata={"format": "pt"})
+    whole(folder / WEIGHTS, lambda file: file.write(content))
+    whole(folder / SPEC, lambda file: file.write(f"{json_text(spec, indent=2)}\n".encode()))
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of the tensors that hold NaN or an infinity; each device is waited for once."""
+    names, found = list[str](), dict[torch.device, list[Tensor]]()
+    by_device = dict[torch.device, list[str]]()
+    for name, x in tensors:
+        if x.is_floating_point() or x.is_complex():
+            found.setdefault(x.device, []).append(x.detach().isfinite().all())
+            by_device.setdefault(x.device, []).append(name)
+    for device, each in found.items():
+        whole_ones = torch.stack(each).tolist()
+        names += [name for name, fine in zip(by_device[device], whole_ones, strict=True) if not fine]
+    return names
+
+
+def said_of(bad: Sequence[str]) -> str:
+    """Weights that are not finite, in words."""
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    return f"weights that are not finite (NaN or infinite): {bad[0]}{more}"
 
 
 def start_from(encoder: nn.Module, config: Model, channels: int) -> None:
@@ -74,11 +102,14 @@ def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The encoder of a run's folder, in eval mode, and its encoder.json.
 
     Raises:
-        ConfigError: where the folder holds no encoder, or a damaged one.
+        ConfigError: where the folder holds no encoder, a damaged one, or one whose weights are not finite, or it may
+            not be read.
     """
-    if not (folder / SPEC).is_file():
-        raise ConfigError(f"{folder} holds no {SPEC}: is it the folder of a finished run?")
     try:
+        if not is_file(folder / SPEC):
+            raise ConfigError(f"{folder} holds no {SPEC}: is it the folder of a finished run?")
+        for name in (SPEC, WEIGHTS):
+            (folder / name).open("rb").close()  # safetensors says "no such file" of one that may not be read
         spec: dict[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
         args = dict(spec["timm"])
@@ -86,7 +117,13 @@ def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         if spec["stem"] == "small":
             small_stem(encoder, spec["channels"])
         encoder.load_state_dict(weights)
+    except PermissionError as error:
+        raise ConfigError(denied(error)) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ConfigError(f"{folder} holds no whole encoder: {type(error).__name__}: {first}") from error
+    if bad := not_finite(weights.items()):
+        raise ConfigError(
+            f"{folder / WEIGHTS} holds {said_of(bad)}; its training broke down, and it must be made again"
+        )
     return encoder.eval(), spec
