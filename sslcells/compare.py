@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 
-from sslcells import __version__, launcher, ranks
+from sslcells import __version__, launcher, ranks, values
 from sslcells.claim import changed
 from sslcells.config import PLUGINS, ConfigError, Run, load, validated
 from sslcells.data import ImageSet
@@ -163,11 +162,10 @@ def _run(run: Run, model: str, fixed: Mapping[str, Any]) -> Run:
     """The run with the classifier's section of `compare`, then the model's, then what is fixed."""
     of_model = {"supervised": run.compare.supervised, "probe": run.compare.probe, "fine-tuned": run.compare.fine_tuned}
     tree = run.model_dump(mode="json") | {"method": {"name": "supervised"}}
-    merged: Any = tree
     for changes in (run.compare.classifier, of_model[model], fixed):
-        merged = OmegaConf.merge(_without_other_choices(merged, changes), dict(changes))
+        tree = values.merged(_without_other_choices(tree, changes), changes)
     try:
-        return validated(OmegaConf.to_container(merged))  # type: ignore[arg-type]
+        return validated(tree)
     except ConfigError as error:
         raise ConfigError(f"compare, the {model} model: {error}") from None
 

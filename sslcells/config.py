@@ -1,19 +1,18 @@
 """The configuration of a run: one frozen typed tree, from YAML and `section.key=value` arguments.
 
-OmegaConf reads, merges and interpolates; pydantic checks. Every mistake is collected into one ConfigError that
-names the offending key and value and the nearest right one. Nothing here touches a device or a process group.
+`values` reads words, the fields say what they are, pydantic checks. Every mistake is collected into one ConfigError
+that names the offending key and value and the nearest right one. Nothing here touches a device or a process group.
 """
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -24,19 +23,39 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from yaml import YAMLError
 
-from sslcells.storage import is_file
-
-
-class ConfigError(Exception):
-    """A mistake of the user's in the configuration or the data it names; the message is all there is to show."""
+from sslcells import shipped, values
+from sslcells.errors import ConfigError as ConfigError
 
 
 class Section(BaseModel):
-    """Base of every part of the tree: frozen, unknown keys refused, defaults checked too."""
+    """Base of every part of the tree: frozen, unknown keys refused, defaults checked too.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    A field that is a string takes what was typed, whatever YAML would make of it: see `values.fitted`.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,
+    )
+    changes_sections: ClassVar[bool] = False
+    """whether its mappings hold sections, whose fields say later what a word is"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return values.plain(given)
+        read = dict[str, Any]()
+        for key, value in given.items():
+            field = cls.model_fields.get(key)
+            read[key] = values.plain(value) if field is None else values.fitted(value, field.annotation)
+            if cls.changes_sections and isinstance(read[key], dict):
+                read[key] = values.unread(value.value if isinstance(value, values.Word) else value)
+        return read
 
 
 class Plugin(NamedTuple):
@@ -51,6 +70,10 @@ class Plugin(NamedTuple):
         folder = Path(next(iter(importlib.import_module(self.package).__path__)))
         names = (module.name for module in pkgutil.iter_modules([str(folder)]))
         return sorted(n for n in names if "\nclass Config(" in (folder / f"{n}.py").read_text(encoding="utf-8"))
+
+    def choice(self, section: Mapping[str, Any]) -> str:
+        """What a section chooses."""
+        return str(section.get(self.key, self.default))
 
     def config(self, name: str) -> type[Section]:
         """The Config of one choice."""
@@ -72,7 +95,7 @@ def chosen(section: str) -> BeforeValidator:
     def check(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        name, names = str(value.get(plugin.key, plugin.default)), plugin.names()
+        name, names = plugin.choice(value), plugin.names()
         if name not in names:
             near = nearest(name, names)
             raise ValueError(f"{plugin.key}={name!r} is not known{near}; there are: {', '.join(names)}")
@@ -138,11 +161,6 @@ class Optim(Section):
     """Gradients are scaled down to this global norm; none for no clipping."""
 
 
-def _no(value: Any) -> Any:
-    """YAML reads an unquoted `no` as false."""
-    return "no" if value is False else value
-
-
 class Train(Section):
     """Size and numerics of the optimisation."""
 
@@ -154,7 +172,7 @@ class Train(Section):
     """Passes over the training images."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; when given, it takes the place of `epochs`."""
-    precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no)] = "no"
+    precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision of the networks; losses are always computed in float32."""
     channels_last: bool = True
     """Memory format of images and convolutions."""
@@ -233,6 +251,8 @@ class Evaluate(Section):
 class Compare(Section):
     """The classifiers of `sslcells compare`, and of `evaluate --fine-tune`: all see the same data and as many steps."""
 
+    changes_sections: ClassVar[bool] = True
+
     fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.01, 0.1, 1.0), min_length=1)
     """Parts of the labels of train."""
     seeds: int = Field(3, ge=1)
@@ -280,7 +300,7 @@ class Run(Section):
     @property
     def folder(self) -> Path:
         """Where the run writes."""
-        return Path(self.out) / self.name
+        return values.place(self.out) / self.name
 
     @model_validator(mode="after")
     def _min_lr_below_lr(self) -> Self:
@@ -308,8 +328,14 @@ def extra(module: str, name: str, purpose: str) -> ModuleType:
         raise ConfigError(f"{purpose} needs {module.split('.')[0]}: pip install 'sslcells[{name}]'") from None
 
 
+def installed(module: str, name: str, purpose: str) -> None:
+    """As `extra`, without importing the module."""
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"{purpose} needs {module}: pip install 'sslcells[{name}]'")
+
+
 def load(file: str | None = None, overrides: Sequence[str] = ()) -> Run:
-    """The run that a YAML file and `section.key=value` overrides describe.
+    """The run that a YAML file, or a recipe's name, and `section.key=value` overrides describe.
 
     Raises:
         ConfigError: with every mistake in one message.
@@ -333,37 +359,79 @@ def validated(tree: dict[str, Any], where: str = "") -> Run:
 
 def dump(run: Run) -> str:
     """The whole tree as YAML; `load` reads it back equal."""
-    return OmegaConf.to_yaml(OmegaConf.create(run.model_dump(mode="json")))
+    return values.write(_written(run, run.model_dump(mode="json")))
+
+
+def _written(section: BaseModel, tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree of a section, where a string that reads like an empty field stands between quotes."""
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, BaseModel):
+            tree[key] = _written(value, tree[key])
+        elif isinstance(value, str) and values.fitted(values.Word(value, value), field.annotation) is None:
+            tree[key] = values.Quoted(value)
+    return tree
 
 
 def _merge(file: str | None, overrides: Sequence[str]) -> dict[str, Any]:
-    parts: list[Any] = []
-    if file is not None:
-        if not is_file(Path(file)):
-            near = [str(p) for p in sorted(Path(file).parent.glob("*.yaml"))] if Path(file).parent.is_dir() else []
-            raise ConfigError(f"--config {file}: no such file{nearest(file, near)}")
-        try:
-            parts.append(OmegaConf.load(file))
-        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-            raise ConfigError(f"--config {file} is not readable YAML: {error}") from None
-        if not isinstance(parts[0], DictConfig):
-            raise ConfigError(f"--config {file} holds no sections: expected lines such as `data:` and `train:`")
-    wrong = [o for o in overrides if "=" not in o or o.startswith("=")]
+    tree = {} if file is None else _file(file)
+    wrong = [o for o in overrides if "=" not in o or not all(o.split("=", 1)[0].split("."))]
     if wrong:
         raise ConfigError(f"not section.key=value: {', '.join(map(repr, wrong))}")
+    for override in overrides:
+        _put(tree, override)
     try:
-        merged = OmegaConf.merge(*parts) if parts else OmegaConf.create()
-        for override in overrides:
-            key = override.split("=", 1)[0]
-            value = OmegaConf.select(OmegaConf.from_dotlist([override]), key, throw_on_missing=False)
-            OmegaConf.update(merged, key, value, merge=False)  # {…} replaces what a recipe says, not adds to it
-        tree = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"the configuration cannot be read: {str(error).splitlines()[0]}") from None
-    assert isinstance(tree, dict)
+        tree = values.interpolated(tree)
+    except ValueError as error:
+        raise ConfigError(f"the configuration cannot be read: {error}") from None
     for section in PLUGINS:
         tree.setdefault(section, {})
-    return {str(k): v for k, v in tree.items()}
+    return tree
+
+
+def _file(given: str) -> dict[str, Any]:
+    file = shipped.recipe(given)
+    if file is None:
+        raise ConfigError(f"--config {given}: {_no_recipe(given)}")
+    try:
+        tree = values.read(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"--config {given} is not readable YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config {given} holds no sections: expected lines such as `data:` and `train:`")
+    return {key: {} if value is None or _is_null(value) else value for key, value in tree.items()}
+
+
+def _is_null(value: Any) -> bool:
+    return isinstance(value, values.Word) and value.value is None
+
+
+def _no_recipe(given: str) -> str:
+    """Why there is no such file or recipe, with the nearest of both."""
+    file, names = values.place(given), shipped.recipes()
+    if file.stem in names and file.suffix == ".yaml":
+        return f"no such file; the recipe of that name comes with sslcells: --config {file.stem}"
+    if file.is_dir():
+        return "is a folder; expected a YAML file, or the name of a recipe"
+    beside = [str(path) for path in sorted(file.parent.glob("*.yaml"))] if file.parent.is_dir() else []
+    near = nearest(given, [*names, *beside])
+    return f"no such file, and no recipe of that name{near}; `sslcells recipes` lists them"
+
+
+def _put(tree: dict[str, Any], override: str) -> None:
+    """Set what an override says; a {…} replaces what a recipe says, and is not added to it."""
+    key, text = override.split("=", 1)
+    *sections, last = key.split(".")
+    for section in sections:
+        below = tree.setdefault(section, {})
+        if isinstance(below, values.Word):
+            below = tree[section] = {} if below.value is None else below.value
+        if not isinstance(below, dict):
+            raise ConfigError(f"{override}: {section} is {values.plain(below)!r}, which has no keys: give it whole")
+        tree = below
+    tree[last] = values.typed(text)
 
 
 def _explain(error: Any, tree: dict[str, Any]) -> str:
@@ -374,11 +442,35 @@ def _explain(error: Any, tree: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         fields = list(_fields(path[:-1], tree))
         elsewhere = [".".join([*map(str, path[:-1]), f]) for f in fields]
-        return f"{key}={value!r}: no such key{nearest(key, elsewhere) or f'; there are: {chr(44).join(fields)}'}"
+        return f"{key}={value!r}: no such key{_other_choices(path, tree) or _near(key, elsewhere)}"
     message = error["msg"].removeprefix("Value error, ")
     if isinstance(value, dict):
         return f"{key}: {message}" if key else message
     return f"{key}={value!r} {message}" if message.startswith("is ") else f"{key}={value!r}: {message}"
+
+
+def _near(key: str, keys: Sequence[str]) -> str:
+    return nearest(key, keys) or f"; there are: {', '.join(k.rpartition('.')[2] for k in keys)}"
+
+
+def _other_choices(path: Sequence[Any], tree: dict[str, Any]) -> str:
+    """Which other choices of a plugin's section have the key that the one chosen has not."""
+    if len(path) != 2 or path[0] not in PLUGINS:
+        return ""
+    section, key = path
+    plugin = PLUGINS[section]
+    chosen = plugin.choice(_mapping(tree[section]))
+    having = [name for name in plugin.names() if name != chosen and key in plugin.config(name).model_fields]
+    if not having:
+        return ""
+    way = "" if "folder" not in having else "; --config folder is a recipe for a folder of images"
+    drawn = ", whose images the program draws itself" if (section, chosen) == ("data", "synthetic") else ""
+    return f" in {section}.{plugin.key}={chosen}{drawn}, but in {section}.{plugin.key}={' or '.join(having)}{way}"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    value = value.value if isinstance(value, values.Word) else value
+    return value if isinstance(value, dict) else {}
 
 
 def _fields(path: Sequence[Any], tree: dict[str, Any]) -> dict[str, FieldInfo]:
@@ -388,6 +480,6 @@ def _fields(path: Sequence[Any], tree: dict[str, Any]) -> dict[str, FieldInfo]:
     section = str(path[0])
     if section in PLUGINS:
         plugin = PLUGINS[section]
-        return plugin.config(tree[section].get(plugin.key, plugin.default)).model_fields
+        return plugin.config(plugin.choice(_mapping(tree[section]))).model_fields
     annotation = Run.model_fields[section].annotation
     return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}

@@ -25,9 +25,9 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import psutil
-from omegaconf import OmegaConf
 
-from sslcells.config import ConfigError
+from sslcells import values
+from sslcells.errors import ConfigError, UserError
 from sslcells.metrics import METRICS, flat, pictures_of, row_of
 from sslcells.storage import json_text
 
@@ -41,7 +41,7 @@ SYNC = 600.0
 """Seconds that the last figures may take where a person waits for them."""
 
 
-class TrackingError(Exception):
+class TrackingError(UserError):
     """W&B has not got everything; the message says why."""
 
 
@@ -226,7 +226,8 @@ def _open(folder: Path, name: str, mode: str, settings: dict[str, Any]) -> Any:
     """W&B's run of a folder, new or gone on with."""
     import wandb
 
-    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    config: Any = values.plain(values.interpolated(values.read(text)))
     settings = {"console": "off", **settings}
     if "WANDB_INIT_TIMEOUT" not in os.environ:
         settings["init_timeout"] = 0.75 * START

@@ -1,14 +1,15 @@
 """The configuration: what is read, what is refused, and in which words."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
-from omegaconf import OmegaConf
 
+from sslcells import values
 from sslcells.config import PLUGINS, ConfigError, Run, Section, dump, load
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -61,10 +62,10 @@ def words(kind):
 def test_no_choice_is_read_as_something_else():
     """YAML reads words such as `no`, `on` and `null` as no words."""
     fields = [(s.__name__, key, field.annotation) for s in sections() for key, field in s.model_fields.items()]
-    choices = {(name, key, word) for name, key, kind in fields for word in words(kind)}
+    choices = {(kind, word) for _, _, kind in fields for word in words(kind)}
     assert len(choices) > 50
-    changed = [choice for choice in choices if OmegaConf.create(f"x: {choice[2]}").x != choice[2]]
-    assert changed == [("Train", "precision", "no")]  # the next test
+    for kind, word in choices:
+        assert values.fitted(values.read(f"x: {word}")["x"], kind) == values.fitted(values.typed(word), kind) == word
 
 
 def test_precision_no_is_not_false(tmp_path):
@@ -73,9 +74,139 @@ def test_precision_no_is_not_false(tmp_path):
     assert load(None, ["train.precision=no"]).train.precision == "no"
 
 
-def test_environment_variables_are_interpolated(monkeypatch):
+def test_files_take_environment_variables(monkeypatch, tmp_path):
     monkeypatch.setenv("CELLS", "here")
-    assert load(None, ["name=${oc.env:CELLS}"]).name == "here"
+    (tmp_path / "a.yaml").write_text("name: ${oc.env:CELLS}\nout: runs/${optim.lr}\noptim: {lr: 0.5}\n")
+    run = load(str(tmp_path / "a.yaml"), ["optim.lr=0.25"])
+    assert (run.name, run.out) == ("here", "runs/0.25")
+    (tmp_path / "a.yaml").write_text("name: ${oc.env:NO_SUCH_THING}\n")
+    with pytest.raises(ConfigError, match="NO_SUCH_THING"):
+        load(str(tmp_path / "a.yaml"))
+
+
+TYPED = [
+    *("2024", "2024_01", "[x] (1)", "null", "None", "yes", "no", "1e3", "0x10", "010", "1:30", "2024-01-02", "${x}"),
+    *(
+        "${oc.env:HOME}",
+        "\\${x}",
+        "\\\\${x}",
+        "${",
+        "'q'",
+        '"q"',
+        "a,b",
+        "a: b",
+        "{a: 1}",
+        "[",
+        "{",
+        "ü",
+        " lead",
+        "trail ",
+    ),
+    *(
+        "a=b",
+        "=",
+        "#c",
+        "a #b",
+        "~",
+        "~/x",
+        "-",
+        "???",
+        "*x",
+        "&x",
+        "!!int 3",
+        "%",
+        "@",
+        "`",
+        "|",
+        ">",
+        "\t",
+        "\n",
+        "\x07",
+    ),
+    *("<<", "...", "---", "x: ", "[]", "'", '"', "\u2028", "\x85", "\ufeff", "none.", "./none"),
+]
+
+
+def random_texts(count):
+    letters, draw = "${}\\'\"[]:,#&*!|>%@`~ -_.01ex\nnoéü\u2028\t\x85=?<", random.Random(0)
+    return ["".join(draw.choices(letters, k=draw.randint(1, 12))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("texts", [TYPED, random_texts(60)], ids=["known", "random"])
+def test_a_string_is_exactly_what_was_typed_and_is_written_as_such(texts, tmp_path):
+    for text in texts:
+        keys = ("data.path", "data.sources", "model.encoder", "log.project", "log.entity")
+        run = load(None, ["data.kind=folder", *(f"{key}={text}" for key in keys)])
+        read = run.data.path, run.data.sources, run.model.encoder, run.log.project, run.log.entity
+        assert set(read) == {text}
+        (tmp_path / "config.yaml").write_text(dump(run), encoding="utf-8")
+        assert load(str(tmp_path / "config.yaml")) == run, text
+    assert load(None, ["data.kind=folder", f"data.path={'[' * 3000}"]).data.path == "[" * 3000
+
+
+def test_a_string_of_a_file_keeps_its_text(tmp_path):
+    for text in ("2024", "2024_01", "0x10", "yes", "no", "1e3", "1:30", "2024-01-02", "on", "1.50", ".5", "=", "010"):
+        written = (
+            f"data: {{kind: folder, path: {text}, sources: {text}}}\nlog: {{project: {text}, tags: [{text}, b]}}\n"
+        )
+        (tmp_path / "a.yaml").write_text(written)
+        run = load(str(tmp_path / "a.yaml"))
+        assert (run.data.path, run.data.sources, run.log.project, run.log.tags) == (text, text, text, (text, "b"))
+    (tmp_path / "a.yaml").write_text("data: {kind: folder, path: }\n")
+    with pytest.raises(ConfigError, match=r"data\.path=None: Input should be a valid string"):
+        load(str(tmp_path / "a.yaml"))
+
+
+def test_plugins_on_the_same_line_decide_what_a_word_is(tmp_path):
+    run = load(None, ["data.path=2024_01", "data.kind=medmnist", "data.class_names=[no, 1_0]", "data.long_tail=1_0"])
+    assert (run.data.path, run.data.class_names, run.data.long_tail) == ("2024_01", ("no", "1_0"), 10)
+    run = load(None, ["data={kind: folder, path: 2024_01}", "data.sources=1e3", "data.size=[1_0, 20]"])
+    assert (run.data.path, run.data.sources, run.data.size) == ("2024_01", "1e3", (10, 20))
+    run = load(None, ["compare.supervised={data: {path: 2024_01}, train: {precision: no, steps: 5}}"])
+    assert run.compare.supervised == {"data": {"path": "2024_01"}, "train": {"precision": "no", "steps": 5}}
+
+
+def test_a_number_is_what_it_looks_like():
+    run = load(None, ["train.global_batch=010", "optim.lr=1e-3", "train.steps=1e3", "train.workers=0x2"])
+    assert (run.train.global_batch, run.optim.lr, run.train.steps, run.train.workers) == (10, 1e-3, 1000, 2)
+    with pytest.raises(ConfigError, match=r"train\.steps='1:30'"):
+        load(None, ["train.steps=1:30"])
+
+
+def optional_fields():
+    """Every field that may be empty, with what its section needs besides."""
+    needs = {"folder": ["data.path=x"], "medmnist": ["data.set=bloodmnist"]}
+    for section in sections():
+        where = next((s for s, f in Run.model_fields.items() if f.annotation is section), None)
+        for name, plugin in PLUGINS.items():
+            chosen = next((n for n in plugin.names() if plugin.config(n) is section), None)
+            if chosen:
+                yield from ((f"{name}.{k}", [f"{name}.{plugin.key}={chosen}", *needs.get(chosen, [])], f)
+                            for k, f in section.model_fields.items())  # fmt: skip
+        if where:
+            yield from ((f"{where}.{k}", [], f) for k, f in section.model_fields.items())
+
+
+def test_every_field_that_may_be_empty_takes_none(tmp_path):
+    keys = [(key, need) for key, need, field in optional_fields() if type(None) in get_args(field.annotation)]
+    assert {"optim.clip_norm", "data.size", "data.sources", "model.encoder", "data.long_tail"} <= {k for k, _ in keys}
+    for key, need in keys:
+        if f"{key}=" in "".join(need) or key in ("data.path", "data.set"):
+            continue  # one of the two must be given
+        section, field = key.split(".")
+        kinds = get_args(type(getattr(load(None, need), section)).model_fields[field].annotation)
+        for text in ("none",) if str in kinds else ("none", "None", "null", "~"):
+            assert getattr(getattr(load(None, [*need, f"{key}={text}"]), section), field) is None, (key, text)
+        (tmp_path / "a.yaml").write_text(f"{section}: {{{field}: none}}\n")
+        assert getattr(getattr(load(str(tmp_path / "a.yaml"), need), section), field) is None
+
+
+def test_none_between_quotes_is_a_name(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {encoder: 'none'}\n")
+    run = load(str(tmp_path / "a.yaml"))
+    assert run.model.encoder == "none"
+    (tmp_path / "b.yaml").write_text(dump(run))
+    assert load(str(tmp_path / "b.yaml")) == run
 
 
 def test_the_tree_is_frozen():
@@ -97,8 +228,14 @@ def test_the_tree_is_frozen():
         ("augment.recipe=cell", "recipe='cell' is not known (did you mean cells?)"),
         ("optim.min_lr=1", "optim.min_lr=1.0 is above optim.lr"),
         ("name=a/b", "name='a/b'"),
-        ("name=${oc.env:NO_SUCH_THING}", "NO_SUCH_THING"),
-        ("data=[", "cannot be read"),
+        ("name=${oc.env:NO_SUCH_THING}", "name='${oc.env:NO_SUCH_THING}'"),
+        ("data=[", "data='['"),
+        ("optim.lr.x=1", "optim.lr: Input should be a valid number"),
+        ("data.size=[x] (1)", "data.size='[x] (1)'"),
+        ("train..steps=1", "not section.key=value: 'train..steps=1'"),
+        ("data.path=x", "no such key in data.kind=synthetic, whose images the program draws itself, but in"),
+        ("data.path=x", "--config folder"),
+        ("method.margin=1", "no such key in method.name=simclr, but in method.name=arcface or"),
         ("train", "not section.key=value: 'train'"),
     ],
 )

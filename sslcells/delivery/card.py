@@ -5,9 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from sslcells import __version__
+from sslcells import __version__, values
 from sslcells.config import Run, load
 from sslcells.delivery.encoder import Encoder
 from sslcells.metrics import METRICS, read_metrics
@@ -141,7 +139,7 @@ def _loading(encoder: Encoder, spec: Mapping[str, Any], onnx: bool) -> str:
 
 
 def _yaml(tree: Mapping[str, Any]) -> str:
-    return f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(dict(tree)))}```"
+    return f"```yaml\n{values.write(tree)}```"
 
 
 def _unpathed(data: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""What comes with the package beside its code: recipes, launch files and SLURM templates; and copies of them.
+
+A wheel holds them in `_shipped/`; in a checkout they lie beside the package, once.
+"""
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from sslcells.errors import ConfigError
+from sslcells.storage import is_file
+from sslcells.values import place
+
+FOLDERS = ("launch", "slurm", "configs")
+
+
+def folder(name: str) -> Path:
+    """Where the files of "configs", "launch" or "slurm" lie."""
+    package = Path(__file__).parent
+    inside = package / "_shipped" / name
+    return inside if inside.is_dir() else package.parent / name
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes by name."""
+    return {file.stem: file for file in sorted(folder("configs").glob("*.yaml"))}
+
+
+def recipe(given: str) -> Path | None:
+    """The file of that path, else the recipe of that name, with or without .yaml; None where there is neither."""
+    file = place(given)
+    return file if is_file(file) else recipes().get(given.removesuffix(".yaml"))
+
+
+def about(file: Path) -> str:
+    """What the head of a recipe says that it is for, in one line."""
+    lines = [line.removeprefix("# ") for line in file.read_text(encoding="utf-8").split("\n\n")[0].splitlines()]
+    facts = [i for i, line in enumerate(lines) if line.split(":")[0] in ("command", "hardware", "time", "figure")]
+    after = [line for line in lines[facts[-1] + 1 :] if not line.startswith(" ")]
+    sentence, stop, _ = " ".join(after).partition(". ")
+    return sentence.rstrip(".") + "." if stop or sentence else ""
+
+
+class Copied(NamedTuple):
+    """What `copy` did, by the files' names."""
+
+    written: list[str]
+    same: list[str]
+    kept: list[str]
+    """that differ from what would have been written"""
+
+
+def copy(target: str, with_recipes: bool = False, overwrite: bool = False) -> Copied:
+    """Write the launch files and SLURM templates, the sweep's file, and all recipes if asked to, below a folder.
+
+    A file that is there and differs is kept, unless `overwrite` says otherwise.
+
+    Raises:
+        ConfigError: where the folder cannot be written.
+    """
+    out, done = place(target), Copied([], [], [])
+    names = [f"{name}/{file.name}" for name in FOLDERS for file in sorted(folder(name).iterdir()) if file.is_file()]
+    try:
+        for name in names:
+            if name.startswith("configs/") and name.endswith(".yaml") and not with_recipes:
+                continue
+            source, file = folder(name.split("/")[0]) / name.split("/")[1], out / name
+            there = file.read_bytes() if file.is_file() else None
+            if there == source.read_bytes():
+                done.same.append(name)
+            elif there is not None and not overwrite:
+                done.kept.append(name)
+            else:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, file)
+                done.written.append(name)
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written: {error}") from None
+    return done
