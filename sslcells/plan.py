@@ -11,6 +11,7 @@ from torch import Tensor
 from sslcells import checkpoint, methods, models, optim, ranks
 from sslcells.config import ConfigError, Run
 from sslcells.data import ImageSet, open_splits, sampler
+from sslcells.data.describe import describe
 from sslcells.data.subset import labelled_part
 
 
@@ -182,6 +183,7 @@ def consequences(run: Run, world: int) -> str:
     )
     return "\n".join(
         [
+            describe(splits),
             f"images: {', '.join(f'{name} {len(s)}' for name, s in splits.items())}; "
             + (f"{len(images.classes)} classes" if images.classes else "no labels"),
             f"encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, {features} features",

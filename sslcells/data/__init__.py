@@ -7,13 +7,17 @@ import importlib
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sslcells import ranks
 from sslcells.config import ConfigError, Section
 from sslcells.data._decode import Decoder as Decoder
+from sslcells.data._decode import Header as Header
 from sslcells.data._decode import Unreadable as Unreadable
+from sslcells.data._found import Found as Found
 from sslcells.data._sources import check_pattern as check_pattern
 from sslcells.data._sources import find_sources as find_sources
 from sslcells.data._sources import read_table as read_table
@@ -58,6 +62,10 @@ class ImageSet(ABC):
     """(N,) int64: what each image was made from; equal numbers in any split of one data set are the same source"""
     targets: Tensor | None = None
     """(N, K) uint8, 1 for each class of an image, in sets whose images have several; their labels count as unknown"""
+    found: Found | None = None
+    """how the split was read, in sets that are files"""
+    sourced: Tensor | None = None
+    """(N,) bool: whose source is known; None where nothing says what images were made from"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,6 +82,19 @@ class ImageSet(ABC):
         Raises:
             DataError: naming the image, where it cannot be read.
         """
+
+    def values(self, index: int) -> NDArray[Any]:
+        """The numbers that image `index` was made from, in the shape and number type that they are kept in.
+
+        Raises:
+            DataError: as `pixels`.
+        """
+        values: NDArray[Any] = np.asarray(self.pixels(index))
+        return values
+
+    def header(self, index: int) -> Header | None:
+        """What the file of image `index` says of itself; None where it has none of its own, or no readable one."""
+        return None
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -104,6 +125,10 @@ def _open_splits(config: Section) -> dict[str, ImageSet]:
     splits = {name: images for name in SPLITS if (images := open_split(config, name)) is not None}
     if "train" not in splits:
         raise ConfigError(f"data: there is no train split to learn from, only {', '.join(splits) or 'nothing'}")
+    channels = {name: images.channels for name, images in splits.items()}
+    if len({*channels.values()}) > 1:
+        each = ", ".join(f"{name} {count}" for name, count in channels.items())
+        raise ConfigError(f"data: the splits have different numbers of channels: {each}")
     return splits
 
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslcells.data import SPLITS, ImageSet
+from sslcells.data import SPLITS, Found, ImageSet
 
 
 class ArrayImages(ImageSet):
@@ -23,9 +23,11 @@ class ArrayImages(ImageSet):
         split: str,
         origin: str,
         targets: NDArray[Any] | None = None,
+        where: str | None = None,
     ) -> None:
         self._images = images
         self._origin = origin
+        self.found = Found(where or origin)
         self.channels = images.shape[-1]
         self.classes = classes
         self.labels = torch.from_numpy(labels.astype(np.int64))

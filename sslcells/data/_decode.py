@@ -1,8 +1,11 @@
 """From an image file of any sort to uint8 pixels of one size and channel count."""
 
+import errno
 import os
+import stat
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tifffile
@@ -22,6 +25,21 @@ Size = tuple[int, int]
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")
 _ORIENTATION = 0x0112
 _TURNED = range(5, 9)  # the EXIF orientations that swap height and width
+
+
+READER = 1
+"""Raised whenever this file comes to read, or to refuse, other files than before: what was looked at is again."""
+
+
+class Header(NamedTuple):
+    """What a file says of itself."""
+
+    size: Size
+    """of the upright image"""
+    kind: str
+    """format, colours and bits, such as `PNG RGB 8 bit`"""
+    pages: int
+    """pages, frames or series, of which the first is read"""
 
 
 class Unreadable(Exception):
@@ -49,11 +67,54 @@ class Decoder:
             Unreadable: where the file is missing, cut short, or no image.
         """
         try:
+            _regular(file)
             if self.stack is not None:
                 return self._stacked(_channels_first(file, self.channels, self.stack))
             with Image.open(file, formats=_FORMATS) as image:
                 return self.pixels(image)
         except Exception as error:  # Pillow's plugins raise whatever happens to break
+            raise Unreadable(_reason(error, file)) from error
+
+    def header(self, file: str, whole: bool = False) -> Header:
+        """What the file's header says; with `whole` all that `__call__` does is done too, to see whether it can be.
+
+        Raises:
+            Unreadable: where the file is missing, has no image's header, or with `stack` other channels.
+        """
+        try:
+            _regular(file)
+            if self.stack is not None:
+                header = _stack_header(file, self.channels, self.stack)
+                if whole:
+                    self._stacked(_channels_first(file, self.channels, self.stack))
+                return header
+            with Image.open(file, formats=_FORMATS) as image:
+                (width, height), kind = image.size, _kind(image)  # first: to ask for EXIF may load the image
+                several = getattr(image, "is_animated", False)
+                turned = image.getexif().get(_ORIENTATION) in _TURNED
+                if whole:
+                    self.pixels(image)
+                pages = 1
+                if several:
+                    with suppress(Exception):  # later pages are not read: nothing of theirs makes a file broken
+                        pages = getattr(image, "n_frames", 1)
+                return Header((width, height) if turned else (height, width), kind, pages)
+        except Exception as error:  # as above
+            raise Unreadable(_reason(error, file)) from error
+
+    def values(self, file: str) -> NDArray[Any]:
+        """The numbers in the file, before anything is made of them: (H, W), (H, W, C), or (C, H, W) of a stack.
+
+        Raises:
+            Unreadable: as `__call__`.
+        """
+        try:
+            _regular(file)
+            if self.stack is not None:
+                return _channels_first(file, self.channels, self.stack)
+            with Image.open(file, formats=_FORMATS) as image:
+                return np.array(image)
+        except Exception as error:  # as above
             raise Unreadable(_reason(error, file)) from error
 
     def pixels(self, image: Image.Image) -> Tensor:
@@ -75,22 +136,56 @@ class Decoder:
         return torch.from_numpy(np.stack(fitted))
 
 
-def header_size(file: str, channels: int = 3, stack: Stack | None = None) -> Size:
-    """(H, W) of the upright image as the file's header says; the pixels are not decoded.
-
-    Raises:
-        Unreadable: where the file is missing, has no image's header, or with `stack` other channels.
-    """
+def _regular(file: str) -> None:
+    """Raise unless this is a file, as opening a pipe would wait for ever, and reading a device never end."""
     try:
-        if stack is not None:
-            with _opened(file) as tiff:
-                shape, axis = _channel_axis(tiff.series[0], channels, stack)
-                return (shape[1], shape[2]) if axis == 0 else (shape[0], shape[1])
-        with Image.open(file, formats=_FORMATS) as image:
-            width, height = image.size
-            return (width, height) if image.getexif().get(_ORIENTATION) in _TURNED else (height, width)
-    except Exception as error:  # as above
-        raise Unreadable(_reason(error, file)) from error
+        mode = os.stat(file).st_mode
+    except OSError as error:
+        target = os.path.realpath(file)
+        nowhere = error.errno == errno.ENOENT and os.path.isdir(os.path.dirname(target))
+        if os.path.islink(file) and (nowhere or error.errno == errno.ELOOP):
+            raise ValueError(_broken_link(file)) from None  # no waiting for storage to come back
+        raise
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{_WHAT.get(stat.S_IFMT(mode), 'something')}, not a file")
+
+
+def _broken_link(file: str) -> str:
+    return f"a broken link: it leads to {os.readlink(file)}"
+
+
+_WHAT = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO (named pipe)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def _stack_header(file: str, channels: int, stack: Stack) -> Header:
+    with _opened(file) as tiff:
+        series = tiff.series[0]
+        shape, axis = _channel_axis(series, channels, stack)
+        size = (shape[1], shape[2]) if axis == 0 else (shape[0], shape[1])
+        return Header(size, f"TIFF {_times(series.shape)} {series.axes} {series.dtype}"[:60], len(tiff.series))
+
+
+_BITS_PER_SAMPLE = 258
+_MODES = {"1": "black and white", "L": "grey", "P": "palette", "I": "grey", "F": "grey", "LA": "grey and alpha"}
+_DEEP = {"1": "1 bit", "I": "32 bit", "F": "float32", "I;16": "16 bit", "I;16B": "16 bit", "I;16L": "16 bit"}
+
+
+def _kind(image: Image.Image) -> str:
+    """`PNG RGB 8 bit`: bits as the file has them, whatever Pillow makes of them."""
+    bits = _DEEP.get(image.mode, "8 bit")
+    if image.format == "TIFF":
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        each = {int(n) for n in np.atleast_1d(tags.get(_BITS_PER_SAMPLE, ()))}
+        bits = bits if image.mode == "F" or not each else f"{max(each)} bit"
+    elif any("16B" in str(tile[3]) for tile in getattr(image, "tile", ())):  # PNG's rawmode
+        bits = "16 bit"
+    return f"{image.format} {_MODES.get(image.mode.partition(';')[0], image.mode)} {bits}"
 
 
 def _opened(file: str) -> tifffile.TiffFile:
@@ -177,6 +272,8 @@ def _fit(image: Image.Image, size: Size, fit: Fit) -> NDArray[np.uint8]:
 def _reason(error: Exception, file: str) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image" if os.path.getsize(file) else "empty file"
+    if isinstance(error, FileNotFoundError) and os.path.islink(file):
+        return _broken_link(file)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if "imagecodecs" in str(error):

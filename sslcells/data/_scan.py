@@ -4,11 +4,15 @@ import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from sslcells.config import ConfigError, nearest
 from sslcells.storage import is_file, is_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+
+OURS = ".sslcells"
+"""Folder below the images in which the project keeps what it learned about them."""
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -96,43 +100,119 @@ def subfolders(folder: Path) -> list[str]:
     Raises:
         ConfigError: where it cannot be listed.
     """
-    return sorted(name for name, inner in _entries(str(folder)) if inner)
+    found = (entry.name for entry in _entries(str(folder)) if not _hidden(entry.name) and _is_folder(entry))
+    return sorted(name for name in found if not _turns_back(f"{folder}/{name}", [os.path.realpath(folder)]))
+
+
+Ignored = dict[str, tuple[int, str]]
+"""Kind of file → how many there are, and the path of one."""
+
+
+class Listing(NamedTuple):
+    """The image files below a folder, sorted by their paths relative to it, and what else lies there."""
+
+    names: list[str]
+    sizes: list[int]
+    """bytes; −1 of a link that leads nowhere"""
+    times: list[int]
+    """of the last change, in nanoseconds; −1 likewise"""
+    ignored: Ignored
+
+    @classmethod
+    def of(cls, folder: Path, prefix: str = "") -> "Listing":
+        """Look, at any depth; paths get `prefix` before them.
+
+        Raises:
+            ConfigError: where a folder cannot be listed.
+        """
+        ignored: Ignored = {}
+        files = sorted((f"{prefix}{name}", *_size_and_time(entry)) for name, entry in _walk(folder, ignored))
+        names, sizes, times = zip(*files, strict=True) if files else ((), (), ())
+        return cls([*names], [*sizes], [*times], {k: (n, prefix + example) for k, (n, example) in ignored.items()})
 
 
 def walk(folder: Path) -> Iterator[str]:
     """Paths of the images below `folder`, relative to it, in the order of the file system; links are followed.
 
-    Asks the file system for directory listings and nothing else, as there may be a million files.
+    What is called like an image is one here, also where it cannot be read: who reads it says so by its name. Asks the
+    file system for directory listings and nothing else, as there may be a million files.
 
     Raises:
         ConfigError: where a folder cannot be listed.
     """
-    waiting = [""]
+    return (name for name, _ in _walk(folder, {}))
+
+
+def _walk(folder: Path, ignored: Ignored) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
+    """As `walk`, with the file system's entry of each; what is left out is counted in `ignored`."""
+    # Beside each folder the real paths that led to it, one for each link on the way: none is come to twice.
+    waiting = [("", [os.path.realpath(folder)])]
     while waiting:
-        prefix = waiting.pop()
-        for name, inner in _entries(f"{folder}/{prefix}"):
-            if inner:
-                waiting.append(f"{prefix}{name}/")
-            elif name.lower().endswith(SUFFIXES):
-                yield prefix + name
+        prefix, real = waiting.pop()
+        for entry in _entries(f"{folder}/{prefix}"):
+            path = prefix + entry.name
+            if _hidden(entry.name):
+                if entry.name != OURS:
+                    _count(ignored, "hidden", path)
+            elif _is_folder(entry):
+                if not entry.is_symlink():
+                    waiting.append((f"{path}/", [*real[:-1], f"{real[-1]}/{entry.name}"]))
+                elif _turns_back(entry.path, real):
+                    _count(ignored, "links back to a folder above", path)
+                else:
+                    waiting.append((f"{path}/", [*real, os.path.realpath(entry.path)]))
+            elif entry.name.lower().endswith(SUFFIXES):
+                yield path, entry
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                _count(ignored, "broken links", path)
+            else:
+                _count(ignored, os.path.splitext(entry.name)[1].lower() or "without a suffix", path)
 
 
-def _entries(folder: str) -> Iterator[tuple[str, bool]]:
-    """Names in a folder, and whether each is a folder; without hidden ones and links back up."""
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return not _hidden(name) and name.lower().endswith(SUFFIXES)
+
+
+def _count(ignored: Ignored, kind: str, path: str) -> None:
+    count, example = ignored.get(kind, (0, path))
+    ignored[kind] = count + 1, min(example, path)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where one may not look: whoever opens it is told
+        return False
+
+
+def _size_and_time(entry: "os.DirEntry[str]") -> tuple[int, int]:
+    try:
+        stat = entry.stat()
+    except OSError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _entries(folder: str) -> Iterator["os.DirEntry[str]"]:
+    """What lies in a folder."""
     try:
         with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.startswith("."):
-                    inner = entry.is_dir()
-                    if not (inner and entry.is_symlink() and _turns_back(Path(entry.path))):
-                        yield entry.name, inner
+            yield from entries
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be listed: {error.strerror}") from None
 
 
-def _turns_back(link: Path) -> bool:
-    """Whether a link leads to a folder that it lies in."""
-    return link.parent.resolve().is_relative_to(link.resolve())
+def _turns_back(path: str, real: Sequence[str]) -> bool:
+    """Whether a link leads to a folder on the way to it, given as real paths, or to one that such a folder lies in."""
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    return any(f"{way}/".startswith(f"{target.rstrip('/')}/") for way in real)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -2,27 +2,27 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch import Tensor
 
 from sslcells.config import ConfigError, Section, nearest
 from sslcells.data import DataError, ImageSet
-from sslcells.data._decode import Decoder, Fit, Intensity, Size, Stack, Unreadable, header_size
-from sslcells.data._scan import SUFFIXES, find_root, find_splits, is_split, subfolders, walk
+from sslcells.data._decode import Decoder, Fit, Header, Intensity, Size, Stack, Unreadable
+from sslcells.data._found import Clock, Found
+from sslcells.data._scan import SUFFIXES, Listing, find_root, find_splits, is_image, is_split, subfolders, walk
 from sslcells.data._sources import check_pattern, find_sources, read_table, source_ids
+from sslcells.data._verified import Looks, look
 from sslcells.storage import is_file, is_folder, patiently
 
 _SHOWN = 10  # broken images in one message
-_THREADS = 16  # that look at images; at most one per core
-_BLOCK = 64  # images that a thread looks at in one go
 
 _log = logging.getLogger(__name__)
 
@@ -115,6 +115,8 @@ class FolderImages(ImageSet):
         labels: Tensor,
         sources: Tensor,
         skipped: dict[str, str],
+        found: Found | None = None,
+        sourced: Tensor | None = None,
     ) -> None:
         self._root = str(root)
         self._names = _Packed(names)
@@ -124,6 +126,8 @@ class FolderImages(ImageSet):
         self.labels = labels
         self.sources = sources
         self.skipped = skipped
+        self.found = found
+        self.sourced = sourced
 
     def pixels(self, index: int) -> Tensor:
         """Image `index`: (C, H, W) uint8.
@@ -147,6 +151,21 @@ class FolderImages(ImageSet):
             raise DataError(f"{file}: {error.strerror}") from None
         except Unreadable as error:
             raise DataError(f"{file}: {error}") from None
+
+    def values(self, index: int) -> NDArray[Any]:
+        """The numbers in the file of image `index`, before anything is made of them."""
+        file = f"{self._root}/{self._names[index]}"
+        try:
+            return self._decoder.values(file)
+        except Unreadable as error:
+            raise DataError(f"{file}: {error}") from None
+
+    def header(self, index: int) -> Header | None:
+        """What the file of image `index` says of itself; None where it cannot be read."""
+        try:
+            return self._decoder.header(f"{self._root}/{self._names[index]}")
+        except Unreadable:
+            return None
 
     def name(self, index: int) -> str:
         """The image's path below data.path."""
@@ -189,34 +208,64 @@ def open_split(config: Config, split: str) -> FolderImages | None:
     Raises:
         ConfigError: where folders, images or sources are not what the configuration says.
     """
+    clock = Clock()
     root = find_root(config.path)
-    folders = find_splits(root, {"train": config.train, "val": config.val, "test": config.test})
+    given = {"train": config.train, "val": config.val, "test": config.test}
+    folders = find_splits(root, given)
     if split not in folders:
         return None
     prefix = f"{folders[split]}/" if folders[split] else ""
-    names = sorted(prefix + name for name in walk(root / folders[split]))
-    if not names:
+    listing = Listing.of(root / folders[split], prefix)
+    if not listing.names:
         raise ConfigError(f"{root / folders[split]} holds no images ({', '.join(SUFFIXES)}) at any depth")
-    decoder = config.decoder()
-    broken = _verify(config, root, names, decoder)
-    names = [name for name in names if name not in broken]
     classes = _classes(root, folders) if config.labels == "folder" else ()
+    clock.lap("listing")
+    decoder = config.decoder()
+    looks = _verify(config, root, listing, decoder, folders[split])
+    names = [name for name in listing.names if name not in looks.broken]
+    clock.lap("verifying")
     labels = _labels(names, len(prefix), classes)
-    return FolderImages(root, names, decoder, classes, labels, _sources(config, root, names), broken)
+    sources, sourced = _sources(config, root, names)
+    clock.lap("sources")
+    found = Found(
+        where=_where(root, folders[split], given[split], split),
+        ignored=listing.ignored | (_beside(root, folders) if split == "train" else {}),
+        broken=looks.broken,
+        looked=looks.looked,
+        seconds=clock.laps,
+    ).with_headers(names, [header for header in looks.headers if header is not None])
+    return FolderImages(root, names, decoder, classes, labels, sources, looks.broken, found, sourced)
 
 
-def _verify(config: Config, root: Path, names: Sequence[str], decoder: Decoder) -> dict[str, str]:
-    """Look at the images as `verify` says; name → reason of the broken ones, which `on_error` allowed to skip."""
-    if config.verify == "none" and config.size is not None:
+def _where(root: Path, folder: str, given: str | None, split: str) -> str:
+    if not folder:
+        return f"{root}, the whole folder"
+    return f"{root / folder}, {f'as data.{split} says' if given is not None else 'by its name'}"
+
+
+def _beside(root: Path, folders: dict[str, str]) -> dict[str, tuple[int, str]]:
+    """What lies in the folder beside the splits, and so belongs to none."""
+    used = {folder.split("/")[0] for folder in folders.values()}
+    if "" in used:
         return {}
+    folders_too = subfolders(root)
+    others = [folder for folder in folders_too if folder not in used]
+    files = sorted(name for name in os.listdir(root) if not name.startswith(".") and name not in folders_too)
+    kinds = {
+        "folders beside the splits": others,
+        "images beside the splits": [name for name in files if is_image(name)],
+        "other files beside the splits": [name for name in files if not is_image(name)],
+    }
+    return {kind: (len(names), names[0]) for kind, names in kinds.items() if names}
 
-    def look(file: str) -> Size:
-        if config.verify != "full":
-            return header_size(file, config.channels, config.stack)
-        _, height, width = decoder(file).shape
-        return height, width
 
-    broken, sizes = _look_at_all(root, names, look)
+def _verify(config: Config, root: Path, listing: Listing, decoder: Decoder, folder: str) -> Looks:
+    """Look at the images as `verify` says; the broken ones are those that `on_error` allowed to skip."""
+    names = listing.names
+    if config.verify == "none" and config.size is not None:
+        return Looks([], {}, 0)
+    looks = look(root, listing, decoder, config.verify == "full", folder)
+    broken = looks.broken
     if broken and (config.on_error == "stop" or len(broken) == len(names)):
         shown = [f"  {root / name}: {reason}" for name, reason in list(broken.items())[:_SHOWN]]
         more = ["  …"] if len(broken) > _SHOWN else []
@@ -226,34 +275,15 @@ def _verify(config: Config, root: Path, names: Sequence[str], decoder: Decoder) 
     if broken:
         name, reason = next(iter(broken.items()))
         _log.warning("%d of %d images are left out, such as %s: %s", len(broken), len(names), root / name, reason)
-    if config.size is None and len(sizes) > 1:
-        one, other = [f"{root / name} is {h}×{w}" for (h, w), name in list(sizes.items())[:2]]
-        raise ConfigError(f"images have several sizes (height × width): {one}, {other}; give data.size=")
-    return broken
-
-
-def _look_at_all(
-    root: Path, names: Sequence[str], look: Callable[[str], Size]
-) -> tuple[dict[str, str], dict[Size, str]]:
-    """The reason of each unreadable image, and the first image of each size."""
-
-    def look_at(block: Sequence[str]) -> tuple[dict[str, str], dict[Size, str]]:
-        broken: dict[str, str] = {}
+    if config.size is None:
         sizes: dict[Size, str] = {}
-        for name in block:
-            try:
-                sizes.setdefault(look(f"{root}/{name}"), name)
-            except Unreadable as error:
-                broken[name] = str(error)
-        return broken, sizes
-
-    broken: dict[str, str] = {}
-    sizes: dict[Size, str] = {}
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        for some_broken, some_sizes in pool.map(look_at, (names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK))):
-            broken |= some_broken
-            sizes = some_sizes | sizes
-    return broken, sizes
+        for name, header in zip(names, looks.headers, strict=True):
+            if header is not None:
+                sizes.setdefault(header.size, name)
+        if len(sizes) > 1:
+            one, other = [f"{root / name} is {h}×{w}" for (h, w), name in list(sizes.items())[:2]]
+            raise ConfigError(f"images have several sizes (height × width): {one}, {other}; give data.size=")
+    return looks
 
 
 def _classes(root: Path, folders: dict[str, str]) -> tuple[str, ...]:
@@ -272,24 +302,24 @@ def _labels(names: Sequence[str], start: int, classes: tuple[str, ...]) -> Tenso
     return torch.from_numpy(np.fromiter(labels, np.int64, len(names)))
 
 
-def _sources(config: Config, root: Path, names: Sequence[str]) -> Tensor:
-    """(N,) int64; at least half of the images must have a known source, if any is to be known."""
+def _sources(config: Config, root: Path, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    """(N,) int64, and (N,) bool where known; at least half of the images must have a known source, if any has."""
     if config.sources is None and config.source_pattern is None:
-        return source_ids(names, [None] * len(names))
+        return source_ids(names, [None] * len(names)), None
     table: dict[str, str] = {}
     if config.sources is not None:
         table = read_table(_sources_file(config.sources, root), config.sources_path_column, config.sources_column)
     found = find_sources(names, table, config.source_pattern)
-    known = sum(source is not None for source in found)
-    if 2 * known < len(names):
+    known = torch.tensor([source is not None for source in found], dtype=torch.bool)
+    if 2 * int(known.sum()) < len(names):
         example = names[found.index(None)]
         ways = [f"data.sources lists paths such as {next(iter(table), 'none')!r}"] if config.sources else []
         ways += [f"data.source_pattern={config.source_pattern!r}"] if config.source_pattern else []
         raise ConfigError(
-            f"only {known} of {len(names)} images get a source: {example!r} (below {root}) has none; "
+            f"only {int(known.sum())} of {len(names)} images get a source: {example!r} (below {root}) has none; "
             f"{' and '.join(ways)}"
         )
-    return source_ids(names, found)
+    return source_ids(names, found), known
 
 
 def _sources_file(given: str, root: Path) -> Path:

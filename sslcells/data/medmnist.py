@@ -84,7 +84,7 @@ def open_split(config: Config, split: str) -> ImageSet | None:
     """
     file = _file(config)
     try:
-        with np.load(file) as arrays:
+        with np.load(file, allow_pickle=False) as arrays:
             if split != "train" and not {f"{split}_images", f"{split}_labels"} & {*arrays.files}:
                 return None
             return _read(config, file, arrays, split)
@@ -93,21 +93,53 @@ def open_split(config: Config, split: str) -> ImageSet | None:
 
 
 def _read(config: Config, file: Path, arrays: Any, split: str) -> ImageSet:
+    there = [s for s in SPLITS if s == split or {f"{s}_images", f"{s}_labels"} & {*arrays.files}]
     images = _images(file, arrays, f"{split}_images")
-    labels = {s: _labels(file, arrays, f"{s}_labels") for s in SPLITS if s == split or f"{s}_labels" in arrays.files}
-    if len(labels[split]) != len(images):
-        raise ConfigError(f"{file}: {split} has {len(images)} images but {len(labels[split])} labels")
-    origin = f"{file.name} {split}_images"
-    if any(given.shape[1] > 1 for given in labels.values()):
+    _alike(file, {s: _shape(file, arrays, f"{s}_images") for s in there})
+    labels = {s: _labels(file, arrays, f"{s}_labels") for s in there}
+    for s in there:
+        if len(labels[s]) != (count := _shape(file, arrays, f"{s}_images")[0]):
+            raise ConfigError(f"{file}: {s} has {count} images but {len(labels[s])} labels")
+    widths = {s: given.shape[1] for s, given in labels.items()}
+    if len({*widths.values()}) > 1:
+        each = ", ".join(f"{s}_labels {width}" for s, width in widths.items())
+        raise ConfigError(f"{file}: the splits have different numbers of labels an image: {each}")
+    origin, where = f"{file.name} {split}_images", f"{file}, {split}_images"
+    if widths[split] > 1:
         if config.long_tail:
             raise ConfigError(f"data.long_tail={config.long_tail}: {file} has several labels an image, not one class")
-        return ArrayImages(images, np.full(len(images), -1), (), split, origin, labels[split])
+        for s, given in labels.items():
+            _check_range(file, f"{s}_labels", given, 0, 1, "of several labels an image each is 0 or 1")
+        return ArrayImages(images, np.full(len(images), -1), (), split, origin, labels[split], where=where)
+    # More classes than images cannot be meant, and their names alone would fill the memory.
+    most = max(_CLASSES, sum(map(len, labels.values())))
+    for s, given in labels.items():
+        _check_range(file, f"{s}_labels", given, -1, most - 1, "classes are numbered 0, 1, …; −1 is unknown")
     names = _class_names(config, file, 1 + max(int(given.max(initial=-1)) for given in labels.values()))
     label = labels[split][:, 0]
-    whole = ArrayImages(images, label, names, split, origin)
+    whole = ArrayImages(images, label, names, split, origin, where=where)
     if config.long_tail and split == "train":
         return Subset(whole, torch.from_numpy(long_tail(label, config.long_tail)))
     return whole
+
+
+_CLASSES = 10_000
+"""that a file may have however few its images"""
+
+
+def _alike(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise a ConfigError unless the images of all splits have one size and number of channels."""
+    if len({shape[1:] if len(shape) == 4 else (*shape[1:], 1) for shape in shapes.values()}) > 1:
+        each = ", ".join(f"{split}_images {shape}" for split, shape in shapes.items())
+        raise ConfigError(f"{file}: the images of the splits have different sizes or channels: {each}")
+
+
+def _check_range(file: Path, key: str, labels: NDArray[np.int64], low: int, high: int, rule: str) -> None:
+    wrong = np.argwhere((labels < low) | (labels > high))
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        place = f"{key}[{row}, {column}]" if labels.shape[1] > 1 else f"{key}[{row}]"
+        raise ConfigError(f"{file}: {place} is {labels[row, column]} ({len(wrong)} such labels); {rule}")
 
 
 def long_tail(labels: NDArray[np.int64], factor: float) -> NDArray[np.int64]:
@@ -139,7 +171,9 @@ def _file(config: Config) -> Path:
         file = Path(config.path).expanduser()
         if not is_file(file):
             near = nearest(file.name, sorted(path.name for path in file.parent.glob("*.npz")))
-            what = "is a folder, not a .npz file" if file.is_dir() else f"no such file{near}"
+            what = f"no such file{near}"
+            if file.exists():
+                what = f"is {'a folder' if file.is_dir() else 'no file but a pipe or device'}, not a .npz file"
             raise ConfigError(f"data.path={config.path!r}: {what}")
     file.open("rb").close()  # zipfile says "no archive" of one that may not be read
     if not zipfile.is_zipfile(file):
@@ -178,22 +212,36 @@ def _images(file: Path, arrays: Any, key: str) -> NDArray[np.uint8]:
         )
     if images.dtype != np.uint8:
         raise ConfigError(f"{file}: {key} is {images.dtype}, not uint8")
-    if not len(images):
-        raise ConfigError(f"{file}: {key} is empty")
+    if not images.size:
+        raise ConfigError(f"{file}: {key} is empty: its shape is {images.shape}")
     return images
 
 
 def _labels(file: Path, arrays: Any, key: str) -> NDArray[np.int64]:
     """The labels as (N, labels per image)."""
     labels = _array(file, arrays, key)
-    if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2):
+    if labels.dtype.kind not in "iub" or labels.ndim not in (1, 2) or labels.shape[1:] == (0,):
         raise ConfigError(f"{file}: {key} is {labels.dtype} of shape {labels.shape}, not whole numbers of (images, 1)")
-    return labels.astype(np.int64).reshape(len(labels), -1)
+    if labels.dtype == np.uint64 and labels.size and labels.max() > np.iinfo(np.int64).max:
+        raise ConfigError(f"{file}: {key} holds {labels.max()}; classes are numbered 0, 1, …")
+    return labels.astype(np.int64).reshape(len(labels), labels.shape[1] if labels.ndim == 2 else 1)
+
+
+def _shape(file: Path, arrays: Any, key: str) -> tuple[int, ...]:
+    """The shape of an array, from its header: its values stay where they are."""
+    if key not in arrays.files:
+        raise ConfigError(f"{file} has no {key}{nearest(key, arrays.files)}; it has: {', '.join(arrays.files)}")
+    with arrays.zip.open(f"{key}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, kind = read(member)
+    if kind.hasobject:
+        raise ConfigError(f"{file}: {key} holds Python objects, not numbers; they are not read, as they could run code")
+    return tuple(shape) or (0,)
 
 
 def _array(file: Path, arrays: Any, key: str) -> NDArray[Any]:
-    if key not in arrays.files:
-        raise ConfigError(f"{file} has no {key}{nearest(key, arrays.files)}; it has: {', '.join(arrays.files)}")
+    _shape(file, arrays, key)
     array: NDArray[Any] = arrays[key]
     return array
 

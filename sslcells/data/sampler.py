@@ -205,7 +205,7 @@ class _Rounds:
 
     def take(self, first: int, count: int) -> Tensor:
         """(count,) int64: places first … first+count−1 of the row."""
-        parts = []
+        parts = [torch.empty(0, dtype=torch.int64)]
         while count > 0:
             number, at = divmod(first, self._n)
             parts.append(self._round(number)[at : at + count])

@@ -1,10 +1,13 @@
 """A part of a split, as if there were no more of it: few labels, or few images of the rare classes."""
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sslcells.config import ConfigError
-from sslcells.data import ImageSet
+from sslcells.data import Header, ImageSet
 
 
 class Subset(ImageSet):
@@ -15,10 +18,19 @@ class Subset(ImageSet):
         self.light, self.channels, self.classes = images.light, images.channels, images.classes
         self.labels, self.sources = images.labels[index], images.sources[index]
         self.targets = None if images.targets is None else images.targets[index]
+        self.found, self.sourced = images.found, None if images.sourced is None else images.sourced[index]
 
     def pixels(self, index: int) -> Tensor:
         """Image `index` of the part: (C, H, W) uint8."""
         return self._images.pixels(self._index[index])
+
+    def values(self, index: int) -> NDArray[Any]:
+        """The numbers that it was made from."""
+        return self._images.values(self._index[index])
+
+    def header(self, index: int) -> Header | None:
+        """What its file says of itself."""
+        return self._images.header(self._index[index])
 
     def name(self, index: int) -> str:
         """What it is called in the whole."""

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sslcells.config import Section
-from sslcells.data import ImageSet
+from sslcells.data import Found, ImageSet
 from sslcells.data._smear import CLASSES, draw_smear
 
 _SPLITS = {"train": 0, "val": 1, "test": 2}
@@ -39,6 +39,7 @@ class Smears(ImageSet):
     def __init__(self, config: Config, split: str) -> None:
         self._config, self._split = config, split
         self._drawn: dict[int, Tensor] = {}
+        self.found = Found("synthetic, drawn by the project itself: no data of yours")
         self.classes = CLASSES[: config.classes]
         count = getattr(config, split)
         self.labels = torch.arange(count) % config.classes

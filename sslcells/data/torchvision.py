@@ -63,7 +63,7 @@ def open_split(config: Config, split: str) -> ArrayImages | None:
     except Exception as error:  # torchvision raises RuntimeError where files are missing, and anything where damaged
         advice = "" if config.download else "; data.download=true fetches it"
         raise ConfigError(f"data.name={config.name!r} cannot be read from {root}: {_reason(error)}{advice}") from None
-    return ArrayImages(images, labels, classes, split, f"{config.name} {split}")
+    return ArrayImages(images, labels, classes, split, f"{config.name} {split}", where=f"{config.name} in {root}")
 
 
 def _images(data: Any) -> NDArray[np.uint8]:

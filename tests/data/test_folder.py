@@ -1,9 +1,12 @@
 """Folders of files that PIL and tifffile write on the fly, and the real one where it is there."""
 
+import contextlib
+import errno
 import logging
 import os
 import pickle
 import re
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +157,59 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "set/up").symlink_to(tmp_path / "set")
     (tmp_path / "set/2.png").symlink_to(tmp_path / "store/a/1.png")
     assert names(opened(tmp_path / "set")) == ["2.png", "a/1.png"]
+
+
+@pytest.mark.parametrize("name", ["loop", "loop.png"])
+def test_a_link_to_itself_stops_no_listing(tmp_path, name):
+    image(tmp_path / "a/1.png")
+    (tmp_path / "a" / name).symlink_to(name)
+    (tmp_path / name).symlink_to(name)
+    if name == "loop":
+        assert names(opened(tmp_path)) == ["a/1.png"]
+    else:
+        assert f"loop.png: a broken link: it leads to {name}" in mistake(tmp_path)
+        assert names(opened(tmp_path, on_error="skip")) == ["a/1.png"]
+
+
+def test_links_that_lead_to_each_other_end(tmp_path):
+    image(tmp_path / "one/1.png")
+    image(tmp_path / "two/2.png")
+    (tmp_path / "one/to").symlink_to(tmp_path / "two")
+    (tmp_path / "two/to").symlink_to(tmp_path / "one")
+    assert names(opened(tmp_path)) == ["one/1.png", "one/to/2.png", "two/2.png", "two/to/1.png"]
+
+
+def special(file: Path, kind: str) -> None:
+    """A FIFO, a socket, or where one may make it a device."""
+    if kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as opened, contextlib.chdir(file.parent):  # a path of theirs is short
+            opened.bind(file.name)
+    else:
+        file.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device"])
+@pytest.mark.parametrize("stack", [None, "auto"])
+@pytest.mark.parametrize("verify", ["full", "header", "none"])
+def test_what_is_no_file_is_not_opened(tmp_path, kind, stack, verify):
+    special(tmp_path / "1.png", kind)
+    options = {"stack": stack, "channels": 1, "size": 8, "verify": verify}
+    if verify != "none":
+        assert f"1.png: a {kind}" in mistake(tmp_path, **options)
+    else:
+        with pytest.raises(DataError, match=f"1.png: a {kind}.*, not a file"):
+            opened(tmp_path, **options).pixels(0)
+
+
+def test_a_broken_link_is_called_so(tmp_path):
+    image(tmp_path / "1.png")
+    (tmp_path / "2.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "3.png").symlink_to("/gone/too/3.png")
+    message = mistake(tmp_path)
+    assert f"2.png: a broken link: it leads to {tmp_path}/gone.png" in message
+    assert "3.png: a broken link: it leads to /gone/too/3.png" in message
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------
@@ -543,10 +599,18 @@ def test_a_closed_folder(blood):
     (blood / "TRAIN/a").chmod(0o755)
 
 
-def test_a_folder_that_cannot_be_listed(tmp_path):
+def test_a_folder_below_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     image(tmp_path / "1.png")
-    (tmp_path / "loop").symlink_to("loop")
-    assert "loop cannot be listed: " in mistake(tmp_path)
+    image(tmp_path / "mine/2.png")
+    scandir = os.scandir
+
+    def closed(path):
+        if "mine" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert f"{tmp_path}/mine/ cannot be listed: Permission denied" in mistake(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Files in MedMNIST's layout, written on the fly; the medmnist package is played by a stand-in."""
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from sslcells.config import ConfigError
-from sslcells.data import ImageSet, medmnist, open_split
+from sslcells.data import ImageSet, medmnist, open_split, open_splits
 
 RANDOM = np.random.default_rng(0)
 
@@ -190,7 +191,7 @@ def test_download_needs_the_package(tmp_path, no_package):
         ({"train_images": np.zeros((0, 28, 28), np.uint8), "train_labels": np.zeros((0, 1), int)}, "is empty"),
         ({"train_labels": np.zeros((8, 1), int)}, "train has 9 images but 8 labels"),
         ({"train_labels": np.zeros((9, 1))}, "train_labels is float64"),
-        ({"train_images": np.array([{}], object)}, "cannot be read"),
+        ({"train_images": np.array([{}], object)}, "train_images holds Python objects, not numbers"),
     ],
 )
 def test_other_layouts(tmp_path, no_package, changes, expected):
@@ -243,3 +244,66 @@ def test_pbc28(realdata):
     images = opened(realdata / "pbc28.npz", "val")
     assert images.pixels(0).shape == (3, 28, 28)
     assert len(images.classes) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {f"{split}_labels": np.full((n, 14), 256) for split, n in (("train", 9), ("val", 5), ("test", 7))},
+            "train_labels[0, 0] is 256 (126 such labels); of several labels",
+        ),
+        ({"test_labels": np.full((7, 14), 2)}, "the splits have different numbers of labels an image: train_labels 1"),
+        ({"val_labels": np.zeros((5, 0), int)}, "val_labels is int64 of shape (5, 0)"),
+        (
+            {"test_images": np.zeros((7, 28, 28, 1), np.uint8)},
+            "different sizes or channels: train_images (9, 28, 28, 3)",
+        ),
+        ({"train_images": np.zeros((9, 28, 28), np.uint8)}, "different sizes or channels"),
+        ({"val_images": np.zeros((5, 64, 64, 3), np.uint8)}, "val_images (5, 64, 64, 3)"),
+        (
+            {"train_labels": np.arange(9)[:, None] * 125_000_000},
+            "train_labels[1] is 125000000 (8 such labels); classes",
+        ),
+        ({"test_labels": np.array([[0]] * 6 + [[10**9]])}, "test_labels[6] is 1000000000 (1 such labels)"),
+        ({"train_labels": np.full((9, 1), 2**64 - 1, np.uint64)}, "train_labels holds 18446744073709551615"),
+        ({"train_labels": np.full((9, 1), -2)}, "train_labels[0] is -2"),
+        ({"train_labels": np.zeros((9, 1), np.float32)}, "train_labels is float32"),
+        ({"train_labels": np.full((9, 1), np.nan)}, "train_labels is float64"),
+        ({"train_labels": np.array([["a"]] * 9)}, "train_labels is <U1"),
+        ({"test_labels": np.array([[0]] * 7, object)}, "test_labels holds Python objects"),
+        ({"train_images": np.full((9, 28, 28, 3), np.nan)}, "train_images is float64, not uint8"),
+        ({"test_labels": np.zeros((8, 1), int)}, "test has 7 images but 8 labels"),
+        ({"test_labels": np.int64(3)}, "test_labels is int64 of shape ()"),
+        ({"train_images": np.zeros((9, 0, 28, 3), np.uint8)}, "train_images is empty: its shape is (9, 0, 28, 3)"),
+        ({"val_labels": None}, "has no val_labels"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_before_anything_is_trained(tmp_path, no_package, changes, expected):
+    file = saved(tmp_path / "x.npz", **changes)
+    with pytest.raises(ConfigError) as error:
+        open_splits(medmnist.Config(path=str(file)))
+    assert expected in str(error.value)
+    assert str(file) in str(error.value)
+
+
+def test_targets_of_0_and_1_and_unknown_classes_are_right(tmp_path, no_package):
+    several = {f"{s}_labels": np.arange(n * 2).reshape(n, 2) % 2 for s, n in (("train", 9), ("val", 5), ("test", 7))}
+    images = opened(saved(tmp_path / "x.npz", **several))
+    assert images.targets.tolist() == [[0, 1]] * 9
+    images = opened(saved(tmp_path / "y.npz", train_labels=np.array([[-1], [3]] + [[0]] * 7)))
+    assert (images.labels[:3].tolist(), len(images.classes)) == ([-1, 3, 0], 4)
+
+
+def test_nothing_is_unpickled(tmp_path, no_package):
+    class Bomb:
+        def __reduce__(self):
+            return exec, ("raise SystemExit('run')",)
+
+    file = saved(tmp_path / "x.npz", train_labels=np.array([[Bomb()]] * 9))
+    assert "train_labels holds Python objects" in mistake(path=str(file))
+
+
+def test_a_pipe_is_no_file(tmp_path, no_package):
+    os.mkfifo(tmp_path / "x.npz")
+    assert "is no file but a pipe or device" in mistake(path=str(tmp_path / "x.npz"))

@@ -13,7 +13,7 @@ import sslcells
 from sslcells.cli import main
 from sslcells.config import ConfigError, load
 from sslcells.data import folder
-from sslcells.data._decode import Decoder, Unreadable, header_size
+from sslcells.data._decode import Decoder, Unreadable
 from sslcells.delivery.embedding import embed_folder
 from sslcells.delivery.shards import Embeddings
 from sslcells.metrics import read_metrics
@@ -34,7 +34,7 @@ def decoder(channels, stack="auto", size=None, fit="crop", intensity="full", **o
 def read(tmp_path, array, like, **options):
     file = tmp_path / "x.tif"
     tifffile.imwrite(file, array, **options)
-    assert header_size(str(file), like.channels, like.stack) == tuple(like(str(file)).shape[1:])
+    assert like.header(str(file)).size == tuple(like(str(file)).shape[1:])
     return like(str(file))
 
 
@@ -91,7 +91,7 @@ def test_pages_ome_and_samples_say_where_the_channels_are(tmp_path):
 )
 def test_what_cannot_be_is_named(tmp_path, shape, stack, words):
     tifffile.imwrite(tmp_path / "x.tif", np.zeros(shape, np.uint16), photometric="minisblack")
-    for look in (decoder(5, stack), lambda f: header_size(f, 5, stack)):
+    for look in (decoder(5, stack), decoder(5, stack).header):
         with pytest.raises(Unreadable, match=words.replace("(", r"\(")):
             look(str(tmp_path / "x.tif"))
     assert decoder(5, "first")(_written(tmp_path, (5, 9, 5))).shape == (5, 9, 5)

@@ -1,0 +1,204 @@
+"""What was found out about image files, remembered, so that no file is decoded twice to see whether it can be.
+
+One Parquet file for each split and way of reading, below the images, or in the user's cache folder where nothing can be
+written there. A file counts as looked at while its name, size and time of change are the same. What was broken is not
+remembered: it is looked at again.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tifffile
+
+from sslcells.data._decode import READER, Decoder, Header, Unreadable
+from sslcells.data._scan import OURS, Listing
+from sslcells.storage import whole
+
+_THREADS = 16
+"""that look at images; at most one per core"""
+_BLOCK = 64
+"""images that a thread looks at in one go"""
+_KEPT = 24
+"""files of memory in one folder: three splits, and eight ways to read them"""
+_SAVE = 60.0
+"""seconds of looking that a kill may lose"""
+_TELL = 10.0
+"""seconds until a word is said about how long it takes"""
+_FRESH = 2 * 10**9
+"""nanoseconds: a file changed so lately may change again within the same tick of the file system's clock"""
+
+_SCHEMA = pa.schema(
+    [
+        ("name", pa.binary()),
+        ("bytes", pa.int64()),
+        ("time", pa.int64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("kind", pa.dictionary(pa.int32(), pa.string())),
+        ("pages", pa.int32()),
+    ]
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Looks:
+    """What is known of the files of a listing: the header of each, or why it is broken."""
+
+    def __init__(self, headers: list[Header | None], broken: dict[str, str], looked: int) -> None:
+        self.headers, self.broken = headers, broken
+        self.looked = looked
+        """how many files were opened for it; the others were remembered"""
+
+
+def look(root: Path, listing: Listing, decoder: Decoder, whole: bool, part: str) -> Looks:
+    """Read every file's header, or decode it whole, unless that was done before; `part` names the split's folder."""
+    memory = _Memory(root, decoder, whole, part)
+    headers = memory.of(listing)
+    missing = [i for i, header in enumerate(headers) if header is None]
+    names = listing.names
+    broken: dict[str, str] = {}
+    began = saved = time.monotonic()
+    told = False
+    done = 0
+    for block in _headers(root, [names[i] for i in missing], decoder, whole):
+        for header in block:
+            i = missing[done]
+            done += 1
+            if isinstance(header, Header):
+                headers[i] = header
+            else:
+                broken[names[i]] = header
+        now = time.monotonic()
+        if not told and now > began + _TELL:
+            told, left = True, (len(missing) - done) * (now - began) / done
+            _log.warning(
+                "%s: looking at %d images, once: about %d s more (data.verify=header or none takes less)",
+                root / part,
+                len(missing),
+                left,
+            )
+        if now > saved + _SAVE:
+            memory.keep(listing, headers)
+            saved = time.monotonic()
+    if len(missing) > len(broken):
+        memory.keep(listing, headers)
+    return Looks(headers, broken, len(missing))
+
+
+def _headers(root: Path, names: Sequence[str], decoder: Decoder, whole: bool) -> Iterator[list[Header | str]]:
+    """In order, the header of each file, or why it is broken."""
+
+    def look_at(block: Sequence[str]) -> list[Header | str]:
+        found: list[Header | str] = []
+        for name in block:
+            try:
+                found.append(decoder.header(f"{root}/{name}", whole))
+            except Unreadable as error:
+                found.append(str(error))
+        return found
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        yield from pool.map(look_at, (names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK)))
+
+
+class _Memory:
+    """What was looked at before, in the same way."""
+
+    def __init__(self, root: Path, decoder: Decoder, whole: bool, part: str) -> None:
+        self._now = time.time_ns()
+        way = {
+            "reader": READER,
+            **asdict(decoder),
+            "whole": whole,
+            "part": part,
+            "pillow": PIL.__version__,
+            "tifffile": tifffile.__version__,
+            "imagecodecs": importlib.util.find_spec("imagecodecs") is not None,
+        }
+        name = f"verified-{_digest(repr(sorted(way.items())))}.parquet"
+        self._places = [root / OURS / name, _cache() / _digest(os.path.realpath(root)) / name]
+
+    def of(self, listing: Listing) -> list[Header | None]:
+        """The header of each file that is as it was; from the first place that has a whole memory."""
+        for place in self._places:
+            with suppress(FileNotFoundError):
+                try:
+                    return _match(listing, pq.read_table(place, schema=_SCHEMA, memory_map=False))
+                except FileNotFoundError:
+                    raise
+                except Exception as error:  # damaged in whatever way: then everything is looked at once more
+                    _log.warning("%s is not whole (%s): looking at the images again", place, _first_line(error))
+        return [None] * len(listing.names)
+
+    def keep(self, listing: Listing, headers: Sequence[Header | None]) -> None:
+        """Write what is known, in one go, at the first place where that is possible."""
+        rows = [
+            (os.fsencode(name), size, changed, *header.size, header.kind, header.pages)
+            for name, size, changed, header in zip(listing.names, listing.sizes, listing.times, headers, strict=True)
+            if header is not None and abs(self._now - changed) > _FRESH
+        ]
+        if not rows:
+            return
+        columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), _SCHEMA, strict=True)]
+        table = pa.table(columns, schema=_SCHEMA)
+        for place in self._places:
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                whole(place, lambda file: pq.write_table(table, file, compression="zstd"))
+            except OSError as error:
+                _log.debug("%s cannot be written: %s", place, error)
+                continue
+            _forget(place.parent)
+            return
+
+
+def _match(listing: Listing, table: pa.Table) -> list[Header | None]:
+    """The remembered header of each file whose size and time are the same."""
+    at = {name: row for row, name in enumerate(table["name"].to_pylist())}
+    kinds = table["kind"].to_pylist()
+    size, changed, height, width, pages = (
+        np.asarray(table[key]).tolist() for key in ("bytes", "time", "height", "width", "pages")
+    )
+    out: list[Header | None] = []
+    for name, now_size, now_changed in zip(listing.names, listing.sizes, listing.times, strict=True):
+        row = at.get(os.fsencode(name))
+        if row is None or size[row] != now_size or changed[row] != now_changed:
+            out.append(None)
+        else:
+            out.append(Header((height[row], width[row]), kinds[row], pages[row]))
+    return out
+
+
+def _forget(folder: Path) -> None:
+    """Remove the oldest memories, that other ways to read have left."""
+    with suppress(OSError):
+        files = sorted(folder.glob("verified-*.parquet"), key=lambda file: file.stat().st_mtime, reverse=True)
+        for old in files[_KEPT:]:
+            old.unlink(missing_ok=True)
+
+
+def _cache() -> Path:
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path("~/.cache").expanduser()) / "sslcells"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+
+
+def _first_line(error: Exception) -> Any:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,187 @@
+"""What was read of a data set, in words: for `--check`, and for the first lines of a training's log.
+
+Whoever reads it should find the mistakes in a folder: a split that was not meant, a class with two images, images
+without a source, files that are no images, sizes and number types that do not belong together.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslcells.data import ImageSet
+from sslcells.data._found import Found
+
+_CLASSES = 60
+"""classes that are listed; of more the largest and the smallest"""
+_SAMPLE = 16
+"""images of a split whose values are looked at"""
+_HEADERS = 256
+"""files of a split whose headers are read, where the whole split was not looked at"""
+
+
+def describe(splits: Mapping[str, ImageSet]) -> str:
+    """Some lines about each split; of a large one only a sample is opened.
+
+    Raises:
+        DataError: where an image of the sample cannot be read.
+    """
+    return "\n".join(["what was read:", *(line for name, images in splits.items() for line in _split(name, images))])
+
+
+def brief(splits: Mapping[str, ImageSet]) -> str:
+    """One line: how many images, classes and sources, and what was left out; opens nothing."""
+    out = []
+    for name, images in splits.items():
+        parts = [f"{name} {len(images):,}"]
+        if images.classes:
+            parts.append(f"{_plural(len(images.classes), 'class', 'classes')}")
+        if images.sourced is not None:
+            parts.append(_plural(_distinct(images.sources[images.sourced]), "source"))
+        if images.found is not None:
+            ignored = {kind: n for kind, (n, _) in images.found.ignored.items()}
+            ignored |= {"broken": len(images.found.broken)} if images.found.broken else {}
+            if ignored:
+                parts.append("left out " + ", ".join(f"{n:,} × {kind}" for kind, n in ignored.items()))
+        out.append(", ".join(parts))
+    where = next((images.found.where for images in splits.values() if images.found is not None), "")
+    return f"data: {'; '.join(out)}" + f" ({where.partition(',')[0]})" * bool(where)
+
+
+def _split(name: str, images: ImageSet) -> list[str]:
+    found = images.found
+    channels, height, width = images.pixels(0).shape
+    read = f"read as: {_plural(channels, 'channel')} of {height}×{width} px"
+    lines = [_labels(images), _sources(images), *_files(images, found), _values(images), read, *_left_out(found)]
+    where = f" of {found.where}" if found is not None else f", such as {images.name(0)}"
+    return [f"  {name}: {_plural(len(images), 'image')}{where}", *(f"    {line}" for line in lines if line)]
+
+
+def _labels(images: ImageSet) -> str:
+    if images.targets is not None:
+        each = images.targets.sum(0).tolist()
+        none = int((images.targets.sum(1) == 0).sum())
+        counts = ", ".join(f"{k} {n:,}" for k, n in enumerate(each))
+        return f"labels: several an image, of {len(each)} classes: {counts}; {none:,} images have none"
+    if not images.classes:
+        return "labels: none"
+    known = images.labels[images.labels >= 0]
+    counts = torch.bincount(known, minlength=len(images.classes)).tolist()
+    unknown = len(images) - len(known)
+    without = f"; {unknown:,} images without one" + _such_as(images, images.labels < 0) if unknown else ""
+    named = [f"{name} {n:,}" for name, n in zip(images.classes, counts, strict=True)]
+    if len(named) > _CLASSES:
+        order = sorted(range(len(named)), key=lambda c: -counts[c])
+        half = _CLASSES // 2
+        named = [named[c] for c in order[:half]] + ["…"] + [named[c] for c in order[-half:]]
+    return f"{_plural(len(images.classes), 'class', 'classes')}: {', '.join(named)}{without}"
+
+
+def _sources(images: ImageSet) -> str:
+    if images.sourced is None:
+        shared = len(images) - _distinct(images.sources)
+        return (
+            f"sources: {_distinct(images.sources):,}" if shared else "sources: not known, each image counts as its own"
+        )
+    known = int(images.sourced.sum())
+    of = _plural(_distinct(images.sources[images.sourced]), "source")
+    text = f"sources: {_plural(known, 'image')} of {of}{_such_as(images, images.sourced)}"
+    unknown = len(images) - known
+    return text + (f"; {unknown:,} without one{_such_as(images, ~images.sourced)}" if unknown else "; none without one")
+
+
+def _such_as(images: ImageSet, which: Tensor) -> str:
+    places = which.nonzero()
+    return f", such as {images.name(int(places[0]))}" if len(places) else ""
+
+
+def _files(images: ImageSet, found: Found | None) -> list[str]:
+    """Sizes, kinds and pages of the files, of all where they were looked at, else of a sample."""
+    if found is None:
+        return []
+    of = "all"
+    if not found.headers:
+        names, headers = [], []
+        for i in _spread(len(images), _HEADERS):
+            header = images.header(i)
+            if header is not None:
+                names.append(images.name(i))
+                headers.append(header)
+        found = found.with_headers(names, headers)
+        of = f"{found.headers:,} of them"
+    if not found.headers:
+        return []
+    kinds = sorted(found.kinds.items(), key=lambda item: -item[1][0])
+    many = len(kinds) > 1
+    lines = [
+        f"files ({of} looked at): "
+        + ", ".join(f"{kind} {n:,}" + f" (such as {example})" * many for kind, (n, example) in kinds[:8])
+        + f", … {len(kinds) - 8} more kinds" * (len(kinds) > 8)
+    ]
+    smallest, largest, common = found.sizes
+    if smallest[0] == largest[0]:
+        lines.append(f"sizes: {_size(common[0])} px each (height × width)")
+    else:
+        lines.append(
+            f"sizes (height × width): {_size(smallest[0])} ({smallest[2]}) to {_size(largest[0])} ({largest[2]}); "
+            f"most common {_size(common[0])}, {common[1]:,} times"
+        )
+    if found.paged is not None:
+        count, example, pages = found.paged
+        lines.append(
+            f"further pages or frames, of which the first alone is read: {_plural(count, 'file')}, "
+            f"such as {example} with {pages}"
+        )
+    return lines
+
+
+def _values(images: ImageSet) -> str:
+    """Number types and ranges of a sample, as they are before anything is made of them."""
+    types: dict[str, int] = {}
+    low, high, even = np.inf, -np.inf, 0
+    undefined = 0
+    chosen = _spread(len(images), _SAMPLE)
+    for i in chosen:
+        values = images.values(i)
+        types[str(values.dtype)] = types.get(str(values.dtype), 0) + 1
+        finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+        undefined += int(finite.size < values.size)
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+            even += int(finite.min() == finite.max())
+    named = ", ".join(types) if len(types) == 1 else ", ".join(f"{kind} {n}" for kind, n in types.items())
+    text = f"values ({len(chosen)} looked at): {named}, {low:g} to {high:g}"
+    text += f"; {_plural(even, 'image')} of one even value" if even else ""
+    return text + (f"; {_plural(undefined, 'image')} with NaN or infinite values" if undefined else "")
+
+
+def _left_out(found: Found | None) -> list[str]:
+    if found is None:
+        return []
+    lines = []
+    if found.ignored:
+        kinds = sorted(found.ignored.items(), key=lambda item: -item[1][0])
+        lines.append("left out: " + "; ".join(f"{kind}: {n:,}, such as {example}" for kind, (n, example) in kinds))
+    if found.broken:
+        some = [f"{name}: {reason}" for name, reason in [*found.broken.items()][:3]]
+        more = ["…"] * (len(found.broken) > len(some))
+        lines.append(f"broken, left out: {_plural(len(found.broken), 'image')}: {'; '.join([*some, *more])}")
+    return lines
+
+
+def _spread(count: int, most: int) -> Sequence[int]:
+    """At most `most` of 0..count−1, evenly, the first and the last among them."""
+    return range(count) if count <= most else [i * (count - 1) // (most - 1) for i in range(most)]
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def _distinct(ids: Tensor) -> int:
+    return len(np.unique(ids.numpy()))
+
+
+def _plural(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
