@@ -79,7 +79,10 @@ def _take(run: Run, claim: Claim) -> Path | None:
     return whole
 
 
-FREE = {"train.workers", "train.device", "train.timeout", "log", "evaluate", "compare", "checkpoint", "resume", "out"}
+FREE = {
+    *("train.workers", "train.threads", "train.device", "train.timeout"),
+    *("log", "evaluate", "compare", "checkpoint", "resume", "out"),
+}
 """What may change when a run goes on: nothing of it changes what is learned."""
 
 

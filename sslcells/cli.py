@@ -147,6 +147,7 @@ def _train(args: argparse.Namespace) -> None:
         overrides = [*_dotted(DEBUG), f"out={tempfile.mkdtemp(prefix='sslcells-')}", *overrides]
     run = load(args.config, overrides)
     if args.check:
+        launcher.check_numerics()
         report = f"{dump(run)}\n{consequences(run, launcher.launched_world())}"
         print(report if launcher.launched_rank() == 0 else "", end="")
     elif args.debug:
@@ -198,13 +199,13 @@ def _selfcheck(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from sslcells.delivery.export import export
 
+    _alone("export")
     export(args.run, args.to, onnx=not args.no_onnx)
 
 
 def _debug(run: Run) -> None:
     """One process, deterministic, with anomaly detection, saying the shape of what passes each station."""
-    if launcher.launched_world() > 1:
-        raise ConfigError(f"--debug is for one process; {launcher.launched_world()} were launched")
+    _alone("--debug")
     torch.use_deterministic_algorithms(True, warn_only=True)
 
     def watch(station: str, x: Tensor) -> None:
@@ -213,6 +214,11 @@ def _debug(run: Run) -> None:
 
     with torch.autograd.set_detect_anomaly(True):
         train(run, watch)
+
+
+def _alone(what: str) -> None:
+    if launcher.launched_world() > 1:
+        raise ConfigError(f"{what} is for one process; {launcher.launched_world()} were launched")
 
 
 def _embed(args: argparse.Namespace) -> None:
@@ -234,8 +240,7 @@ def _embed(args: argparse.Namespace) -> None:
 def _search(args: argparse.Namespace) -> None:
     from sslcells.delivery.search import search
 
-    if launcher.launched_world() > 1:
-        raise ConfigError(f"search is for one process; {launcher.launched_world()} were launched")
+    _alone("search")
     search(
         args.target,
         args.queries,
@@ -252,6 +257,7 @@ def _search(args: argparse.Namespace) -> None:
 def _sources(args: argparse.Namespace) -> None:
     from sslcells.delivery.sources import sources
 
+    _alone("sources")
     sources(args.images, args.out, args.known, args.inliers, args.neighbours, args.between)
 
 
@@ -300,10 +306,10 @@ _ONE_RANKS = (DataError, torch.OutOfMemoryError, ranks.Lost)
 
 def _told(error: Exception, status: int, advice: str = "") -> int:
     """Print what every rank knows once, and what one rank knows with its number."""
-    rank, notes = launcher.launched_rank(), getattr(error, "__notes__", [])
+    notes = getattr(error, "__notes__", [])
     alone = isinstance(error, _ONE_RANKS) and not notes and launcher.launched_world() > 1
-    if rank == 0 or alone:
-        of = f"rank {rank}: " if alone else "".join(f"{note}: " for note in notes[:1])
+    if launcher.first() or alone:
+        of = f"rank {launcher.launched_rank()}: " if alone else "".join(f"{note}: " for note in notes[:1])
         print(f"sslcells: {of}{error}{advice}", file=sys.stderr)
     return status
 

@@ -184,6 +184,8 @@ class Train(Section):
     """Train on this part of each class's labelled images, drawn by `seed`, whole sources together; 1 for all images."""
     workers: int = Field(1, ge=0)
     """Data loader processes per rank."""
+    threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Threads per rank that compute on the CPU: auto for OMP_NUM_THREADS where a user set it, else the rank's cores."""
     timeout: float = Field(10.0, gt=0)
     """Minutes that a rank waits for the others before it takes one for lost."""
     device: Literal["auto", "cpu"] = "auto"

@@ -1,12 +1,26 @@
-"""What the launcher started: the Accelerator of this process, its device, and the launcher's rank and world size."""
+"""What the launcher started: the Accelerator of this process, its device, its threads, and its rank and world size.
 
+The launcher says who runs where, and never what is computed: of its variables that would, some are overruled, with a
+line that says so, and some are refused by name.
+"""
+
+import math
 import os
+import sys
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    patch_environment,
+)
 
 from sslcells import ranks
 from sslcells.config import ConfigError, Run
@@ -15,49 +29,328 @@ from sslcells.config import ConfigError, Run
 def accelerator(run: Run) -> Accelerator:
     """Start the process group that the launcher described, if any, and bind this process to its device.
 
-    Numerics come from the run's configuration alone: the launcher's mixed precision is overruled.
+    Numerics come from the run's configuration alone; a process may do this for one run after another.
 
     Raises:
-        ConfigError: where Accelerate would silently run apart the ranks that the launcher started.
+        ConfigError: as `start`.
     """
     return start(
         run.train.device == "cpu",
         run.train.timeout,
-        mixed_precision=run.train.precision,
+        run.train.precision,
+        run.train.threads,
+        run.train.workers,
         log_with=None if run.log.tracker == "none" else run.log.tracker,
         project_dir=run.folder,
     )
 
 
-def start(cpu: bool, minutes: float, **options: Any) -> Accelerator:
+def start(
+    cpu: bool,
+    minutes: float,
+    precision: str = "no",
+    threads: int | Literal["auto"] = "auto",
+    workers: int = 0,
+    **options: Any,
+) -> Accelerator:
     """As `accelerator`, on the CPU if asked to or where there is nothing else; ranks wait for each other `minutes`.
 
     Raises:
-        ConfigError: as `accelerator`.
+        ConfigError: where the launch cannot be what was meant or asks for what cannot be honoured, or where Accelerate
+            would silently run apart the ranks that the launcher started.
+        Lost: where the other ranks do not come.
     """
+    launch = launched()
+    launch.check_complete()
+    check_numerics()
+    cpu = _take_device() or cpu or not torch.accelerator.is_available()
+    _overrule(precision)
+    computing = threads_for(threads, workers)
     timeout = timedelta(minutes=minutes)
     ranks.set_timeout(timeout)
-    started = Accelerator(
-        cpu=cpu or not torch.accelerator.is_available(),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timeout),
-        ],
-        **options,
-    )
-    if started.num_processes != launched_world():
+    AcceleratorState._reset_state()  # the last run's precision; the process group stays
+    try:
+        with patch_environment(OMP_NUM_THREADS=computing):  # where there is none Accelerate sets threads of its own
+            started = Accelerator(
+                cpu=cpu,
+                mixed_precision=precision,
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                dynamo_plugin=TorchDynamoPlugin(backend="no"),
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=timeout),
+                ],
+                **options,
+            )
+    except Exception as error:
+        if not ranks.unmet(error):
+            raise
+        raise ranks.Lost(
+            f"rank {launch.rank} of {launch.world} waited {minutes:g} minutes at MASTER_ADDR="
+            f"{os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']} and did not meet all the others. "
+            f"Are these variables left over from another job? Then: {_UNSET}"
+        ) from error
+    torch.set_num_threads(computing)
+    if started.num_processes != launch.world:
         raise ConfigError(
-            f"{launched_world()} processes were launched, but Accelerate joins {started.num_processes}: "
+            f"{launch.world} processes were launched, but Accelerate joins {started.num_processes}: "
             f"launch with one of launch/*.yaml"
         )
+    kind = started.distributed_type
+    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
+        raise ConfigError(f"Accelerate's distributed_type {kind.value} is not supported: {_TYPES}")
+    if cpu and started.device.type != "cpu":
+        raise ConfigError(
+            f"this process began on {started.device}, and train.device=cpu or ACCELERATE_USE_CPU asks for the CPU now: "
+            f"give all runs of one command the same train.device"
+        )
+    if precision == "fp16" and started.device.type == "cpu":
+        raise ConfigError("train.precision=fp16 needs a GPU, and this is a CPU: choose bf16, or no for float32")
     return started
 
 
+# Who runs where
+
+
+class Launch(NamedTuple):
+    """This process among those that the launcher started."""
+
+    rank: int
+    world: int
+    local: bool
+    """whether the launcher gave this process a place on its machine, and so a process group is meant"""
+
+    def check_complete(self) -> None:
+        """Raise a ConfigError where ranks were launched that could not find each other."""
+        needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in needed if not os.environ.get(name)]
+        if missing and (self.world > 1 or self.local):
+            said = ", ".join(f"{name}={os.environ[name]}" for name in needed if os.environ.get(name))
+            raise ConfigError(
+                f"the environment has {said}, but no {', '.join(missing)}: left over from another job? "
+                f"For one process: {_UNSET}; for several: {_LAUNCH}"
+            )
+
+
+def launched() -> Launch:
+    """What the environment says of this process, known before any process group is.
+
+    Raises:
+        ConfigError: where it contradicts itself, or copies of one process were started that know nothing of each other.
+    """
+    world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    local, local_world, _ = (
+        _number("LOCAL_RANK", -1),
+        _number("LOCAL_WORLD_SIZE", max(world, 1)),
+        _number("MASTER_PORT", 0),
+    )
+    wrong = []
+    if world < 1:
+        wrong.append(f"WORLD_SIZE={world} is below 1")
+    elif not 0 <= rank < world:
+        wrong.append(f"RANK={rank} is none of the ranks 0 to {world - 1} of {_said('WORLD_SIZE', world)}")
+    if not -1 <= local < local_world:
+        wrong.append(f"LOCAL_RANK={local} is none of the ranks of {_said('LOCAL_WORLD_SIZE', local_world)}")
+    if not wrong and local_world > world:
+        wrong.append(f"LOCAL_WORLD_SIZE={local_world} is more than {_said('WORLD_SIZE', world)}")
+    if wrong:
+        raise ConfigError(f"{'; '.join(wrong)}: left over from another job? {_UNSET}")
+    if "WORLD_SIZE" not in os.environ:
+        for size, _, program, remedy in _COPIES:
+            if (copies := _number(size, 1)) > 1:
+                raise ConfigError(
+                    f"{program} started {copies} copies of this program ({size}={copies}), which know nothing of each "
+                    f"other: {remedy}; for one process here: WORLD_SIZE=1 before the command"
+                )
+    return Launch(rank, world, local >= 0)
+
+
 def launched_rank() -> int:
-    """This process's rank as the launcher says it, known before any process group is."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's rank as the launcher says it; raises as `launched`."""
+    return launched().rank
 
 
 def launched_world() -> int:
-    """Number of processes that the launcher started, known before any process group is."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes that the launcher started; raises as `launched`."""
+    return launched().world
+
+
+def first() -> bool:
+    """Whether this process is the one that tells what all know, however wrong the launch may be."""
+    try:
+        launch = launched()
+        launch.check_complete()
+        return launch.rank == 0
+    except ConfigError:
+        numbers = [
+            os.environ.get(number, "") for size, number, _, _ in _COPIES if os.environ.get(size) not in (None, "1")
+        ]
+        return "WORLD_SIZE" in os.environ or all(number in ("", "0") for number in numbers)
+
+
+_LAUNCH = "accelerate launch --config_file launch/gpu8.yaml, or another file of launch/"
+_UNSET = "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
+_COPIES = (
+    (
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_PROCID",
+        "srun",
+        "let srun start one task a node and accelerate launch the ranks there, as slurm/simclr.sh does",
+    ),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "mpirun", f"start without mpirun: {_LAUNCH}"),
+    ("PMI_SIZE", "PMI_RANK", "an MPI launcher", f"start without it: {_LAUNCH}"),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "mpirun", f"start without mpirun: {_LAUNCH}"),
+)
+"""Variables of other launchers: how many they started, which this is, who does that, and what to do instead."""
+
+
+def _number(name: str, otherwise: int) -> int:
+    """An environment variable's number, `otherwise` where it is not set."""
+    said = os.environ.get(name)
+    if said is None:
+        return otherwise
+    try:
+        return int(said)
+    except ValueError:
+        raise ConfigError(
+            f"{name}={said!r} in the environment is no number: left over from another job? unset {name}"
+        ) from None
+
+
+def _said(name: str, value: int) -> str:
+    return f"{name}={value}" if name in os.environ else f"{value} ({name} is not set)"
+
+
+# What is computed is not the launcher's to say
+
+
+_TYPES = "distributed_type may be NO or MULTI_GPU; launch with a file of launch/, or run `accelerate config` again"
+_SPLIT = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+_OVERRULED = {
+    "ACCELERATE_MIXED_PRECISION": ("no", "train.precision"),
+    "ACCELERATE_DOWNCAST_BF16": ("no", "train.precision"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "train.compile"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "train.micro_batch"),
+}
+"""Variables that Accelerate would compute by, the value that changes nothing, and the key that decides instead."""
+_PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
+_KEPT = {"ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_LOG_LEVEL", "ACCELERATE_MIXED_PRECISION"}
+"""Who runs where; and one that stays as the launcher's mark, since an argument always overrules it."""
+_YES, _NO = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0", "")
+
+
+def check_numerics() -> None:
+    """Raise a ConfigError where the launcher asks for what no run can honour."""
+    for name, what in _SPLIT.items():
+        if _flag(name):
+            raise ConfigError(
+                f"{name}={os.environ[name]}: the launcher asks for {what}, which would split the network over the "
+                f"ranks; here each rank holds all of it. {_TYPES}"
+            )
+    if _flag("ACCELERATE_USE_SAGEMAKER") and os.environ.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", "NO") != "NO":
+        raise ConfigError(f"ACCELERATE_USE_SAGEMAKER: SageMaker's own ranks are not supported. {_TYPES}")
+    if (device := os.environ.get("ACCELERATE_TORCH_DEVICE", "")) not in ("", "cpu", "cuda"):
+        raise ConfigError(
+            f"ACCELERATE_TORCH_DEVICE={device}: every rank takes a device of its own; CUDA_VISIBLE_DEVICES says which "
+            f"there are, train.device=cpu takes none"
+        )
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY"):
+        _flag(name)
+
+
+def _flag(name: str) -> bool:
+    """Whether an environment variable says yes; one that is empty is as good as none, and is removed."""
+    said = os.environ.get(name, "").strip().lower()
+    if said not in _YES + _NO:
+        raise ConfigError(f"{name}={os.environ[name]} in the environment is neither true nor false")
+    if not said:
+        os.environ.pop(name, None)
+    return said in _YES
+
+
+def _take_device() -> bool:
+    """Whether the launcher asks for the CPU by the name of a device."""
+    return os.environ.pop("ACCELERATE_TORCH_DEVICE", "") == "cpu"
+
+
+def _overrule(precision: str) -> None:
+    """Remove what Accelerate would read of how to compute, and say what of it the run does otherwise."""
+    for name, (nothing, key) in _OVERRULED.items():
+        said = os.environ.get(name, nothing)
+        agreed = name == "ACCELERATE_MIXED_PRECISION" and said == precision
+        if said.strip().lower() not in ("", nothing, *_NO) and not agreed and first():
+            print(f"sslcells: {name}={said} of the launcher is not used: {key} decides", file=sys.stderr, flush=True)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    for name in [n for n in os.environ if n.startswith(_PREFIXES) and n not in _KEPT]:
+        del os.environ[name]
+
+
+# Cores and threads
+
+
+def cores() -> int:
+    """Cores that this process may use: those that it is bound to, and no more than its cgroup's quota pays for."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(bound, _quota())))
+
+
+def share() -> int:
+    """Cores for each of the ranks on this machine."""
+    return max(1, cores() // max(1, _number("LOCAL_WORLD_SIZE", 1)))
+
+
+def threads_for(asked: int | Literal["auto"], workers: int) -> int:
+    """Threads for this process's computing, beside so many that read images: as asked, or as suits the cores.
+
+    OMP_NUM_THREADS counts where a user set it. A launcher sets it to 1 wherever the user did not, so that under one a 1
+    says nothing; a larger number is taken up to this rank's share of the cores.
+    """
+    if asked != "auto":
+        return asked
+    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    number = int(said) if said.isdecimal() else 0
+    by_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if number > 0 and not by_launcher:
+        return number
+    if number > 1:
+        return min(number, share())
+    # Reading seldom fills a core while the network computes: no more than a quarter of them is left to it.
+    return max(share() - workers, math.ceil(0.75 * share()), 1)
+
+
+def _quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Cores that the process's cgroups allow it, in either version of them; infinite where nothing is said."""
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return math.inf
+    allowed = math.inf
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "cpu" if controllers else root
+        below = top / path.lstrip("/")
+        for folder in (below, *below.parents):
+            if folder.is_relative_to(top):
+                allowed = min(allowed, _allowed(folder))
+    return allowed
+
+
+def _allowed(folder: Path) -> float:
+    """Cores that one cgroup allows."""
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text(encoding="utf-8").strip()
+            period = (folder / "cpu.cfs_period_us").read_text(encoding="utf-8").strip()
+        return int(quota) / int(period) if quota != "max" and int(quota) > 0 else math.inf
+    except (OSError, ValueError):
+        return math.inf

@@ -61,6 +61,7 @@ class Plan:
         against = f"negatives per anchor {negatives}  " if negatives else ""
         return (
             f"world size {self.world}  device {name}  precision {'float32' if precision == 'no' else precision}  "
+            f"threads {torch.get_num_threads()}  "
             f"global batch {self.global_batch} ({self.batch} a rank)  "
             f"{against}images {self.images}"
         )

@@ -158,6 +158,11 @@ def sync_batchnorm(module: nn.Module) -> nn.Module:
     return converted
 
 
+def unmet(error: BaseException) -> bool:
+    """Whether an error of the start of the process group says that not all ranks came."""
+    return isinstance(error, dist.DistError)
+
+
 class Lost(Exception):
     """Another rank cannot be reached any more; the message names it."""
 

@@ -129,3 +129,10 @@ def test_the_batch_is_no_larger_than_the_part_of_the_labels(tmp_path):
     """Of 60 images in 5 classes 0.21 is 3 of each class, 15, and not 13."""
     run = load(None, [*TINY, "compare.fractions=[0.21]", f"out={tmp_path}"])
     assert {part.run.train.global_batch for part in plan(run, open_run(run), ["supervised"])} == {15}
+
+
+def test_a_model_may_have_another_precision(tmp_path, capsys):
+    few = ["compare.supervised.train.precision=bf16", "compare.fractions=[1]", "compare.seeds=1"]
+    compare(load(None, [*TINY, *few, f"out={tmp_path}"]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "precision" in line]
+    assert [("bf16" in line) for line in lines] == [False, True, False, False]  # the run, then the three models

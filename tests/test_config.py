@@ -279,7 +279,8 @@ def test_the_command_tells_mistakes_once_and_exits_with_2():
     ranks = 2
     recipe = str(CONFIGS[0].parent / "simclr_bloodcells.yaml")
     command = [sys.executable, "-m", "sslcells.train", "--config", recipe, "optim.lrr=1", "method.temprature=1"]
-    environment = [os.environ | {"RANK": str(r), "WORLD_SIZE": str(ranks)} for r in range(ranks)]
+    address = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    environment = [os.environ | address | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
     done = [subprocess.run(command, env=e, capture_output=True, text=True, check=False) for e in environment]
     assert [d.returncode for d in done] == [2] * ranks
     assert "optim.lr?" in done[0].stderr

@@ -64,9 +64,9 @@ def embed_folder(
         if number < 1:
             raise ConfigError(f"{name} {number} should be at least 1")
     if workers is None:
-        workers = max(1, min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+        workers = max(1, min(8, launcher.share() - 1))
     with Interrupt() as interrupt:
-        device = launcher.start(cpu, _WAIT).device
+        device = launcher.start(cpu, _WAIT, workers=workers).device
         lock: list[Lock] = []
         try:
             with ranks.parting():

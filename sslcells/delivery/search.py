@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslcells import launcher
 from sslcells.config import ConfigError, extra, nearest
 from sslcells.data import Unreadable, check_pattern, find_sources, read_table, source_ids
 from sslcells.delivery.encoder import Encoder, embed, find_run, load_encoder
@@ -70,6 +71,7 @@ def search(
     embeddings.check_complete()
     ids = source_finder(sources, source_pattern)
     paths = [_query(query, embeddings) for query in queries]
+    torch.set_num_threads(launcher.threads_for("auto", workers=0))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else None
     network = _encoder_of(embeddings, encoder, device or torch.device("cpu"))
     rows = embed(paths, network)

@@ -8,7 +8,6 @@ groups are compared with one another, whatever their colours: one place may have
 
 import csv
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslcells import launcher
 from sslcells.config import ConfigError, extra
 from sslcells.data import Decoder, Unreadable, read_table
 from sslcells.data.folder import list_images
@@ -135,7 +135,7 @@ def group(
     cv2 = extra("cv2", "sources", "finding the sources of images")
     cv2.setNumThreads(1)
     decoder = Decoder(channels=3, size=None, fit="crop", intensity="percentile")
-    threads = len(os.sched_getaffinity(0))
+    threads = launcher.cores()
 
     def look(file: Path) -> tuple[Floats, Details] | str:
         try:
