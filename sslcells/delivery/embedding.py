@@ -19,6 +19,7 @@ from sslcells.config import ConfigError, extra
 from sslcells.data import DataError
 from sslcells.data.folder import FolderImages, class_of, list_images
 from sslcells.data.loader import Readable, attended, read_readable
+from sslcells.delivery import DeliveryError
 from sslcells.delivery.encoder import Encoder, find_run, load_encoder
 from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, list_digest, spelt
 from sslcells.interrupt import Interrupt, Stopped
@@ -55,6 +56,7 @@ def embed_folder(
         ConfigError: where there is no such run or folder, it holds no images, or `out` holds embeddings of another
             encoder or of other images, or is in use.
         DataError: where the storage is gone, or a shard cannot be written.
+        DeliveryError: where not one image could be read.
         Stopped: where a signal asked for it, after what was written.
         Lost: where another rank is gone.
     """
@@ -100,7 +102,7 @@ def _begin(
     root = Path(images).expanduser()
     names = list_images(root)
     folder = Path(out).expanduser() if out is not None else find_run(run) / "embeddings" / root.resolve().name
-    if folder.resolve().is_relative_to(root.resolve()):
+    if Path(os.path.realpath(folder)).is_relative_to(root.resolve()):  # resolve() raises at a link to itself
         raise ConfigError(f"--out {folder} lies in {images}, the folder of images; choose another")
     if format == "h5ad":
         extra("h5py", "anndata", "--format h5ad")
@@ -189,6 +191,12 @@ def _work(
         return unreadable, f", {embeddings.write_h5ad().name}" if embeddings.format == "h5ad" else ""
 
     unreadable, more = ranks.from_main(finish)
+    if unreadable == embeddings.count:
+        path, why = ranks.from_main(lambda: next(iter(embeddings.unreadable())))
+        raise DeliveryError(
+            f"none of the {unreadable} images below {embeddings.root} could be read, such as {path}: {why}; "
+            f"{folder / UNREADABLE} lists them all. When they are mended, remove {folder} and embed again"
+        )
     listed = f"; {unreadable} could not be read: {folder / UNREADABLE}" if unreadable else ""
     console.print(
         f"{folder}: {embeddings.count - unreadable} images of {embeddings.features} features in "

@@ -75,7 +75,7 @@ def export(run: str, to: str | None = None, onnx: bool = True, say: Callable[[st
         extra("onnxscript", "export", "ONNX (--no-onnx leaves it out)")
         extra("onnxruntime", "export", "ONNX (--no-onnx leaves it out)")
     out = Path(to).expanduser() if to is not None else folder / "export"
-    if out.resolve() == folder.resolve():
+    if os.path.realpath(out) == os.path.realpath(folder):
         raise ConfigError(f"--to {to} is the run's own folder; choose another")
     try:
         out.mkdir(parents=True, exist_ok=True)

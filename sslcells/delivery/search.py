@@ -261,6 +261,10 @@ def _query(query: str, embeddings: Embeddings) -> Path:
             return file
     if is_folder(path):
         raise ConfigError(f"{query} is a folder; a query is an image")
+    for file in (path, Path(embeddings.root) / query):
+        if file.exists() or file.is_symlink():
+            what = "a FIFO, a socket or a device" if file.exists() else f"a broken link, to {os.readlink(file)}"
+            raise ConfigError(f"{query} is {what}; a query is an image")
     beside = path.parent if path.parent.is_dir() else Path(embeddings.root)
     near = nearest(path.name, sorted(p.name for p in beside.iterdir() if p.is_file()))
     raise ConfigError(f"{query}: no such image, neither here nor in {embeddings.root}{near}")

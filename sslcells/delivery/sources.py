@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from sslcells import launcher
 from sslcells.config import ConfigError, extra
-from sslcells.data import Decoder, Unreadable, read_table
+from sslcells.data import DataError, Decoder, Unreadable, read_table
 from sslcells.data.folder import list_images
 from sslcells.evaluation.sheets import Image, pair_sheet
 from sslcells.storage import whole
@@ -94,6 +94,7 @@ def sources(
 
     Raises:
         ConfigError: where the folder holds no images, the extra `sources` is not installed, or `known` is no such CSV.
+        DataError: where not one image could be read.
     """
     for option, value, least in (("--inliers", inliers, 4), ("--neighbours", neighbours, 1), ("--between", between, 0)):
         if value < least:
@@ -102,6 +103,9 @@ def sources(
     names = list_images(root)
     table = read_table(Path(known), "path", "source") if known else None
     found = group([root / name for name in names], names, inliers, neighbours, between, say)
+    if not found.paths:
+        path, why = found.unreadable[0]
+        raise DataError(f"none of the {len(names)} images below {root} could be read, such as {path}: {why}")
     target = Path(out or ".")
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -104,6 +104,26 @@ def test_broken_images_are_listed_and_sizes_may_differ(run, cells, tmp_path, cap
     assert found["tall.png"][2] is None
 
 
+def test_nothing_readable_is_no_success(run, tmp_path, capsys):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "1.png").write_bytes(b"")
+    os.mkfifo(tmp_path / "cells" / "2.png")
+    (tmp_path / "cells" / "3.png").symlink_to("3.png")
+    for _ in range(2):  # also where the shards are there already
+        assert embed(run, tmp_path / "cells", tmp_path / "out") == 1
+        message = f"none of the 3 images below {tmp_path / 'cells'} could be read, such as 1.png: empty file"
+        assert message in capsys.readouterr().err
+    listed = (tmp_path / "out" / "unreadable.csv").read_text()
+    assert '"2.png","a FIFO (named pipe), not a file"' in listed
+    assert '"3.png","a broken link: it leads to 3.png"' in listed
+
+
+def test_a_folder_of_results_that_is_a_link_to_itself(run, cells, tmp_path, capsys):
+    (tmp_path / "out").symlink_to("out")
+    assert embed(run, cells, tmp_path / "out") == 2
+    assert "out cannot be written" in capsys.readouterr().err
+
+
 def test_a_shard_of_broken_images_alone(run, tmp_path):
     for i in range(3):
         make_cells(tmp_path / "cells", 1)

@@ -1,6 +1,7 @@
 """The search: as brute force has it, without the query and its source; the picture, the table, and the mistakes."""
 
 import csv
+import os
 import shutil
 
 import numpy as np
@@ -126,6 +127,8 @@ def test_mistakes_are_named(embedded, tmp_path, capsys):
     bare.mkdir()
     (tmp_path / "wrong.csv").write_text("image,source\na,b\n")
     (tmp_path / "broken.png").write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
     for arguments, status, message in (
         ((run.parent / "tin", query), 2, "no such run's folder (did you mean tiny?)"),
         ((bare, query), 2, "neither embeddings nor a run"),
@@ -134,6 +137,8 @@ def test_mistakes_are_named(embedded, tmp_path, capsys):
         ((run, query[:-5] + ".png"), 2, "no such image"),
         ((run, cells), 2, "is a folder; a query is an image"),
         ((run, tmp_path / "broken.png"), 1, "broken.png: not an image"),
+        ((run, tmp_path / "pipe.png"), 2, "pipe.png is a FIFO, a socket or a device; a query is an image"),
+        ((run, tmp_path / "loop.png"), 2, "loop.png is a broken link, to loop.png"),
         ((run, query, "--k", "0"), 2, "--k 0 should be at least 1"),
         ((run, query, "--sources", tmp_path / "wrng.csv"), 2, "no such file (did you mean wrong.csv?)"),
         ((run, query, "--sources", tmp_path / "wrong.csv"), 2, "it has: image, source"),

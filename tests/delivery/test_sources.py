@@ -1,6 +1,7 @@
 """Images of one photograph are found among others: turned, mirrored, shifted and scaled; no two photographs are one."""
 
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -84,6 +85,15 @@ def test_a_place_photographed_twice_is_one_source(folder, tmp_path):
 
     assert groups(apart) == [[("a", "0")], [("a", "1")], [("b", "0")]]
     assert groups(together) == [[("a", "0"), ("b", "0")], [("a", "1")]]
+
+
+def test_nothing_readable_is_no_success(tmp_path, capsys):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "1.png").write_bytes(b"no image")
+    os.mkfifo(tmp_path / "cells" / "2.png")
+    assert main(None, ["sources", str(tmp_path / "cells"), "--out", str(tmp_path / "out")]) == 1
+    assert "none of the 2 images below" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_precision_and_recall_count_pairs():
