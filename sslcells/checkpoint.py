@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from sslcells.errors import UserError
 from sslcells.storage import json_text, patiently
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 _WEIGHTS, _STATES, _SUMMARY = "model.safetensors", "optimizer.pt", "state.json"
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint could not be written; the message says why, and from where the run goes on."""
 
 

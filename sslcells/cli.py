@@ -1,4 +1,8 @@
-"""Command line: `sslcells <command>`, also as `accelerate launch -m sslcells.train`."""
+"""Command line: `sslcells <command>`, also as `accelerate launch -m sslcells.train`.
+
+A command imports what it needs when it runs: torch alone takes seconds, and --help, --version or a misspelt option
+need none of it.
+"""
 
 import argparse
 import os
@@ -6,21 +10,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from sslcells import __version__, launcher, lock, ranks, tracking, wandb_sync
-from sslcells.checkpoint import CheckpointError
-from sslcells.config import ConfigError, Run, dump, load
-from sslcells.data import DataError
-from sslcells.delivery import DeliveryError
-from sslcells.interrupt import Stopped
-from sslcells.models import files
-from sslcells.plan import TrainingError, consequences
-from sslcells.selfcheck import selfcheck
+from sslcells import __version__, shipped
+from sslcells.errors import ConfigError, UserError
 from sslcells.storage import denied
-from sslcells.train import train
+from sslcells.values import place
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sslcells.config import Run
 
 DEBUG = {"name": "debug", "train": {"steps": 5, "workers": 0, "compile": False}, "log": {"every": 1, "tracker": "none"}}
 """What --debug changes: few steps, one process, nothing in the background."""
@@ -28,8 +28,8 @@ DEBUG = {"name": "debug", "train": {"steps": 5, "workers": 0, "compile": False},
 _TRAIN = """\
 Train an encoder. With no argument: SimCLR on synthetic blood cells, small enough for a laptop.
 
-  accelerate launch -m sslcells.train --config configs/simclr_bloodcells.yaml data.path=my/cells
-  sslcells train --config configs/simclr_bloodcells.yaml --check
+  accelerate launch -m sslcells.train --config folder data.path=my/cells name=my_cells
+  sslcells train --config simclr_bloodcells --check
   sslcells train --debug method.name=triplet
 """
 
@@ -56,8 +56,8 @@ Train the recipe's encoder without labels, then on parts of the labels three cla
 and steps: supervised from scratch, a probe on the frozen encoder, and the encoder fine-tuned. Printed, written to
 RUN/comparison.json, and with curves and predictions to RUN/comparison.html. What is done is not done again.
 
-  sslcells compare --config configs/compare_pbc28.yaml data.path=pbc28.npz
-  accelerate launch --config_file launch/gpu8.yaml -m sslcells.compare --config configs/compare_pathmnist.yaml
+  sslcells compare --config compare_pbc28 data.path=pbc28.npz
+  accelerate launch --config_file launch/gpu8.yaml -m sslcells.compare --config compare_pathmnist
 """
 
 
@@ -66,7 +66,24 @@ Find which images of a folder were made from one photograph (turned, mirrored, s
 sources.csv for data.sources, so that such images are no negatives of each other and leak into no figure.
 
   sslcells sources path/to/images --out runs/sources
-  sslcells train --config configs/simclr_bloodcells.yaml data.path=path/to/images data.sources=runs/sources/sources.csv
+  sslcells train --config simclr_bloodcells data.path=path/to/images data.sources=runs/sources/sources.csv
+"""
+
+
+_INIT = """\
+Write launch/ (who runs where, for accelerate launch), slurm/ (templates of jobs) and a sweep's file into a folder of
+yours, and all recipes if asked to. Files that are there and differ are kept, and named.
+
+  sslcells init my_project
+  cd my_project && accelerate launch --config_file launch/gpu8.yaml -m sslcells.train --config folder data.path=my/cells
+  cd my_project && bash slurm/simclr.sh data.path=/shared/cells name=cells
+"""
+
+_EXPORT = """\
+Write the encoder for timm, torch.export and ONNX, each checked against it, with a model card. A form that cannot be
+made is left out, and the last lines say why.
+
+  sslcells export runs/my_cells
 """
 
 
@@ -77,28 +94,31 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     raw = argparse.RawDescriptionHelpFormatter
     sub = commands.add_parser("train", help="train an encoder", description=_TRAIN, formatter_class=raw)
-    sub.add_argument("--config", metavar="FILE", help="a recipe; see configs/")
+    sub.add_argument("--config", metavar="RECIPE", type=_path, help=_RECIPE)
     sub.add_argument("--check", action="store_true", help="print the whole configuration, what follows from it; stop")
     sub.add_argument("--debug", action="store_true", help="five steps in one process, checked and shown in detail")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     sub = commands.add_parser("evaluate", help="measure a finished run", description=_EVALUATE, formatter_class=raw)
-    sub.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    sub.add_argument("run", metavar="RUN", type=place, help="the run's folder")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to data, evaluate or train")
     words = "fine-tune the encoder on parts of the labels first (compare.* says how): minutes to hours"
     sub.add_argument("--fine-tune", action="store_true", help=words)
     three = "what labels are worth: supervised, probe, fine-tuned"
     sub = commands.add_parser("compare", help=three, description=_COMPARE, formatter_class=raw)
-    sub.add_argument("--config", metavar="FILE", help="a recipe; see configs/compare_pbc28.yaml")
+    sub.add_argument("--config", metavar="RECIPE", type=_path, help=_RECIPE)
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     commands.add_parser("selfcheck", help="does this machine or cluster compute what it should?")
-    sub = commands.add_parser("export", help="write the encoder for timm, torch and ONNX, with a model card")
-    sub.add_argument("run", metavar="RUN", help="folder of a finished run")
-    sub.add_argument("--to", metavar="FOLDER", help="where to; RUN/export otherwise")
-    sub.add_argument("--no-onnx", action="store_true", help="leave ONNX out")
+    words = "write the encoder for timm, torch and ONNX, with a model card"
+    sub = commands.add_parser("export", help=words, description=_EXPORT, formatter_class=raw)
+    sub.add_argument("run", metavar="RUN", type=_path, help="folder of a finished run")
+    sub.add_argument("--to", metavar="FOLDER", type=_path, help="where to; RUN/export otherwise")
+    onnx = sub.add_mutually_exclusive_group()
+    onnx.add_argument("--onnx", action="store_true", help="fail where ONNX cannot be written")
+    onnx.add_argument("--no-onnx", action="store_true", help="leave ONNX out")
     sub = commands.add_parser("embed", help="embed a folder of images", description=_EMBED, formatter_class=raw)
-    sub.add_argument("run", metavar="RUN", help="folder of a finished run, or an exported encoder")
-    sub.add_argument("images", metavar="IMAGES", help="folder of images, at any depth")
-    sub.add_argument("--out", metavar="FOLDER", help="where to; RUN/embeddings/NAME otherwise")
+    sub.add_argument("run", metavar="RUN", type=_path, help="folder of a finished run, or an exported encoder")
+    sub.add_argument("images", metavar="IMAGES", type=_path, help="folder of images, at any depth")
+    sub.add_argument("--out", metavar="FOLDER", type=_path, help="where to; RUN/embeddings/NAME otherwise")
     sub.add_argument("--format", default="parquet", choices=["parquet", "npz", "h5ad"], help="of the shards (parquet)")
     sub.add_argument("--no-labels", action="store_true", help="the first sub-folder is not a class")
     sub.add_argument("--batch", type=int, default=256, metavar="N", help="images a rank and forward pass (256)")
@@ -106,20 +126,30 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--shard", type=int, metavar="N", help="images a shard (4096)")
     sub.add_argument("--cpu", action="store_true", help="even where there is an accelerator")
     sub = commands.add_parser("search", help="find the embedded images nearest to others")
-    sub.add_argument("target", metavar="RUN_OR_EMBEDDINGS", help="what sslcells embed wrote, or the run it used")
-    sub.add_argument("queries", metavar="QUERY", nargs="+", help="image files")
+    sub.add_argument(
+        "target", metavar="RUN_OR_EMBEDDINGS", type=_path, help="what sslcells embed wrote, or the run it used"
+    )
+    sub.add_argument("queries", metavar="QUERY", nargs="+", type=_path, help="image files")
     sub.add_argument("--k", type=int, default=10, metavar="N", help="neighbours of each (10)")
-    sub.add_argument("--out", metavar="FOLDER", help="for the picture and the table; EMBEDDINGS/search otherwise")
-    sub.add_argument("--encoder", metavar="RUN", help="where the run is not where it was")
-    sub.add_argument("--sources", metavar="CSV", help="columns path and source: a query's own source is left out")
+    sub.add_argument(
+        "--out", metavar="FOLDER", type=_path, help="for the picture and the table; EMBEDDINGS/search otherwise"
+    )
+    sub.add_argument("--encoder", metavar="RUN", type=_path, help="where the run is not where it was")
+    sub.add_argument(
+        "--sources", metavar="CSV", type=_path, help="columns path and source: a query's own source is left out"
+    )
     sub.add_argument("--source-pattern", metavar="REGEX", help="its one group, searched in the path, is the source")
     sub.add_argument("--faiss", action="store_true", help="with an index that is made once: quicker, may miss some")
     sub.add_argument("--cpu", action="store_true", help="even where there is an accelerator")
     same = "find images made from one photograph"
     sub = commands.add_parser("sources", help=same, description=_SOURCES, formatter_class=raw)
-    sub.add_argument("images", metavar="IMAGES", help="folder of images, at any depth")
-    sub.add_argument("--out", metavar="FOLDER", help="for sources.csv and sources.png; this folder otherwise")
-    sub.add_argument("--known", metavar="CSV", help="columns path and source: print precision and recall against them")
+    sub.add_argument("images", metavar="IMAGES", type=_path, help="folder of images, at any depth")
+    sub.add_argument(
+        "--out", metavar="FOLDER", type=_path, help="for sources.csv and sources.png; this folder otherwise"
+    )
+    sub.add_argument(
+        "--known", metavar="CSV", type=_path, help="columns path and source: print precision and recall against them"
+    )
     sub.add_argument(
         "--inliers",
         type=int,
@@ -131,7 +161,15 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     words = "pairs of groups, compared with one another at the end (100000)"
     sub.add_argument("--between", type=int, default=100_000, metavar="N", help=words)
     sub = commands.add_parser("sync", help="send runs to W&B, as far as it has not got them yet")
-    sub.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, such as runs/quickstart")
+    sub.add_argument("runs", nargs="+", metavar="RUN", type=_path, help="a run's folder, such as runs/quickstart")
+    words = "list the recipes, or print one"
+    sub = commands.add_parser("recipes", help=words, description="List what --config takes by name, or print it.")
+    sub.add_argument("name", metavar="RECIPE", nargs="?", help="print this recipe's file")
+    words = "write launch files and SLURM templates into a folder"
+    sub = commands.add_parser("init", help=words, description=_INIT, formatter_class=raw)
+    sub.add_argument("folder", metavar="FOLDER", type=_path, help="made where there is none")
+    sub.add_argument("--recipes", action="store_true", help="all recipes too, into configs/")
+    sub.add_argument("--overwrite", action="store_true", help="replace files that are there and differ")
     argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser.parse_known_args([command, *argv] if command else argv)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
@@ -141,11 +179,24 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     return _guarded(lambda: _COMMANDS[args.command](args))
 
 
+_RECIPE = "a YAML file, or the name of a recipe: sslcells recipes lists them"
+
+
+def _path(typed: str) -> str:
+    return str(place(typed))
+
+
 def _train(args: argparse.Namespace) -> None:
+    from sslcells.config import dump, load
+
     overrides = list(args.overrides)
     if args.debug:
         overrides = [*_dotted(DEBUG), f"out={tempfile.mkdtemp(prefix='sslcells-')}", *overrides]
     run = load(args.config, overrides)
+    from sslcells import launcher
+    from sslcells.plan import consequences
+    from sslcells.train import train
+
     if args.check:
         launcher.check_numerics()
         report = f"{dump(run)}\n{consequences(run, launcher.launched_world())}"
@@ -159,19 +210,17 @@ def _train(args: argparse.Namespace) -> None:
 def _sync(args: argparse.Namespace) -> None:
     """Each run on its own, whatever became of the others; the exit status is the highest of theirs."""
     status = 0
+    from sslcells import lock, wandb_sync
+    from sslcells.models import files
+
     for folder in map(Path, args.runs):
         ended, busy = (folder / files.SPEC).exists(), (folder / lock.FILE).exists()
         try:
             print(wandb_sync.sync(folder, "ended" if ended else "died" if busy else "stopped"), flush=True)
-        except ConfigError as error:
-            status = max(status, _told(error, 2))
-        except wandb_sync.TrackingError as error:
-            status = max(status, _told(error, 1))
+        except UserError as error:
+            status = max(status, _told(error, error.status))
     if status:
         raise SystemExit(status)
-
-
-# What a command alone needs is imported in it: every rank of a training waits for the imports of this file.
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -186,12 +235,17 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    from sslcells.config import load
+
+    run = load(args.config, args.overrides)
     from sslcells.compare import compare
 
-    compare(load(args.config, args.overrides))
+    compare(run)
 
 
 def _selfcheck(args: argparse.Namespace) -> None:
+    from sslcells.selfcheck import selfcheck
+
     if not selfcheck():
         raise SystemExit(1)
 
@@ -200,15 +254,45 @@ def _export(args: argparse.Namespace) -> None:
     from sslcells.delivery.export import export
 
     _alone("export")
-    export(args.run, args.to, onnx=not args.no_onnx)
+    export(args.run, args.to, onnx=True if args.onnx else False if args.no_onnx else None)
 
 
-def _debug(run: Run) -> None:
+def _recipes(args: argparse.Namespace) -> None:
+    if args.name is None:
+        recipes = shipped.recipes()
+        width = max(map(len, recipes))
+        print("\n".join(f"{name:{width}}  {shipped.about(file)}" for name, file in recipes.items()))
+        return
+    file = shipped.recipe(args.name)
+    if file is None:
+        from sslcells.config import no_recipe
+
+        raise ConfigError(f"{args.name}: {no_recipe(args.name)}")
+    print(file.read_text(encoding="utf-8"), end="")
+
+
+def _init(args: argparse.Namespace) -> None:
+    done = shipped.copy(args.folder, args.recipes, args.overwrite)
+    for words, names in (("written", done.written), ("there already, the same", done.same)):
+        if names:
+            print(f"{words}: {', '.join(names)}")
+    for name in done.kept:
+        print(f"kept as it is, though it differs from what comes with sslcells {__version__}: {name}")
+    if done.kept:
+        print("--overwrite replaces what differs")
+    print(f"{args.folder}: work from there; slurm/site.sh takes what your cluster needs, once")
+
+
+def _debug(run: "Run") -> None:
     """One process, deterministic, with anomaly detection, saying the shape of what passes each station."""
+    import torch
+
+    from sslcells.train import train
+
     _alone("--debug")
     torch.use_deterministic_algorithms(True, warn_only=True)
 
-    def watch(station: str, x: Tensor) -> None:
+    def watch(station: str, x: "Tensor") -> None:
         low, high = x.min().item(), x.max().item()
         print(f"  {station:8} {tuple(x.shape)!s:22} {x.dtype} on {x.device}, {low:.4g} to {high:.4g}")
 
@@ -217,6 +301,8 @@ def _debug(run: Run) -> None:
 
 
 def _alone(what: str) -> None:
+    from sslcells import launcher
+
     if launcher.launched_world() > 1:
         raise ConfigError(f"{what} is for one process; {launcher.launched_world()} were launched")
 
@@ -271,6 +357,8 @@ _COMMANDS = {
     "embed": _embed,
     "search": _search,
     "sources": _sources,
+    "recipes": _recipes,
+    "init": _init,
 }
 
 
@@ -278,38 +366,50 @@ def _guarded(command: Callable[[], None]) -> int:
     """The exit status of a command; a mistake of the user's is told once, without a traceback."""
     try:
         command()
-    except ConfigError as error:
-        return _told(error, 2)
+    except UserError as error:
+        status = _told(error, error.status)
+        if error.at_once:
+            sys.stderr.flush()
+            os._exit(status)  # what waits for a rank that is gone may never end in order
+        return status
     except PermissionError as error:
         return _told(ConfigError(denied(error)), 2)
-    except (TrainingError, CheckpointError, DataError, DeliveryError, tracking.LogError) as error:
-        return _told(error, 1)
-    except Stopped as stopped:
-        return _told(stopped, stopped.status)
-    except torch.OutOfMemoryError as error:
-        return _told(error, 1, "; a smaller train.micro_batch needs less, and train.precision=bf16")
-    except ranks.Lost as error:
-        _told(error, 1)
-        sys.stderr.flush()
-        os._exit(1)  # what waits for a rank that is gone may never end in order
     except KeyboardInterrupt:
         print("sslcells: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        return _told(error, 1, "; a smaller train.micro_batch needs less, and train.precision=bf16")
     finally:
-        ranks.close()
+        if "sslcells.ranks" in sys.modules:
+            from sslcells import ranks
+
+            ranks.close()
     return 0
 
 
-_ONE_RANKS = (DataError, torch.OutOfMemoryError, ranks.Lost)
-"""Errors that a rank may meet alone; where it told the others, a note says so."""
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the device has no memory left; where torch was not imported, it was not asked for any."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+_LAUNCHED = {"RANK", "WORLD_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"}
+"""Without any of these variables there is one process, which need not ask the launcher who it is."""
 
 
 def _told(error: Exception, status: int, advice: str = "") -> int:
     """Print what every rank knows once, and what one rank knows with its number."""
-    notes = getattr(error, "__notes__", [])
-    alone = isinstance(error, _ONE_RANKS) and not notes and launcher.launched_world() > 1
-    if launcher.first() or alone:
+    notes, of, speaks = getattr(error, "__notes__", []), "", True
+    if _LAUNCHED & os.environ.keys():
+        from sslcells import launcher
+
+        may_be_alone = error.one_ranks if isinstance(error, UserError) else _out_of_memory(error)
+        alone = may_be_alone and not notes and launcher.launched_world() > 1
         of = f"rank {launcher.launched_rank()}: " if alone else "".join(f"{note}: " for note in notes[:1])
+        speaks = launcher.first() or alone
+    if speaks:
         print(f"sslcells: {of}{error}{advice}", file=sys.stderr)
     return status
 

@@ -394,7 +394,7 @@ def _merge(file: str | None, overrides: Sequence[str]) -> dict[str, Any]:
 def _file(given: str) -> dict[str, Any]:
     file = shipped.recipe(given)
     if file is None:
-        raise ConfigError(f"--config {given}: {_no_recipe(given)}")
+        raise ConfigError(f"--config {given}: {no_recipe(given)}")
     try:
         tree = values.read(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -410,7 +410,7 @@ def _is_null(value: Any) -> bool:
     return isinstance(value, values.Word) and value.value is None
 
 
-def _no_recipe(given: str) -> str:
+def no_recipe(given: str) -> str:
     """Why there is no such file or recipe, with the nearest of both."""
     file, names = values.place(given), shipped.recipes()
     if file.stem in names and file.suffix == ".yaml":

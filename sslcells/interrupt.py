@@ -5,6 +5,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from sslcells.errors import UserError
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -35,14 +37,11 @@ class Interrupt:
         self.asked = self.asked or number
 
 
-class Stopped(Exception):
+class Stopped(UserError):
     """A run was asked to stop, and did, with everything written that it needs to go on."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.number = number
-
-    @property
-    def status(self) -> int:
-        """The exit status: 0 for SIGUSR1, which a scheduler sends so that the run makes room and comes again."""
-        return 0 if self.number == signal.SIGUSR1 else 128 + self.number
+        # 0 for SIGUSR1, which a scheduler sends so that the run makes room and comes again
+        self.status = 0 if number == signal.SIGUSR1 else 128 + number

@@ -13,9 +13,10 @@ from sslcells.config import ConfigError, Run
 from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.describe import describe
 from sslcells.data.subset import labelled_part
+from sslcells.errors import UserError
 
 
-class TrainingError(Exception):
+class TrainingError(UserError):
     """Training cannot go on; the message says why, and from where it can be taken up."""
 
 

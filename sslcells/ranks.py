@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sslcells.errors import UserError
+
 T = TypeVar("T")
 
 # Renamed in torch 2.13; the old name warns from then on.
@@ -163,8 +165,10 @@ def unmet(error: BaseException) -> bool:
     return isinstance(error, dist.DistError)
 
 
-class Lost(Exception):
+class Lost(UserError):
     """Another rank cannot be reached any more; the message names it."""
+
+    one_ranks = at_once = True
 
 
 def leave(cause: str) -> None:

@@ -17,11 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sslcells import wandb_sync
 from sslcells.config import Run
+from sslcells.errors import UserError
 from sslcells.metrics import METRICS, flat, forget_after, note_steps
 from sslcells.storage import json_text, patiently
 
 
-class LogError(OSError):
+class LogError(UserError, OSError):
     """The run's own file of figures cannot be written; the message says why."""
 
 

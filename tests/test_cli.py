@@ -1,12 +1,24 @@
 """The command line."""
 
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 from test_tracking import handmade, no_credentials, standin  # noqa: F401 (fixtures; the second is for every test)
 
+from sslcells.checkpoint import CheckpointError
 from sslcells.cli import main
 from sslcells.config import load
+from sslcells.data import DataError
+from sslcells.delivery import DeliveryError
+from sslcells.errors import ConfigError, UserError
+from sslcells.interrupt import Stopped
+from sslcells.plan import TrainingError
+from sslcells.ranks import Lost
+from sslcells.tracking import LogError
+from sslcells.wandb_sync import TrackingError
 
 SMALL = ["data.train=40", "data.val=0", "data.test=10", "data.size=32", "augment.size=32", "train.global_batch=8"]
 
@@ -72,6 +84,36 @@ def test_help(argv, capsys):
         main(None, argv)
     assert status.value.code == 0
     assert capsys.readouterr().out
+
+
+LIGHT = """
+import sys
+from sslcells.cli import _COMMANDS, main
+helps = [[name, "--help"] for name in _COMMANDS]
+wrong = [["trian"], ["train", "--chek"], ["train", "--config", "nothing"], ["compare", "train.steps"], ["recipes", "x"]]
+for argv in [["--help"], ["--version"], *helps, *wrong, ["recipes"], ["recipes", "folder"], ["init", sys.argv[1]]]:
+    try:
+        status = main(None, argv)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == (2 if argv in wrong else 0), argv
+    heavy = {"torch", "accelerate", "numpy", "timm", "omegaconf", "rich"} & set(sys.modules)
+    assert not heavy, (argv, heavy)
+"""
+
+
+def test_what_needs_no_torch_does_not_import_it(tmp_path):
+    command = [sys.executable, "-c", LIGHT, str(tmp_path / "mine")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_error_for_the_user_is_known_by_its_base():
+    """So the command line tells it without importing its module."""
+    errors = CheckpointError, DataError, DeliveryError, LogError, Lost, Stopped, TrackingError, TrainingError
+    assert all(issubclass(error, UserError) and error.status == 1 for error in errors)
+    assert (ConfigError.status, Stopped(signal.SIGTERM, "").status, Stopped(signal.SIGUSR1, "").status) == (2, 143, 0)
+    assert [error for error in errors if error.one_ranks] == [DataError, Lost]
 
 
 def test_an_unknown_command(capsys):

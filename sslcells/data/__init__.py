@@ -22,6 +22,7 @@ from sslcells.data._sources import check_pattern as check_pattern
 from sslcells.data._sources import find_sources as find_sources
 from sslcells.data._sources import read_table as read_table
 from sslcells.data._sources import source_ids as source_ids
+from sslcells.errors import UserError
 
 SPLITS = ("train", "val", "test")
 
@@ -101,8 +102,10 @@ class ImageSet(ABC):
         """What a person would call image `index`: its path, or its place in the file."""
 
 
-class DataError(Exception):
+class DataError(UserError):
     """An image cannot be read; the message names it."""
+
+    one_ranks = True
 
 
 def open_splits(config: Section) -> dict[str, ImageSet]:

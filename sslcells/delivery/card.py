@@ -1,7 +1,7 @@
 """The model card: what the encoder learned from, how, with what figures, where not to trust it, how to load it."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ _MOST = 60
 """figures of one table"""
 
 
-def card(folder: Path, encoder: Encoder, spec: Mapping[str, Any], checks: Sequence[str], onnx: bool) -> str:
-    """The card of a run's encoder, in Markdown; what the folder does not say, the card says is not known."""
+def card(folder: Path, encoder: Encoder, spec: Mapping[str, Any], checks: Sequence[str], forms: Collection[str]) -> str:
+    """The card of a run's encoder, in Markdown; what the folder does not say, the card says is not known.
+
+    `forms` are the files beside timm's: encoder.pt2, encoder.onnx.
+    """
     config = folder / "config.yaml"
     run = load(str(config)) if config.is_file() else None
     parts = [
@@ -25,7 +28,7 @@ def card(folder: Path, encoder: Encoder, spec: Mapping[str, Any], checks: Sequen
         "## Recipe\n\n" + _recipe(run),
         "## Figures\n\n" + _figures(folder, run),
         "## Limits\n\n" + _limits(encoder, run),
-        "## How to load it\n\n" + _loading(encoder, spec, onnx),
+        "## How to load it\n\n" + _loading(encoder, spec, forms),
         "## Checked\n\nAgainst the network it was exported from, in float32 on the CPU:\n\n"
         + "\n".join(f"- {line}" for line in checks),
     ]
@@ -101,7 +104,7 @@ def _limits(encoder: Encoder, run: Run | None) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _loading(encoder: Encoder, spec: Mapping[str, Any], onnx: bool) -> str:
+def _loading(encoder: Encoder, spec: Mapping[str, Any], forms: Collection[str]) -> str:
     shape = f"(N, {encoder.channels}, {encoder.size}, {encoder.size})"
     if spec["stem"] == "small":
         alone = (
@@ -121,15 +124,21 @@ def _loading(encoder: Encoder, spec: Mapping[str, Any], onnx: bool) -> str:
     parts = [
         f"{alone}```python\nfrom load import load, prepare\n\nfeatures = load()(prepare(pixels))  "
         f"# pixels (N, {encoder.channels}, H, W) uint8 → (N, {encoder.features})\n```",
-        f"With torch alone, for pixels {shape} uint8, normalised inside:\n\n```python\nimport torch\n\n"
-        f'encoder = torch.export.load("encoder.pt2").module()\n```',
+        *(
+            [
+                f"With torch alone, for pixels {shape} uint8, normalised inside:\n\n```python\nimport torch\n\n"
+                f'encoder = torch.export.load("encoder.pt2").module()\n```'
+            ]
+            if "encoder.pt2" in forms
+            else []
+        ),
         *(
             [
                 f"With ONNX, for pixels {shape} uint8, normalised inside:\n\n```python\nimport onnxruntime\n\n"
                 f'session = onnxruntime.InferenceSession("encoder.onnx")\n'
                 f'(features,) = session.run(None, {{"pixels": pixels}})\n```'
             ]
-            if onnx
+            if "encoder.onnx" in forms
             else []
         ),
         "With sslcells, for folders, files, PIL images and tensors of any size:\n\n```python\nimport sslcells\n\n"

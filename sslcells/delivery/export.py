@@ -22,10 +22,15 @@ from sslcells.delivery.card import card
 from sslcells.delivery.encoder import Encoder, find_run, load_encoder
 from sslcells.models import files
 from sslcells.storage import json_text
+from sslcells.values import place
 
 ONNX, PROGRAM = "encoder.onnx", "encoder.pt2"
 TOLERANCE = 1e-3
 """of the largest feature, in float32; convolutions that sum in another order differ by 1e-6 or so"""
+
+
+class NotMade(DeliveryError):
+    """A form of the encoder that its backbone does not allow."""
 
 
 class Check(NamedTuple):
@@ -59,37 +64,55 @@ class FromPixels(nn.Module):
         return out
 
 
-def export(run: str, to: str | None = None, onnx: bool = True, say: Callable[[str], None] = print) -> Path:
+def export(run: str, to: str | None = None, onnx: bool | None = None, say: Callable[[str], None] = print) -> Path:
     """Write a run's encoder for others, and return the folder, RUN/export where `to` names none.
 
     encoder.safetensors and encoder.json (timm), load.py (what timm has no argument for), encoder.pt2 (torch.export),
-    encoder.onnx, README.md (the model card). Files appear whole or not at all.
+    encoder.onnx, README.md (the model card). Files appear whole or not at all. A form that cannot be made is left out,
+    which is said, with what would help; but ONNX must be made where `onnx` is true, and is not where it is false.
 
     Raises:
-        ConfigError: where there is no such run, or what ONNX needs is not installed.
-        DeliveryError: where a form cannot be made, or gives other features than the network.
+        ConfigError: where there is no such run.
+        DeliveryError: where a form gives other features than the network, or `onnx` insists on what cannot be made.
     """
     folder = find_run(run)
     encoder = load_encoder(folder)
-    if onnx:
-        extra("onnxscript", "export", "ONNX (--no-onnx leaves it out)")
-        extra("onnxruntime", "export", "ONNX (--no-onnx leaves it out)")
-    out = Path(to).expanduser() if to is not None else folder / "export"
+    missing = "" if onnx is False else _not_installed()
+    if onnx and missing:
+        raise DeliveryError(f"--onnx: {missing}")
+    out = place(to) if to is not None else folder / "export"
     if os.path.realpath(out) == os.path.realpath(folder):
         raise ConfigError(f"--to {to} is the run's own folder; choose another")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as partial:
-            _write(encoder, folder, Path(partial), onnx, say)
+            left_out = _write(encoder, folder, Path(partial), onnx, missing, say)
+            for name in (PROGRAM, ONNX):  # of an earlier export, perhaps of other weights
+                (out / name).unlink(missing_ok=True)
             for file in sorted(Path(partial).iterdir()):
                 os.replace(file, out / file.name)
     except OSError as error:
         raise ConfigError(f"--to {out}: cannot be written: {error}") from None
     say(f"{out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    for reason in left_out:
+        say(f"left out: {reason}")
     return out
 
 
-def _write(encoder: Encoder, folder: Path, out: Path, onnx: bool, say: Callable[[str], None]) -> None:
+def _not_installed() -> str:
+    """What ONNX lacks here, if anything, and how to get it."""
+    try:
+        extra("onnxscript", "export", f"{ONNX} (ONNX)")
+        extra("onnxruntime", "export", f"{ONNX} (ONNX)")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _write(
+    encoder: Encoder, folder: Path, out: Path, onnx: bool | None, missing: str, say: Callable[[str], None]
+) -> list[str]:
+    """Write the files; returns which forms were left out, and why. `missing` says what ONNX lacks here."""
     spec = json.loads((folder / files.SPEC).read_text(encoding="utf-8")) | {"reading": encoder.reading}
     (out / files.SPEC).write_text(json_text(spec, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(folder / files.WEIGHTS, out / files.WEIGHTS)
@@ -99,13 +122,22 @@ def _write(encoder: Encoder, folder: Path, out: Path, onnx: bool, say: Callable[
     network = FromPixels(encoder).eval()
     asked = {"noise": noise(encoder, 3), "one image of noise": noise(encoder, 1), "drawn cells": drawn(encoder, 8)}
     checks = [compare("timm", lambda x: standalone.load(out)(standalone.prepare(x, out)), network, asked, say)]
-    program = write_program(network, encoder, out / PROGRAM)
-    loaded = torch.export.load(out / PROGRAM).module()
-    checks.append(compare("torch.export", loaded, network, asked, say))
-    if onnx:
-        write_onnx(program, out / ONNX)
-        checks.append(compare("ONNX", onnx_session(out / ONNX), network, asked, say))
-    (out / "README.md").write_text(card(folder, encoder, spec, [str(c) for c in checks], onnx), encoding="utf-8")
+    forms, left_out = list[str](), [missing] if missing else []
+    try:
+        program = write_program(network, encoder, out / PROGRAM)
+        forms.append(PROGRAM)
+        loaded = torch.export.load(out / PROGRAM).module()
+        checks.append(compare("torch.export", loaded, network, asked, say))
+        if onnx is not False and not missing:
+            write_onnx(program, out / ONNX)
+            forms.append(ONNX)
+            checks.append(compare("ONNX", onnx_session(out / ONNX), network, asked, say))
+    except NotMade as error:
+        if onnx:
+            raise
+        left_out.append(str(error))
+    (out / "README.md").write_text(card(folder, encoder, spec, [str(c) for c in checks], forms), encoding="utf-8")
+    return left_out
 
 
 def noise(encoder: Encoder, count: int) -> Tensor:
@@ -153,7 +185,7 @@ def write_program(network: nn.Module, encoder: Encoder, file: Path) -> torch.exp
     """The network for any number of images, as torch.export has it.
 
     Raises:
-        DeliveryError: where torch.export cannot follow it.
+        NotMade: where torch.export cannot follow it.
     """
     images = torch.export.Dim("images")
     try:
@@ -161,7 +193,10 @@ def write_program(network: nn.Module, encoder: Encoder, file: Path) -> torch.exp
             program = torch.export.export(network, (noise(encoder, 2),), dynamic_shapes={"pixels": {0: images}})
         torch.export.save(program, file)
     except Exception as error:  # whatever a backbone does that cannot be followed
-        raise DeliveryError(f"torch.export cannot follow this backbone: {_first(error)}") from error
+        file.unlink(missing_ok=True)
+        raise NotMade(
+            f"{PROGRAM} and {ONNX}: torch.export cannot follow this backbone, {_first(error)}; load.py and timm can"
+        ) from error
     return program
 
 
@@ -169,7 +204,7 @@ def write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
     """The program as ONNX.
 
     Raises:
-        DeliveryError: where it has what ONNX has not.
+        NotMade: where it has what ONNX has not.
     """
     try:
         with warnings.catch_warnings():
@@ -178,9 +213,8 @@ def write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
         assert made is not None
         made.save(str(file))
     except Exception as error:  # as above
-        raise DeliveryError(
-            f"this backbone cannot be written as ONNX: {_first(error)}; --no-onnx leaves it out"
-        ) from error
+        file.unlink(missing_ok=True)
+        raise NotMade(f"{ONNX}: this backbone cannot be written as ONNX: {_first(error)}") from error
 
 
 def onnx_session(file: Path) -> Callable[[Tensor], Tensor]:

@@ -115,7 +115,7 @@ def test_the_card_says_what_it_learned_from_how_with_what_figures_and_limits(tmp
     assert "nothing is known of its quality" in card
 
 
-def test_mistakes_are_named(run, tmp_path, capsys, monkeypatch):
+def test_mistakes_are_named(run, tmp_path, capsys):
     assert main(None, ["export", str(run.parent / "tin"), "--no-onnx"]) == 2
     assert "tin: no such run's folder (did you mean tiny?)" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="the run's own folder"):
@@ -124,9 +124,31 @@ def test_mistakes_are_named(run, tmp_path, capsys, monkeypatch):
     with pytest.raises(ConfigError, match="cannot be written"):
         export(str(run), str(tmp_path / "file"), onnx=False)
 
+
+def test_what_cannot_be_exported_is_left_out_and_said(run, tmp_path, capsys, monkeypatch):
+    """What ONNX needs is an extra: without it the other forms are written, and no older ONNX file stays beside them."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "encoder.onnx").write_text("of other weights")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ConfigError, match=r"pip install 'sslcells\[export\]'"):
-        export(str(run))
+    assert main(None, ["export", str(run), "--to", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("left out: encoder.onnx (ONNX) needs onnxscript: pip install 'sslcells[export]'")
+    assert sorted(file.name for file in out.iterdir()) == [
+        *("README.md", "encoder.json", "encoder.pt2", "encoder.safetensors", "load.py", "small_cnn.py")
+    ]
+    assert "onnxruntime" not in (out / "README.md").read_text()
+    assert main(None, ["export", str(run), "--to", str(out), "--onnx"]) == 1
+    assert "--onnx: encoder.onnx (ONNX) needs onnxscript: pip install" in capsys.readouterr().err
+
+    def fails(*_, **__):
+        raise RuntimeError("cannot be traced")
+
+    monkeypatch.setattr(torch.export, "export", fails)
+    assert main(None, ["export", str(run), "--to", str(out)]) == 0
+    assert "left out: encoder.pt2 and encoder.onnx: torch.export cannot follow" in capsys.readouterr().out
+    assert not (out / "encoder.pt2").exists()
+    assert "encoder.pt2" not in (out / "README.md").read_text()
 
 
 class Changing(torch.nn.Module):
@@ -137,5 +159,5 @@ class Changing(torch.nn.Module):
 def test_a_backbone_that_cannot_be_followed_is_a_clear_error(run, tmp_path):
     with pytest.raises(DeliveryError, match=r"torch\.export cannot follow this backbone"):
         write_program(Changing(), sslcells.load_encoder(run), tmp_path / "x.pt2")
-    with pytest.raises(DeliveryError, match=r"cannot be written as ONNX.*--no-onnx"):
+    with pytest.raises(DeliveryError, match=r"cannot be written as ONNX"):
         write_onnx(None, tmp_path / "x.onnx")
