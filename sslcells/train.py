@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from sslcells.augment import Augment
 from sslcells.claim import claimed
 from sslcells.config import Run
 from sslcells.data import Batch, ImageSet, reading, sampler
-from sslcells.data.loader import attended, read
+from sslcells.data.loader import attended, read_in_parts
 from sslcells.evaluation import Evaluation
 from sslcells.interrupt import Interrupt, Stopped
 from sslcells.metrics import read_metrics
@@ -25,6 +25,7 @@ from sslcells.models import files
 from sslcells.plan import Meter, Plan, open_run
 from sslcells.tracking import Log
 
+T = TypeVar("T")
 Watch = Callable[[str, Tensor], None]
 
 
@@ -48,8 +49,8 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
             training = Training(run, plan, splits, accelerator, watch)
             training.begin(claim.whole)
             with training.writer as writer, attended(training.batches()) as batches:
-                for batch in in_step(batches, (claim.check, writer.check), interrupt):
-                    training.learn(batch)
+                for parts in in_step(batches, (claim.check, writer.check), interrupt):
+                    training.learn(parts)
                 if training.step < plan.steps:
                     training.stop(interrupt.asked)
                 training.finish()
@@ -96,23 +97,26 @@ class Training:
             log.metrics(0, 0.0, self._evaluation.figures(self._learner))
             log.pictures(0, self._evaluation.view_sheet(self._method.views) if run.evaluate.pictures else {})
 
-    def batches(self) -> Generator[Batch, None, None]:
-        """This rank's part of the global batches of the steps to come."""
+    def batches(self) -> Generator[list[Batch], None, None]:
+        """This rank's part of the global batches of the steps to come, each in its micro-batches."""
         run, plan = self._run, self._plan
         rank, world = ranks.rank(), ranks.world()
         steps = sampler.Steps(self._sampling, rank, world, start=self.step, stop=plan.steps)
         self._meter.start()
-        return read(self._images, steps, run.train.workers, pin_memory=self._device.type == "cuda")
+        parts, pin = plan.batch // plan.micro_batch, self._device.type == "cuda"
+        return read_in_parts(self._images, steps, parts, run.train.workers, pin_memory=pin)
 
-    def learn(self, batch: Batch) -> None:
-        """One optimizer step, with the figures, the evaluation and the checkpoint that are due after it."""
+    def learn(self, parts: Sequence[Batch]) -> None:
+        """One optimizer step on a batch in parts, with the figures, the evaluation and the checkpoint due after it."""
         run, plan, meter = self._run, self._plan, self._meter
         meter.arrived()
-        self._watch("pixels", batch.pixels)  # (B, C, H, W) uint8
+        for part in parts:
+            self._watch("pixels", part.pixels)  # (b, C, H, W) uint8
+        batch = Batch.ids(parts)
         rate = optim.learning_rate(run.optim, self.step, plan.steps, plan.warmup)
         optim.set_learning_rate(self._optimizer, rate)
         self._method.done = self.step / plan.steps
-        loss, figures = self._backward(batch)
+        loss, figures = self._backward(parts, batch)
         self._watch("loss", loss)  # ()
         norm = self._accelerator.clip_grad_norm_(self._network.parameters(), run.optim.clip_norm or math.inf)
         self._optimizer.step()
@@ -157,12 +161,12 @@ class Training:
         log.close()
         ranks.barrier()
 
-    def _backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _backward(self, parts: Sequence[Batch], ids: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, figures, and the gradients in the parameters: in one pass, or in micro-batches."""
-        parts, whole = batch.split(self._plan.micro_batch), batch.to(self._device)
+        whole = ids.to(self._device)
         if len(parts) > 1:
             return cached_backward(self._accelerator, self._network, self._rows, self._method, parts, whole)
-        loss, figures = self._method.loss(self._rows(batch, 0), whole)
+        loss, figures = self._method.loss(self._rows(parts[0], 0), whole)
         self._accelerator.backward(loss)
         return loss, figures
 
@@ -191,7 +195,7 @@ class Training:
         self._saved = self.step
 
 
-def in_step(batches: Iterator[Batch], checks: Sequence[Callable[[], None]], interrupt: Interrupt) -> Iterator[Batch]:
+def in_step(batches: Iterator[T], checks: Sequence[Callable[[], None]], interrupt: Interrupt) -> Iterator[T]:
     """This rank's batches, until they end or any rank is asked to stop; every rank must take part in each.
 
     Where a check or the reading raises on one rank, every rank raises that error, which says on which.

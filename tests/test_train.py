@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sslcells import checkpoint, losses
 from sslcells.config import ConfigError, load
+from sslcells.data import Batch
 from sslcells.interrupt import Stopped
 from sslcells.lock import Lock
 from sslcells.metrics import read_metrics
@@ -256,6 +257,18 @@ def test_micro_batches_learn_the_same(tmp_path, method, micro):
     for key, value in whole.items():
         torch.testing.assert_close(parts[key], value, rtol=1e-4, atol=1e-6)
     assert any(not torch.equal(whole[k], parts[k]) for k in whole), "the two were not computed apart"
+
+
+def test_the_device_is_sent_one_micro_batch_at_a_time(tmp_path, monkeypatch):
+    """The loss needs ids alone: no step asks the device for the pixels of the whole batch."""
+    sent = []
+    plain = Batch.to
+    monkeypatch.setattr(Batch, "to", lambda batch, device: (sent.append(len(batch.pixels)), plain(batch, device))[1])
+    seen = []
+    watch = lambda station, x: seen.append(len(x)) if station == "pixels" else None  # noqa: E731
+    train(tiny(tmp_path, *NO_BATCHNORM[:3], "train.micro_batch=4", "train.steps=1"), watch)
+    assert seen == [4] * 4
+    assert max(sent) == 0
 
 
 def test_a_micro_batch_that_does_not_divide_is_named(tmp_path):

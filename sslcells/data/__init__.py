@@ -5,6 +5,7 @@ A kind is a module with a `Config` and `open_split(config, split) -> ImageSet | 
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,9 +44,10 @@ class Batch(NamedTuple):
         """The batch with every tensor on `device`."""
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
-    def split(self, size: int) -> list["Batch"]:
-        """The batch in parts of `size` images."""
-        return [Batch(*part) for part in zip(*(torch.split(t, size) for t in self), strict=True)]
+    @staticmethod
+    def ids(parts: Sequence["Batch"]) -> "Batch":
+        """The ids of all parts together, without pixels: what a loss and a sampler's figures are about."""
+        return Batch(parts[0].pixels[:0], *(torch.cat(ids) for ids in list(zip(*parts, strict=True))[1:]))
 
 
 class ImageSet(ABC):

@@ -58,18 +58,33 @@ def _quiet(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def read(images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
+def read(
+    images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool, together: int = 1
+) -> Generator[Batch, None, None]:
     """The batches of images that a sampler names, in its order, read ahead by `workers` processes.
 
-    For `attended`, where processes read.
+    For `attended`, where processes read. So many batches are wanted `together`; what is read ahead has the bytes of
+    those, or `AHEAD` where that is more.
 
     Raises:
         DataError: where an image cannot be read, naming it.
     """
-    for batch in _loaded(images, batches, workers, pin_memory, _collate):
+    for batch in _loaded(images, batches, workers, pin_memory, _collate, together):
         if isinstance(batch, DataError):
             raise batch
         yield Batch(*batch)
+
+
+def read_in_parts(
+    images: ImageSet, batches: Sampler[list[int]], parts: int, workers: int, pin_memory: bool
+) -> Generator[list[Batch], None, None]:
+    """As `read`, but each batch in so many equal parts: a large one is never copied into one piece, nor read as one."""
+    batch: list[Batch] = []
+    for part in read(images, Parts(batches, parts), workers, pin_memory, together=parts):
+        batch.append(part)
+        if len(batch) == parts:
+            yield batch
+            batch = []
 
 
 @contextmanager
@@ -130,6 +145,7 @@ def _loaded(
     workers: int,
     pin_memory: bool,
     collate: Callable[[Sequence[Sample | Unread]], Any],
+    together: int = 1,
 ) -> Iterator[Any]:
     """What `collate` makes of each batch."""
     loader: DataLoader[Sample | Unread] = DataLoader(
@@ -139,9 +155,43 @@ def _loaded(
         collate_fn=collate,
         worker_init_fn=_quiet,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=ahead(_bytes(images, batches), workers, together) if workers else None,
     )
     yield from loader
+
+
+AHEAD = 2**30
+"""bytes of images that a rank reads ahead, at the most, unless one batch is more"""
+
+
+def ahead(size: int, workers: int, together: int = 1) -> int:
+    """Batches of `size` bytes that each worker reads ahead: four times what is wanted together, if bytes allow."""
+    allowed = max(AHEAD, size * together) // max(1, size)
+    return max(1, min(4 * together, allowed // workers))
+
+
+def _bytes(images: ImageSet, batches: Sampler[list[int]]) -> int:
+    """Bytes of the pixels of a batch, by its first image."""
+    first = next(iter(batches), [])
+    try:
+        return len(first) * images.pixels(first[0]).nbytes if first else 0
+    except DataError:  # told where it is read
+        return 0
+
+
+class Parts(Sampler[list[int]]):
+    """Batches of indices, each cut into so many equal parts."""
+
+    def __init__(self, batches: Sampler[list[int]], parts: int) -> None:
+        self._batches, self._parts = batches, parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._batches:
+            size = len(batch) // self._parts
+            yield from (batch[i : i + size] for i in range(0, len(batch), size))
+
+    def __len__(self) -> int:
+        return len(self._batches) * self._parts  # type: ignore[arg-type]
 
 
 class InOrder(Sampler[list[int]]):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sslcells.config import load
-from sslcells.data import DataError, ImageSet, open_splits
-from sslcells.data.loader import InOrder, attended, read
+from sslcells.data import Batch, DataError, ImageSet, open_splits
+from sslcells.data.loader import InOrder, _bytes, ahead, attended, read, read_in_parts
 
 
 class Numbers(ImageSet):
@@ -77,3 +77,33 @@ def test_synthetic_splits():
     assert len(set(train.sources.tolist()) | set(test.sources.tolist())) == 30
     assert train.labels.bincount().tolist() == [5, 5, 5, 5]
     assert test.classes == ("neutrophil", "eosinophil", "basophil", "lymphocyte")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_in_parts_is_the_same_batch(workers):
+    whole = list(read(Numbers(), InOrder(range(19, -1, -1), 10), 0, pin_memory=False))
+    parted = list(read_in_parts(Numbers(), InOrder(range(19, -1, -1), 10), 5, workers, pin_memory=False))
+    assert [[len(part.image) for part in parts] for parts in parted] == [[2] * 5] * 2
+    for batch, parts in zip(whole, parted, strict=True):
+        for a, b in zip(batch, zip(*parts, strict=True), strict=True):
+            assert torch.equal(a, torch.cat(b))
+        ids = Batch.ids(parts)
+        assert all(torch.equal(a, b) for a, b in zip(ids[1:], batch[1:], strict=True))
+        assert ids.pixels.shape == (0, 1, 2, 2)
+
+
+def test_what_is_read_ahead_is_bounded_by_bytes():
+    gib = 2**30
+    assert ahead(256 * 3 * 64 * 64, workers=4) == 4
+    image = 3 * 224 * 224
+    for batch, parts, workers in [(65_536, 1, 1), (65_536, 256, 8), (65_536, 16, 4), (4096, 1, 8), (512, 4, 8)]:
+        part = batch // parts * image
+        read_ahead = workers * part * ahead(part, workers, parts)
+        assert read_ahead <= max(gib, batch * image, workers * part)
+        assert read_ahead >= min(gib, batch * image, 4 * workers * batch * image) / 2
+
+
+def test_the_bytes_of_a_batch_are_those_of_its_images():
+    assert _bytes(Numbers(), InOrder(range(20), 4)) == 4 * 4
+    assert _bytes(Numbers(broken={0}), InOrder(range(20), 4)) == 0
+    assert _bytes(Numbers(), InOrder([], 4)) == 0
