@@ -4,7 +4,8 @@
 # main RECIPE [ARGUMENT ...]: a --config among the arguments comes later than the recipe, and so replaces it.
 main() {
   source slurm/site.sh
-  local recipe=$1
+  local recipe
+  recipe=$(recipe_of "$1")
   shift
   if [[ -n ${SLURM_JOB_ID:-} ]]; then
     run --config "$recipe" "$@"
@@ -14,12 +15,22 @@ main() {
   fi
 }
 
+# recipe_of NAME: its file in configs/ here, which may be edited; else its name, for the one that sslcells brings.
+recipe_of() {
+  if [[ -f configs/$1.yaml ]]; then
+    echo "configs/$1.yaml"
+  else
+    echo "$1"
+  fi
+}
+
 # sweep RECIPE FILE [ARGUMENT ...]: as main, once for each line of FILE that is neither empty nor a comment. In a job
 # array a task takes the line of its number, counted from 0.
 sweep() {
   source slurm/site.sh
-  local recipe=$1 file=${2:-} lines arguments i configuration name wrong=0
+  local recipe file=${2:-} lines arguments i configuration name wrong=0
   local -A line_of=()
+  recipe=$(recipe_of "$1")
   [[ -f $file ]] || fail "a sweep needs its file first: bash slurm/sweep.sh configs/sweep_temperature.txt" 2
   shift 2
   mapfile -t lines < <(grep -vE '^[[:space:]]*(#|$)' "$file" || true)

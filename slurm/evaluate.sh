@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What a finished run has learned, measured on the nodes of a SLURM job. From the checkout, on a login node, either
+# What a finished run has learned, measured on the nodes of a SLURM job. From the checkout, or the folder
+# that `sslcells init` wrote, on a login node, either
 #
 #   bash slurm/evaluate.sh runs/NAME [section.key=value ...]
 #   sbatch --gpus-per-node=1 slurm/evaluate.sh runs/NAME [section.key=value ...]
@@ -15,7 +16,7 @@ set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:-.}" # a job runs a copy of this file, from a spool folder
 if [[ ! -f slurm/common.sh ]]; then
-  echo "slurm/evaluate.sh: $PWD is not the checkout of sslcells: change to it, then submit" >&2
+  echo "slurm/evaluate.sh: no slurm/common.sh in $PWD: change to the checkout, or to what sslcells init wrote" >&2
   exit 2
 fi
 source slurm/common.sh

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tuning of a trained encoder with labels on the nodes of a SLURM job. From the checkout, on a login node, either
+# Fine-tuning of a trained encoder with labels on the nodes of a SLURM job. From the checkout, or the folder
+# that `sslcells init` wrote, on a login node, either
 #
 #   bash slurm/finetune.sh [--config FILE] model.encoder=runs/NAME [section.key=value ...]
 #   sbatch --gpus-per-node=1 slurm/finetune.sh [--config FILE] model.encoder=runs/NAME [section.key=value ...]
@@ -17,8 +18,8 @@ set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:-.}" # a job runs a copy of this file, from a spool folder
 if [[ ! -f slurm/common.sh ]]; then
-  echo "slurm/finetune.sh: $PWD is not the checkout of sslcells: change to it, then submit" >&2
+  echo "slurm/finetune.sh: no slurm/common.sh in $PWD: change to the checkout, or to what sslcells init wrote" >&2
   exit 2
 fi
 source slurm/common.sh
-main configs/finetune_bloodcells.yaml "$@"
+main finetune_bloodcells "$@"

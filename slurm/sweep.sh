@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A sweep: one run for each line of a file, as a job array. From the checkout, on a login node, either
+# A sweep: one run for each line of a file, as a job array. From the checkout, or the folder
+# that `sslcells init` wrote, on a login node, either
 #
 #   SWEEP_AT_ONCE=4 bash slurm/sweep.sh configs/sweep_temperature.txt [--config FILE] [section.key=value ...]
 #   sbatch --array=0-3 --gpus-per-node=8 slurm/sweep.sh FILE [--config FILE] [section.key=value ...]
@@ -18,8 +19,8 @@ set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:-.}" # a job runs a copy of this file, from a spool folder
 if [[ ! -f slurm/common.sh ]]; then
-  echo "slurm/sweep.sh: $PWD is not the checkout of sslcells: change to it, then submit" >&2
+  echo "slurm/sweep.sh: no slurm/common.sh in $PWD: change to the checkout, or to what sslcells init wrote" >&2
   exit 2
 fi
 source slurm/common.sh
-sweep configs/simclr_bloodcells.yaml "$@"
+sweep simclr_bloodcells "$@"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Triplets, hardest of the global batch, on the nodes of a SLURM job. From the checkout, on a login node, either
+# Triplets, hardest of the global batch, on the nodes of a SLURM job. From the checkout, or the folder
+# that `sslcells init` wrote, on a login node, either
 #
 #   bash slurm/triplet.sh [--config FILE] [section.key=value ...]
 #   sbatch --nodes=2 --gpus-per-node=8 slurm/triplet.sh [--config FILE] [section.key=value ...]
@@ -17,8 +18,8 @@ set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:-.}" # a job runs a copy of this file, from a spool folder
 if [[ ! -f slurm/common.sh ]]; then
-  echo "slurm/triplet.sh: $PWD is not the checkout of sslcells: change to it, then submit" >&2
+  echo "slurm/triplet.sh: no slurm/common.sh in $PWD: change to the checkout, or to what sslcells init wrote" >&2
   exit 2
 fi
 source slurm/common.sh
-main configs/triplet_bloodcells.yaml "$@"
+main triplet_bloodcells "$@"

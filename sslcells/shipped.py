@@ -11,11 +11,12 @@ from sslcells.errors import ConfigError
 from sslcells.storage import is_file
 from sslcells.values import place
 
-FOLDERS = ("launch", "slurm", "configs")
+FOLDERS = {"launch": "*.yaml", "slurm": "*.sh", "docs": "cluster.md", "configs": "*.*"}
+"""Which files of each."""
 
 
 def folder(name: str) -> Path:
-    """Where the files of "configs", "launch" or "slurm" lie."""
+    """Where the files of one of FOLDERS lie."""
     package = Path(__file__).parent
     inside = package / "_shipped" / name
     return inside if inside.is_dir() else package.parent / name
@@ -51,7 +52,7 @@ class Copied(NamedTuple):
 
 
 def copy(target: str, with_recipes: bool = False, overwrite: bool = False) -> Copied:
-    """Write the launch files and SLURM templates, the sweep's file, and all recipes if asked to, below a folder.
+    """Write the launch files, the SLURM templates with their page, and all recipes if asked to, below a folder.
 
     A file that is there and differs is kept, unless `overwrite` says otherwise.
 
@@ -59,12 +60,12 @@ def copy(target: str, with_recipes: bool = False, overwrite: bool = False) -> Co
         ConfigError: where the folder cannot be written.
     """
     out, done = place(target), Copied([], [], [])
-    names = [f"{name}/{file.name}" for name in FOLDERS for file in sorted(folder(name).iterdir()) if file.is_file()]
+    sources = [(f"{name}/{file.name}", file) for name, which in FOLDERS.items() for file in folder(name).glob(which)]
     try:
-        for name in names:
+        for name, source in sorted(sources):
             if name.startswith("configs/") and name.endswith(".yaml") and not with_recipes:
                 continue
-            source, file = folder(name.split("/")[0]) / name.split("/")[1], out / name
+            file = out / name
             there = file.read_bytes() if file.is_file() else None
             if there == source.read_bytes():
                 done.same.append(name)

@@ -376,4 +376,4 @@ def test_a_wrong_argument_before_a_job(cluster):
 def test_not_the_checkout(cluster, tmp_path):
     done = on_login_node(cluster, "bash", str(CHECKOUT / "slurm" / "simclr.sh"), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"{tmp_path} is not the checkout of sslcells" in done.stderr
+    assert f"no slurm/common.sh in {tmp_path}: change to the checkout" in done.stderr
