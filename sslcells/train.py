@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -72,6 +72,7 @@ class Training:
         self._network, self._optimizer = accelerator.prepare(self._learner, optimizer)
         self._method, self._encoder = self._learner.method, self._learner.encoder
         self._augment = Augment(run.augment, *models.normalisation(run.model, self._images.channels))
+        self._method.repeated = self._sampling.repeats
         local = self._method.local
         self._local = self._augment.local(local.size, local.scale) if local else None
         self._evaluation = Evaluation(run, splits, self._augment, self._device)
@@ -173,10 +174,11 @@ class Training:
     def _rows(self, part: Batch, index: int) -> Tensor:
         """Augment and embed images: the same numbers whenever the same part of the same step is asked for."""
         seed, pixels = self._run.seed, part.pixels.to(self._device, non_blocking=True)
-        crops = [self._augment(pixels, part.image, seed=seed, step=self.step, views=self._method.views)]
+        key: dict[str, Any] = {"seed": seed, "step": self.step, "occurrence": part.occurrence}
+        crops = [self._augment(pixels, part.image, views=self._method.views, **key)]
         if self._local is not None and self._method.local is not None:
             few, first = self._method.local.views, self._method.views
-            crops.append(self._local(pixels, part.image, seed=seed, step=self.step, views=few, first=first))
+            crops.append(self._local(pixels, part.image, views=few, first=first, **key))
         for x in crops:
             self._watch("views", x)  # (V·b, C, S, S) float32
         torch.manual_seed(stream(seed, self.step, ranks.rank(), index))

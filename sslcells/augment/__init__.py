@@ -26,13 +26,24 @@ class Augment:
         self._std = torch.tensor(std)[:, None, None]
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor, image: Tensor, *, seed: int, step: int, views: int, first: int = 0) -> Tensor:
+    def __call__(
+        self,
+        pixels: Tensor,
+        image: Tensor,
+        *,
+        seed: int,
+        step: int,
+        views: int,
+        first: int = 0,
+        occurrence: Tensor | None = None,
+    ) -> Tensor:
         """(B, C, H, W) uint8 and image ids (B,) → (V·B, C, S, S) float32, view-major, normalised.
 
-        The views of an image depend on (seed, step, its id, the view's number) alone: not on the rank, the batch, or
-        what came before. Numbers begin at `first`.
+        The views of an image depend on (seed, step, its id, the view's number) alone, and on its `occurrence` (B,) in
+        the global batch where that shows it more than once: not on the rank, the rank's batch, or what came before.
+        Numbers begin at `first`.
         """
-        draws = Draws(seed, step, image, views, first)
+        draws = Draws(seed, step, image, views, first, occurrence)
         x = (pixels.float() / 255).repeat(views, 1, 1, 1)
         return self._normalised(self._views(self.config, x, draws))
 

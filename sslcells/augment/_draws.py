@@ -1,5 +1,7 @@
 """Random numbers that are a function of (seed, step, image, view): the same on any rank, in any batch, at any replay.
 
+Where a global batch shows an image more than once, of its occurrence there too, or the copies would be identical.
+
 A counter is hashed instead of a state advanced, so an augmentation does not depend on which rank draws it, on how many
 ranks there are, on the split into micro-batches, or on where a run was interrupted.
 """
@@ -8,6 +10,8 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_AGAIN = 0x80000000
+"""sets occurrences apart from the numbers of views"""
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -24,13 +28,22 @@ def _mix(x: Tensor) -> Tensor:
 class Draws:
     """A stream of independent numbers for each of N = V·B views; every call takes the next column of all of them."""
 
-    def __init__(self, seed: int, step: int, image: Tensor, views: int, first: int = 0) -> None:
-        """Start the streams of `views` views, from `first` on, of the images with ids `image` (B,), view-major."""
+    def __init__(
+        self, seed: int, step: int, image: Tensor, views: int, first: int = 0, occurrence: Tensor | None = None
+    ) -> None:
+        """Start the streams of `views` views, from `first` on, of the images with ids `image` (B,), view-major.
+
+        occurrence (B,) int64 says how often the image came before in the same step: 0, as where it is not given, adds
+        nothing to the key.
+        """
         image = image.cpu()
         low, high = image & _MASK, (image >> 32) & _MASK
         key = torch.zeros_like(image)
         for part in (seed & _MASK, seed >> 32, step, low, high):
             key = _mix(key ^ part)
+        if occurrence is not None:
+            again = occurrence.cpu()
+            key = torch.where(again > 0, _mix(key ^ (_AGAIN | again)), key)
         self._key = torch.cat([_mix(key ^ (view + 1)) for view in range(first, first + views)])
         self._column = 0
 

@@ -39,6 +39,8 @@ class Batch(NamedTuple):
     """(B,) int64: the image's index in its split"""
     source: Tensor
     """(B,) int64: what the image was made from; a number of the image's own where unknown"""
+    occurrence: Tensor
+    """(B,) int64: how often the image came before in the same global batch, where a sampler repeats some"""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with every tensor on `device`."""
@@ -48,6 +50,15 @@ class Batch(NamedTuple):
     def ids(parts: Sequence["Batch"]) -> "Batch":
         """The ids of all parts together, without pixels: what a loss and a sampler's figures are about."""
         return Batch(parts[0].pixels[:0], *(torch.cat(ids) for ids in list(zip(*parts, strict=True))[1:]))
+
+
+class Pick(NamedTuple):
+    """An image that a sampler names."""
+
+    image: int
+    """its index in the split"""
+    occurrence: int = 0
+    """how often it came before in the same global batch"""
 
 
 class ImageSet(ABC):

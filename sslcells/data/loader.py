@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sslcells.data import Batch, DataError, ImageSet
+from sslcells.data import Batch, DataError, ImageSet, Pick
 
 T = TypeVar("T")
 
 
-Sample = tuple[Tensor, int, int, int]
+Sample = tuple[Tensor, int, int, int, int]
 
 
 class Unread(NamedTuple):
@@ -33,12 +33,13 @@ class _Samples(Dataset[Sample | Unread]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> Sample | Unread:
+    def __getitem__(self, pick: Pick) -> Sample | Unread:
+        index, occurrence = pick
         try:
             pixels = self._images.pixels(index)
         except DataError as error:
             return Unread(index, error)
-        return pixels, int(self._images.labels[index]), index, int(self._images.sources[index])
+        return pixels, int(self._images.labels[index]), index, int(self._images.sources[index]), occurrence
 
 
 def _collate(samples: Sequence[Sample | Unread]) -> Batch | DataError:
@@ -59,7 +60,7 @@ def _quiet(worker: int) -> None:
 
 
 def read(
-    images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool, together: int = 1
+    images: ImageSet, batches: Sampler[list[Pick]], workers: int, pin_memory: bool, together: int = 1
 ) -> Generator[Batch, None, None]:
     """The batches of images that a sampler names, in its order, read ahead by `workers` processes.
 
@@ -76,7 +77,7 @@ def read(
 
 
 def read_in_parts(
-    images: ImageSet, batches: Sampler[list[int]], parts: int, workers: int, pin_memory: bool
+    images: ImageSet, batches: Sampler[list[Pick]], parts: int, workers: int, pin_memory: bool
 ) -> Generator[list[Batch], None, None]:
     """As `read`, but each batch in so many equal parts: a large one is never copied into one piece, nor read as one."""
     batch: list[Batch] = []
@@ -124,7 +125,7 @@ class Readable(NamedTuple):
 
 
 def read_readable(
-    images: ImageSet, batches: Sampler[list[int]], workers: int, pin_memory: bool
+    images: ImageSet, batches: Sampler[list[Pick]], workers: int, pin_memory: bool
 ) -> Generator[Readable, None, None]:
     """As `read`, but what cannot be read is listed instead, and sizes may differ."""
     for batch in _loaded(images, batches, workers, pin_memory, _collate_readable):
@@ -141,7 +142,7 @@ def _collate_readable(samples: Sequence[Sample | Unread]) -> Readable:
 
 def _loaded(
     images: ImageSet,
-    batches: Sampler[list[int]],
+    batches: Sampler[list[Pick]],
     workers: int,
     pin_memory: bool,
     collate: Callable[[Sequence[Sample | Unread]], Any],
@@ -170,22 +171,22 @@ def ahead(size: int, workers: int, together: int = 1) -> int:
     return max(1, min(4 * together, allowed // workers))
 
 
-def _bytes(images: ImageSet, batches: Sampler[list[int]]) -> int:
+def _bytes(images: ImageSet, batches: Sampler[list[Pick]]) -> int:
     """Bytes of the pixels of a batch, by its first image."""
     first = next(iter(batches), [])
     try:
-        return len(first) * images.pixels(first[0]).nbytes if first else 0
+        return len(first) * images.pixels(first[0].image).nbytes if first else 0
     except DataError:  # told where it is read
         return 0
 
 
-class Parts(Sampler[list[int]]):
-    """Batches of indices, each cut into so many equal parts."""
+class Parts(Sampler[list[Pick]]):
+    """Batches, each cut into so many equal parts."""
 
-    def __init__(self, batches: Sampler[list[int]], parts: int) -> None:
+    def __init__(self, batches: Sampler[list[Pick]], parts: int) -> None:
         self._batches, self._parts = batches, parts
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Pick]]:
         for batch in self._batches:
             size = len(batch) // self._parts
             yield from (batch[i : i + size] for i in range(0, len(batch), size))
@@ -194,13 +195,13 @@ class Parts(Sampler[list[int]]):
         return len(self._batches) * self._parts  # type: ignore[arg-type]
 
 
-class InOrder(Sampler[list[int]]):
+class InOrder(Sampler[list[Pick]]):
     """The given indices, `size` at a time."""
 
     def __init__(self, indices: Sequence[int], size: int) -> None:
-        self._indices, self._size = list(indices), size
+        self._indices, self._size = [Pick(i) for i in indices], size
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Pick]]:
         return (self._indices[i : i + self._size] for i in range(0, len(self._indices), self._size))
 
     def __len__(self) -> int:

@@ -12,11 +12,14 @@ from torch.utils.data import Sampler as IndexSampler
 
 from sslcells import ranks
 from sslcells.config import ConfigError, Sampler
-from sslcells.data import Batch, ImageSet
+from sslcells.data import Batch, ImageSet, Pick
 
 
 class Sampling(ABC):
     """The global batches of a run, the same for any number of ranks."""
+
+    repeats: bool = False
+    """whether an image may come more than once in a global batch"""
 
     @abstractmethod
     def batch(self, step: int) -> Tensor:
@@ -74,6 +77,7 @@ class Balanced(Sampling):
         self._global_batch, self._names = global_batch, classes
         count = len(self._members)
         share = -(-global_batch // count)
+        self.repeats = min(self._members.sizes) < share
         self._rounds = [_Rounds(size, share, False, seed, c) for c, size in enumerate(self._members.sizes)]
 
     def batch(self, step: int) -> Tensor:
@@ -226,19 +230,34 @@ class _Rounds:
         return self._last[1]
 
 
-class Steps(IndexSampler[list[int]]):
-    """Indices of one rank's part of the global batches of steps start..stop-1."""
+class Steps(IndexSampler[list[Pick]]):
+    """One rank's part of the global batches of steps start..stop-1, each image with its occurrence in its batch.
+
+    The occurrence is counted over the global batch, so that it is the same for any number of ranks.
+    """
 
     def __init__(self, sampling: Sampling, rank: int, world: int, start: int, stop: int) -> None:
         self._sampling, self._rank, self._world = sampling, rank, world
         self._start, self._stop = start, stop
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Pick]]:
         for step in range(self._start, self._stop):
-            yield self._sampling.batch(step).chunk(self._world)[self._rank].tolist()
+            batch = self._sampling.batch(step)
+            whole = torch.stack([batch, occurrences(batch)], 1)
+            yield [Pick(*row) for row in whole.chunk(self._world)[self._rank].tolist()]
 
     def __len__(self) -> int:
         return self._stop - self._start
+
+
+def occurrences(ids: Tensor) -> Tensor:
+    """How many equal ids stand before each: (G,) int64 → (G,) int64."""
+    ordered, order = ids.sort(stable=True)
+    place = torch.arange(len(ids))
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    begins = torch.where(first, place, 0).cummax(0).values
+    return torch.empty_like(ids).scatter_(0, order, place - begins)
 
 
 def permutation(count: int, *seed: int) -> Tensor:

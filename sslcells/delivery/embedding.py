@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 
 from sslcells import launcher, ranks
 from sslcells.config import ConfigError, extra
-from sslcells.data import DataError
+from sslcells.data import DataError, Pick
 from sslcells.data.folder import FolderImages, class_of, list_images
 from sslcells.data.loader import Readable, attended, read_readable
 from sslcells.delivery import DeliveryError
@@ -275,17 +275,17 @@ def _still_there(root: str) -> None:
         raise DataError(f"{root} is away, or empty now; the same command goes on when it is back")
 
 
-class _Parts(Sampler[list[int]]):
+class _Parts(Sampler[list[Pick]]):
     """The images of some shards, `batch` at a time, and never of two shards together."""
 
     def __init__(self, embeddings: Embeddings, shards: Sequence[int], batch: int) -> None:
         self._embeddings, self._shards, self._batch = embeddings, shards, batch
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Pick]]:
         for number in self._shards:
             members = self._embeddings.members(number)
             for start in range(0, len(members), self._batch):
-                yield list(members[start : start + self._batch])
+                yield [Pick(i) for i in members[start : start + self._batch]]
 
     def __len__(self) -> int:
         return sum(-(-len(self._embeddings.members(number)) // self._batch) for number in self._shards)

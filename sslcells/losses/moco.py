@@ -6,17 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sslcells import ranks
 from sslcells.losses import torch_engine
-from sslcells.losses._rows import gather_rows, unit
+from sslcells.losses._rows import check_ids, gather_rows, unit
 
 
 class MoCoLoss(nn.Module):
     """InfoNCE of queries and keys, arXiv 1911.05722, eq. 1, with the keys of the whole global batch.
 
-    The key of a query is its positive; all other keys are negatives: those of every rank (arXiv 2104.02057, algorithm
-    1), and those of a queue where one is given. The mean over the ranks is the loss of the global batch. Keys carry no
-    gradient, so backward needs no collective. In float32 (float64 stays) whatever autocast says; a tile of similarities
-    at a time is kept.
+    The key of a query is its positive; all other keys are negatives, but for those that show its own image: those of
+    every rank (arXiv 2104.02057, algorithm 1), and those of a queue where one is given. The mean over the ranks is the
+    loss of the global batch. Keys carry no gradient, so backward needs no collective. In float32 (float64 stays)
+    whatever autocast says; a tile of similarities at a time is kept.
 
     `stats` holds detached scalars of this rank after each call: `accuracy`, the fraction of queries that are nearest to
     their own key, and `positive_similarity`.
@@ -29,8 +30,22 @@ class MoCoLoss(nn.Module):
         self.temperature = temperature
         self.stats: dict[str, Tensor] = {}
 
-    def forward(self, q: Tensor, k: Tensor, queue: Tensor | None = None) -> Tensor:
-        """Loss of queries (B, D) and their keys (B, D), of any norm; queue (Q, D), equal on every rank.
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        queue: Tensor | None = None,
+        image: Tensor | None = None,
+        queue_image: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of queries with keys.
+
+        Args:
+            q: (B, D) rows of any norm.
+            k: (B, D) rows of any norm; k[b] shows the same image as q[b].
+            queue: (Q, D), equal on every rank.
+            image: (B,) int64: other keys of equal id, which show the query's own image, are no negatives.
+            queue_image: (Q,) int64, the same of the queue's keys; a negative id is equal to none.
 
         Raises:
             ValueError: for shapes that do not fit, or numbers of rows that differ between ranks.
@@ -39,11 +54,20 @@ class MoCoLoss(nn.Module):
             raise ValueError(f"q and k must be (B, D) both; they are {tuple(q.shape)} and {tuple(k.shape)}")
         if queue is not None and queue.shape[1:] != k.shape[1:]:
             raise ValueError(f"queue must be (Q, {k.shape[1]}); it is {tuple(queue.shape)}")
+        check_ids(image, len(k), "image")
+        if queue_image is not None:
+            if queue is None or image is None:
+                raise ValueError("queue_image goes with queue and image")
+            check_ids(queue_image, len(queue), "queue_image")
         with torch.autocast(q.device.type, enabled=False):
             batch = gather_rows(unit(k.detach()))
             keys = batch.refs if queue is None else torch.cat([batch.refs, unit(queue.detach())])
+            ids = None if image is None else ranks.gather(image)
+            if ids is not None and queue is not None:
+                unknown = torch.full((len(queue),), -1, device=ids.device)
+                ids = torch.cat([ids, unknown if queue_image is None else queue_image.to(ids)])
             loss: Tensor
-            loss, accuracy, similarity = _InfoNCE.apply(unit(q), keys, batch.offset, 1 / self.temperature)
+            loss, accuracy, similarity = _InfoNCE.apply(unit(q), keys, batch.offset, 1 / self.temperature, ids)
         self.stats = {"accuracy": accuracy, "positive_similarity": similarity}
         return loss
 
@@ -52,7 +76,9 @@ class _InfoNCE(torch.autograd.Function):
     """Mean loss of queries; its gradient is computed with it, as the keys have none: (softmax · keys − key) / τ."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, keys: Tensor, offset: int, inv_t: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, keys: Tensor, offset: int, inv_t: float, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         loss, right, similarity = (q.new_zeros(()) for _ in range(3))
         grad = torch.empty_like(q)
         tile = torch_engine.tile_size(keys)
@@ -60,6 +86,9 @@ class _InfoNCE(torch.autograd.Function):
             part = slice(start, start + tile)
             own = torch.arange(offset + start, offset + start + len(q[part]), device=q.device)
             logits = q[part] @ keys.T * inv_t  # (T, R + Q)
+            if ids is not None:
+                again = (ids[own, None] == ids) & (ids >= 0)
+                logits.masked_fill_(again.scatter_(1, own[:, None], False), -torch.inf)
             log_sum = logits.logsumexp(1, keepdim=True)
             positive = logits.gather(1, own[:, None])
             loss += (log_sum - positive).sum()
@@ -73,6 +102,6 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
         (by_query,) = ctx.saved_tensors
-        return by_query * grad, None, None, None
+        return by_query * grad, None, None, None, None

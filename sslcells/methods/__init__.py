@@ -46,6 +46,8 @@ class Method(nn.Module, ABC):
     """the part of the method that the teacher has a copy of; it takes features"""
     delivers: Literal["student", "teacher"] = "student"
     """whose backbone is evaluated and exported"""
+    repeated: bool = True
+    """whether an image may come more than once in a global batch; the loop says what the sampler does"""
     done: float = 0.0
     """part of the training's steps that are done; the loop says it before each step"""
 

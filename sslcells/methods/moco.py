@@ -43,6 +43,7 @@ class Method(methods.Method):
     negative_views = 1
     taught = "head.0"
     queue: Tensor
+    queue_image: Tensor
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__()
@@ -52,6 +53,7 @@ class Method(methods.Method):
         self.momentum, self.queued = config.momentum, config.queue
         self._loss = MoCoLoss(config.temperature)
         self.register_buffer("queue", unit(torch.randn(config.queue, out)))
+        self.register_buffer("queue_image", torch.full((config.queue,), -1), persistent=config.queue > 0)
 
     def forward(self, features: Tensor) -> Tensor:
         """(2B, F) → queries (2B, D)."""
@@ -59,14 +61,21 @@ class Method(methods.Method):
         return rows
 
     def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Algorithm 1: 2τ · InfoNCE in both directions; rows (2B, 2D). The keys then join the queue."""
+        """Algorithm 1: 2τ · InfoNCE in both directions; rows (2B, 2D). The keys then join the queue.
+
+        No other key of the query's own image is its negative: none in the queue, and none where the batch shows the
+        image again.
+        """
         predicted, taught = rows.chunk(2, 1)
         queries, keys = predicted.chunk(2), unit(taught.detach()).chunk(2)
-        queue = self.queue if len(self.queue) else None
-        loss = self._loss(queries[0], keys[1], queue)
+        queue, ids = (self.queue, self.queue_image) if len(self.queue) else (None, None)
+        image = batch.image if self.repeated or queue is not None else None
+        loss = self._loss(queries[0], keys[1], queue, image, ids)
         figures = {**self._loss.stats, "row_std": row_std(keys[0])}
-        loss = 2 * self._loss.temperature * (loss + self._loss(queries[1], keys[0], queue))
+        loss = 2 * self._loss.temperature * (loss + self._loss(queries[1], keys[0], queue, image, ids))
         if queue is not None:
             newest = torch.cat([ranks.gather(k) for k in keys])  # in one order on any number of ranks
             self.queue.copy_(torch.cat([newest, queue])[: len(queue)])
+            shown = ranks.gather(batch.image).repeat(2)
+            self.queue_image.copy_(torch.cat([shown, self.queue_image])[: len(queue)])
         return loss, figures

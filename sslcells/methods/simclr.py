@@ -42,15 +42,19 @@ class Method(Embedding):
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__(config, features, views=2)
-        self._same_source = config.same_source
+        self._ignore = config.same_source == "ignore"
         self._loss = _loss(config)
 
     def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """NT-Xent of the two views; SupCon's loss by source where images of one source are positives."""
+        """NT-Xent of the two views; SupCon's loss by source where images of one source are positives.
+
+        An image that the batch shows again is no negative of itself: its other rows are left out.
+        """
         if isinstance(self._loss, SupConLoss):
             loss: Tensor = self._loss(rows, torch.cat([batch.source, batch.source]))
         else:
-            loss = self._loss(*rows.chunk(2), batch.source if self._same_source == "ignore" else None)
+            left_out = batch.source if self._ignore else batch.image if self.repeated else None
+            loss = self._loss(*rows.chunk(2), left_out)
         return loss, self._loss.stats
 
 

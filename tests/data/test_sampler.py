@@ -9,7 +9,7 @@ from gloo import on_ranks
 from sslcells import ranks
 from sslcells.config import ConfigError, Sampler
 from sslcells.data import Batch, ImageSet
-from sslcells.data.sampler import Shuffle, Steps, build, composition
+from sslcells.data.sampler import Shuffle, Steps, build, composition, occurrences
 
 
 class Images(ImageSet):
@@ -48,7 +48,8 @@ def sampling(kind, images=IMAGES, global_batch=12, seed=1, **options):
 
 def steps(kind, rank=0, world=1, start=0, stop=40, seed=1):
     options, size = KINDS[kind]
-    return list(Steps(sampling(kind, global_batch=size, seed=seed, **options), rank, world, start, stop))
+    order = Steps(sampling(kind, global_batch=size, seed=seed, **options), rank, world, start, stop)
+    return [[pick.image for pick in picks] for picks in order]
 
 
 def mistake(kind, images=IMAGES, global_batch=12, **options):
@@ -136,7 +137,7 @@ def test_p_classes_of_k_images(sizes, each, global_batch):
 
 def test_a_part_of_a_global_batch_holds_many_classes():
     images = Images(unbalanced(*[8] * 6))
-    part = next(iter(Steps(sampling("classes", images, 24, per_class=4), 1, 2, 0, 1)))
+    part = [pick.image for pick in next(iter(Steps(sampling("classes", images, 24, per_class=4), 1, 2, 0, 1)))]
     assert images.labels[part].bincount().tolist() == [2] * 6
 
 
@@ -178,6 +179,17 @@ def test_descriptions_say_what_is_done():
     )
 
 
+@pytest.mark.parametrize("ids", [[], [7], [3, 1, 3, 3, 1, 2], [5] * 9, list(range(6)), [-1, 4, -1, 4, -1]])
+def test_occurrences_count_the_equal_ids_before(ids):
+    assert occurrences(torch.tensor(ids, dtype=torch.int64)).tolist() == [ids[:i].count(x) for i, x in enumerate(ids)]
+
+
+def test_only_a_sampler_that_repeats_images_says_so():
+    assert sampling("balanced", global_batch=30).repeats  # 6 a batch of a class of 3
+    assert not sampling("balanced", global_batch=12).repeats  # 3 at the most
+    assert not any(sampling(kind, **options).repeats for kind, (options, _) in KINDS.items())
+
+
 LABEL, SOURCE = [0, 0, 1, 1, 1, -1, 2, 2], [0, 0, 0, 1, 1, 2, 3, 4]
 
 
@@ -185,7 +197,7 @@ def held():
     part = 8 // ranks.world()
     own = slice(ranks.rank() * part, (ranks.rank() + 1) * part)
     label, source = torch.tensor(LABEL)[own], torch.tensor(SOURCE)[own]
-    return composition(Batch(torch.zeros(part, 1, 1, 1), label, label, source), torch.device("cpu"))
+    return composition(Batch(torch.zeros(part, 1, 1, 1), label, label, source, 0 * label), torch.device("cpu"))
 
 
 def by_hand(ids):
@@ -201,5 +213,5 @@ def test_false_negatives_are_counted_over_the_global_batch(world):
 
 def test_no_labels_no_figure():
     none = torch.full((4,), -1)
-    batch = Batch(torch.zeros(4, 1, 1, 1), none, torch.arange(4), torch.arange(4))
+    batch = Batch(torch.zeros(4, 1, 1, 1), none, torch.arange(4), torch.arange(4), none * 0)
     assert composition(batch, torch.device("cpu")) == {"batch/same_source": 0}

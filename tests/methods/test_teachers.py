@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from sslcells import checkpoint, methods, models, optim
 from sslcells.config import ConfigError, Model, Optim, load
-from sslcells.data import synthetic
+from sslcells.data import Batch, synthetic
 from sslcells.models import files
 from sslcells.plan import consequences
 from sslcells.train import build, train
@@ -89,8 +89,10 @@ def test_mocos_queue_takes_the_newest_keys():
     network = learner("method.name=moco", "method.queue=12")
     old = network.method.queue.clone()
     keys = torch.randn(8, 8)
-    network.method.loss(torch.cat([torch.randn(8, 8), keys], 1), None)
+    image = torch.tensor([3, 1, 4, 1])
+    network.method.loss(torch.cat([torch.randn(8, 8), keys], 1), Batch(keys, image, image, image, 0 * image))
     torch.testing.assert_close(network.method.queue, torch.cat([torch.nn.functional.normalize(keys, dim=1), old[:4]]))
+    assert network.method.queue_image.tolist() == [*image.tolist() * 2, *[-1] * 4]
 
 
 def test_dino_hands_out_the_teacher_and_goes_on_exactly(tmp_path):
