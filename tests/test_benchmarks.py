@@ -1,5 +1,7 @@
 """The benchmarks run, say what they measured, and would notice a wrong gradient; their figures are not tested."""
 
+import fnmatch
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -7,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
 from trained import make_run
+
+from sslcells import losses
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -104,3 +110,41 @@ def test_search(tmp_path):
     assert rows["300", "FAISS"][-2:] == rows["12,000", "every row"][-2:] == ["1.000", "1.000"]
     assert 0.5 < float(rows["12,000", "FAISS"][-1]) <= 1
     assert all(float(cell) > 0 for cells in rows.values() for cell in cells[2:6])
+
+
+def test_peer_tests_are_ready(monkeypatch):
+    """The adapters import without the peers, and what is listed as deliberate names a test that runs, and a reason."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    peer_tests = importlib.import_module("peer_tests")
+    assert list(peer_tests.SUITES) == list(peer_tests.PEERS)
+    for known in peer_tests.DIFFERENCES:
+        assert any(fnmatch.fnmatchcase(f, known.tests.split("::")[0]) for f in peer_tests.SUITES[known.peer]), known
+        assert re.fullmatch(r"[A-Z].{20,}\.", known.why), known
+    report = {"outcome": "passed", "why": "", "called": ["NTXentLoss"]}
+    assert peer_tests.verdict(report, None) == "passed"
+    assert peer_tests.verdict(report | {"called": []}, None) == "not applicable"
+    failed = report | {"outcome": "failed"}
+    assert peer_tests.verdict(failed, None) == "unexpected"
+    assert peer_tests.verdict(failed, peer_tests.DIFFERENCES[0]) == "deliberate"
+    assert peer_tests.verdict(report | {"outcome": "skipped", "why": "no GPU"}, None) == "skipped"
+
+
+def test_adapters_call_ours(monkeypatch):
+    """Each adapter of a loss gives what ours gives, and is noted as called."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    adapters = importlib.import_module("_peer_adapters")
+    a, b = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    assert adapters.LightlyNTXent(0.5)(a, b) == losses.NTXentLoss(0.5)(a, b)
+    assert adapters.LightlyVICReg()(a, b) == losses.VICRegLoss(25, 12.5, 1)(a, b)
+    assert adapters.solo_simclr(torch.cat([a, b]), torch.arange(6).repeat(2), 0.5) == pytest.approx(
+        losses.NTXentLoss(0.5)(a, b).item()
+    )
+    torch.testing.assert_close(adapters.negative_cosine(a, b), -F.cosine_similarity(a, b).mean())
+    both = (F.cosine_similarity(a, b + 1) + F.cosine_similarity(a + 1, b)).mean() / 2
+    torch.testing.assert_close(adapters.negative_cosine(a, b + 1, a + 1, b), -both)
+    torch.testing.assert_close(adapters.solo_byol(a, b), 2 - 2 * F.cosine_similarity(a, b).mean())
+    loss, centre = adapters.dino_loss([a, b], [b, a], torch.zeros(4), (0.1, 0.05), 0.9)
+    by_hand = F.cross_entropy(b / 0.1, (b / 0.05).softmax(1)) / 2 + F.cross_entropy(a / 0.1, (a / 0.05).softmax(1)) / 2
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(centre, 0.1 * torch.cat([a, b]).mean(0))
+    assert {"NTXentLoss", "VICRegLoss", "SupConLoss"} <= adapters._called
