@@ -286,7 +286,7 @@ class Setting:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.images = folder, folder / "images"
-        splits = open_splits(load(None, ["data.size=32", "data.train=64", "data.val=0", "data.test=16"]).data)
+        splits = open_splits(load(None, ["data.size=32", "data.train=64", "data.val=16", "data.test=0"]).data)
         for name, images in splits.items():
             for i in range(len(images)):
                 path = self.images / name / images.classes[images.labels[i]] / f"{i}.png"

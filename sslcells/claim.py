@@ -84,6 +84,8 @@ FREE = {
     *("log", "evaluate", "compare", "checkpoint", "resume", "out"),
 }
 """What may change when a run goes on: nothing of it changes what is learned."""
+BOUND = {"evaluate.holdout"}
+"""What may not, of sections that may."""
 
 
 def changed(run: Run) -> list[str]:
@@ -92,9 +94,10 @@ def changed(run: Run) -> list[str]:
     different = [
         f"{section}.{key}: {before[section].get(key)!r} → {now[section].get(key)!r}"
         for section in now
-        if isinstance(now[section], dict) and section not in FREE
+        if isinstance(now[section], dict)
         for key in now[section] | before[section]
-        if before[section].get(key) != now[section].get(key) and f"{section}.{key}" not in FREE
+        if before[section].get(key) != now[section].get(key)
+        and (f"{section}.{key}" in BOUND or not {section, f"{section}.{key}"} & FREE)
     ]
     if before["seed"] != now["seed"]:
         different.append(f"seed: {before['seed']} → {now['seed']}")

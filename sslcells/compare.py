@@ -2,7 +2,7 @@
 
 Supervised from scratch, a probe on the run's frozen encoder, and the encoder fine-tuned: the same backbone, data, steps
 and parts of the labels, each with several seeds. Every one of them is a run of the one loop, in a folder of its own
-below the run's, and goes on where it was cut off.
+below the run's, and goes on where it was cut off. When all are trained, each is asked about `evaluate.split`.
 """
 
 import time
@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from sslcells import __version__, launcher, ranks, values
+from sslcells import __version__, launcher, models, ranks, values
+from sslcells.augment import Augment
 from sslcells.claim import changed
 from sslcells.config import PLUGINS, ConfigError, Run, load, validated
 from sslcells.data import ImageSet
 from sslcells.data.subset import labelled_part
-from sslcells.evaluation.classifier import FILE, Said, read_predictions
+from sslcells.evaluation import said_of
+from sslcells.evaluation.classifier import Said
 from sslcells.evaluation.gallery import Picture
 from sslcells.evaluation.pictures import fractions_plot, model_curves
 from sslcells.evaluation.report import Table, document, say_table, section_of, write
@@ -29,12 +31,12 @@ from sslcells.metrics import read_metrics
 from sslcells.models import files
 from sslcells.plan import open_run
 from sslcells.storage import is_file, json_text
-from sslcells.train import train
+from sslcells.train import finished, train
 
 MODELS = {"supervised": "from scratch", "probe": "frozen encoder", "fine-tuned": "from the encoder"}
 RESULTS, REPORT = "comparison.json", "comparison.html"
 _CURVE = 12
-"""Looks at the validation split along a training."""
+"""Looks at val along a training."""
 
 
 class Part(NamedTuple):
@@ -54,17 +56,15 @@ def compare(run: Run) -> dict[str, Any]:
         DataError, TrainingError, Stopped, Lost: as training does.
     """
     began = time.perf_counter()
-    launcher.accelerator(run)
+    device = launcher.accelerator(run).device
     splits = open_run(run)
     _check_labels(run, splits)
     parts = list(plan(run, splits, MODELS))
-    if not ranks.from_main(lambda: _finished(run, files.SPEC)):
+    if not ranks.from_main(lambda: _finished(run)):
         train(run)
-    for part in parts:
-        carry_out(part)
+    said = carry_out(parts, splits, run.evaluate.split, device)
     if ranks.rank() > 0:
         return {}
-    said = [(part, read_predictions(part.run.folder)) for part in parts]
     result: dict[str, Any] = {
         "run": run.name,
         "sslcells": __version__,
@@ -94,16 +94,15 @@ def fine_tuned(folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, An
     if not is_file(config) or not is_file(folder / files.SPEC):
         raise ConfigError(f"{folder} is not the folder of a finished run: fine-tuning starts from its encoder")
     run = load(str(config), overrides).model_copy(update={"name": folder.name, "out": str(folder.parent)})
-    launcher.accelerator(run)
+    device = launcher.accelerator(run).device
     splits = open_run(run)
     _check_labels(run, splits)
     parts = list(plan(run, splits, ["fine-tuned"]))
-    for part in parts:
-        carry_out(part)
+    said = carry_out(parts, splits, run.evaluate.split, device)
     if ranks.rank() > 0:
         return []
     out = []
-    for row in rows([(part, read_predictions(part.run.folder)) for part in parts]):
+    for row in rows(said):
         means = {key: score["mean"] for key, score in row["scores"].items() if key != "loss"}
         scores = {key: {"value": value, "low": None, "high": None} for key, value in means.items()}
         name = f"{100 * row['fraction']:g} % of the labels, {run.compare.seeds} seeds"
@@ -118,6 +117,9 @@ def _check_labels(run: Run, splits: Mapping[str, ImageSet]) -> None:
         raise ConfigError("labels are compared, and the train split has none")
     if run.evaluate.split not in splits:
         raise ConfigError(f"evaluate.split={run.evaluate.split}: the data has only {', '.join(splits)}")
+    asked = splits[run.evaluate.split]
+    if not asked.labelled and asked.targets is None:
+        raise ConfigError(f"evaluate.split={run.evaluate.split}: labels are compared, and that split has none")
 
 
 def plan(run: Run, splits: Mapping[str, ImageSet], models: Sequence[str] | Mapping[str, str]) -> Iterator[Part]:
@@ -180,20 +182,31 @@ def _without_other_choices(tree: Any, changes: Mapping[str, Any]) -> Any:
     return kept
 
 
-def carry_out(part: Part) -> None:
-    """Train a part, or go on with it, unless it is done; every rank takes part."""
-    if not ranks.from_main(lambda: _finished(part.run, FILE)):
-        train(part.run)
+def carry_out(
+    parts: Sequence[Part], splits: Mapping[str, ImageSet], split: str, device: torch.device
+) -> list[tuple[Part, Said]]:
+    """Train the parts, or go on with them, unless they are done, then ask all of them about a split.
+
+    The split is read when nothing is left to train. Every rank takes part; what a part says is written to its folder.
+    """
+    for part in parts:
+        if not ranks.from_main(lambda p=part: _finished(p.run)):  # type: ignore[misc]
+            train(part.run)
+    out = []
+    for part in parts:
+        run, images = part.run, splits["train"]
+        augment = Augment(run.augment, *models.normalisation(run.model, images.channels))
+        said = said_of(finished(run, run.folder, images, device), splits[split], run, augment, device)
+        assert said is not None, "the split's labels were looked at before"
+        if ranks.rank() == 0:
+            said.write(run.folder, split)
+        out.append((part, said))
+    return out
 
 
-def _finished(run: Run, file: str) -> bool:
-    """Whether the run's folder holds its results, and they are of this configuration."""
-    config = run.folder / "config.yaml"
-    if not is_file(run.folder / file) or not is_file(config):
-        return False
-    asked = load(str(config)).evaluate
-    same = (asked.split, asked.max_images) == (run.evaluate.split, run.evaluate.max_images)
-    return same and not changed(run)
+def _finished(run: Run) -> bool:
+    """Whether the run's folder holds the trained encoder, of this configuration."""
+    return all(is_file(run.folder / file) for file in ("config.yaml", files.SPEC)) and not changed(run)
 
 
 def rows(said: Sequence[tuple[Part, Said]]) -> list[dict[str, Any]]:
@@ -249,13 +262,14 @@ def _cell(metric: str, score: Mapping[str, float | None] | None) -> str:
 
 
 def draw(run: Run, said: Sequence[tuple[Part, Said]], images: ImageSet) -> list[Picture]:
-    """Curves of the three, accuracy against labels, and test images with what each says, into plots/."""
+    """Curves of the three on val, accuracy against labels, and images of the asked split with what each says."""
     folder, most = run.folder / "plots", max(part.fraction for part, _ in said)
     full = [(part, words) for part, words in said if part.fraction == most]
-    split = "val" if any("val/loss" in row for row in read_metrics(full[0][0].run.folder)) else run.evaluate.split
     logged = [(part.model, read_metrics(part.run.folder)) for part, _ in full]
-    curves = model_curves(logged, split, folder / "comparison_curves.png", f"{100 * most:g} % of the labels")
-    drawn = [Picture("Validation curves", curves, f"Of the {split} split; a line for each seed.")]
+    drawn = list[Picture]()
+    if any("val/loss" in row for _, metrics in logged for row in metrics):
+        curves = model_curves(logged, "val", folder / "comparison_curves.png", f"{100 * most:g} % of the labels")
+        drawn.append(Picture("Validation curves", curves, "A line for each seed."))
     score = "top1" if full[0][1].labels.ndim == 1 else "auroc"
     points = [(part.model, part.fraction, words.figures()[score]) for part, words in said]
     path = fractions_plot(points, folder / "comparison_labels.png", {"top1": "accuracy"}.get(score, "AUROC"))
@@ -270,7 +284,7 @@ def draw(run: Run, said: Sequence[tuple[Part, Said]], images: ImageSet) -> list[
 
         words = {model: torch.stack(w.probabilities.max(1)) for model, w in first.items()}
         path = prediction_sheet(pixels, one.labels, one.classes, words, folder / "comparison_predictions.png", run.seed)
-        caption = "Test images with the true class, and what each model says with which confidence."
+        caption = f"Images of {run.evaluate.split} with the true class, and what each model says, how confidently."
         drawn.append(Picture("Predictions", path, caption))
     return drawn
 

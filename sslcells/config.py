@@ -228,7 +228,7 @@ class Log(Section):
 
 
 class Evaluate(Section):
-    """Figures about the encoder: before training, while it trains, and at the end."""
+    """Figures about the encoder: of val before training, while it trains and at its end; then of `split`."""
 
     every: float = Field(5.0, gt=0)
     """Epochs between evaluations."""
@@ -240,8 +240,11 @@ class Evaluate(Section):
     """Images per rank and forward pass."""
     max_images: int | None = Field(None, ge=2)
     """At most this many images of each split, evenly spread; none for all."""
+    holdout: float = Field(0.1, ge=0, le=0.5)
+    """Part of train that is held out, by source and class, where labels are known and there is no val split: never
+    trained on, and asked in val's place. 0 holds nothing out: train itself is asked, leave-one-out."""
     split: Literal["val", "test"] = "test"
-    """The labelled split that is asked for its neighbours in `train`; without one, train itself, leave-one-out."""
+    """The labelled split that `sslcells evaluate` and `compare` ask, at their end; while it trains val is asked."""
     pictures: bool = True
     """Draw augmented views at the start, and curves, a map and nearest neighbours at the end."""
     umap: bool = False

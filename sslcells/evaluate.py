@@ -12,21 +12,24 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from sslcells import __version__, launcher, models, ranks, wandb_sync
+from sslcells import __version__, checkpoint, launcher, methods, models, ranks, wandb_sync
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, load
-from sslcells.data import Batch, DataError, ImageSet, open_splits
-from sslcells.evaluation import VIEWED
+from sslcells.data import Batch, DataError, ImageSet, holdout, open_splits
+from sslcells.evaluation import VIEWED, said_of
+from sslcells.evaluation.classifier import Said
 from sslcells.evaluation.features import collect, features, spread
 from sslcells.evaluation.figures import Figures
 from sslcells.evaluation.gallery import Picture, draw
 from sslcells.evaluation.health import alignment
 from sslcells.evaluation.leaks import COPIES, Look, copies, digests, histograms, leaks
 from sslcells.evaluation.report import page, say_figures, say_leaks, write
+from sslcells.evaluation.scores import Units, of_classes, rounded
 from sslcells.evaluation.sheets import Image
 from sslcells.metrics import METRICS, note_steps, read_metrics
 from sslcells.models import files
 from sslcells.storage import is_file, json_text
+from sslcells.train import finished
 
 RESULTS, REPORT = "evaluation.json", "report.html"
 
@@ -60,9 +63,11 @@ def measured(
     run: Run, folder: Path, device: torch.device, also: Sequence[dict[str, Any]] = ()
 ) -> tuple[dict[str, Any], list[Picture]]:
     """What `evaluate` finds, prints and draws, on rank 0; nothing on the others."""
-    splits = open_splits(run.data)
+    names = ranks.from_main(lambda: holdout.held_out_by(folder))
+    splits = holdout.as_trained(open_splits(run.data), names)
     encoder, spec = ranks.together(lambda: _encoder(folder, run, splits["train"].channels))
     encoded = Encoded(run, encoder.to(device), splits, device)
+    said, why_not = _said(run, folder, splits, encoded.augment, device)
     if ranks.rank() > 0:
         return {}, []
     console = Console(highlight=False)
@@ -74,6 +79,7 @@ def measured(
         say_leaks(console, found)
         figures = Figures(run, encoded.looks, asked, classes)
     figures.health["train"]["alignment"] = alignment(*encoded.views)
+    figures.notes += [*_of_val(splits, names), *why_not]
     figures.notes += _colour_is_better(found["shortcut"].get(asked), figures.rows)
     result: dict[str, Any] = {
         "run": run.name,
@@ -84,12 +90,14 @@ def measured(
         "max images": run.evaluate.max_images,
         "resamples": run.evaluate.bootstrap,
         "leaks": found,
-        "figures": [*figures.rows, *also],
+        "figures": [*figures.rows, *_of_classifier(said, run), *also],
         "by class": figures.by_class,
         "health": figures.health,
         "notes": figures.notes,
     }
     say_figures(console, result)
+    if said is not None:
+        said.write(folder, run.evaluate.split)
     shown = asked or "train"
     with one_thread():
         pictures = draw(
@@ -173,8 +181,9 @@ def _log(folder: Path, result: Mapping[str, Any], pictures: Sequence[Picture]) -
     if not before:
         return
     step = max(row["step"] for row in before) + 1
+    of = ["evaluation", result["asked"]]
     figures = {
-        "/".join(filter(None, ["evaluation", row["task"], row["name"], row["unit"], metric])): score["value"]
+        "/".join(filter(None, [*of, row["task"], row["name"], row["unit"], metric])): score["value"]
         for row in result["figures"]
         for metric, score in row["scores"].items()
         if score["value"] is not None
@@ -214,9 +223,59 @@ def _encoder(folder: Path, run: Run, channels: int) -> tuple[nn.Module, dict[str
 
 
 def _asked(run: Run, looks: Mapping[str, Look]) -> str | None:
-    """The split that the figures are about: `evaluate.split`, another labelled one, train itself, or none."""
-    order = [run.evaluate.split, "val", "test", "train"]
+    """The split that the figures are about: `evaluate.split`, another labelled one, train itself, or none.
+
+    Test is asked by its name alone: who asks for val chooses something.
+    """
+    order = ["test", "val", "train"] if run.evaluate.split == "test" else ["val", "train"]
     return next((s for s in order if s in looks and bool((looks[s].labels >= 0).any())), None)
+
+
+def _of_val(splits: Mapping[str, ImageSet], names: Sequence[str]) -> list[str]:
+    """What a reader must know of val where it is a part of train."""
+    about = splits["val"].about if "val" in splits else ""
+    if about:
+        return [f"val is {about.removeprefix('of ')}"]
+    return [f"the run held out {len(names)} images, and none of them is in train here"] if names else []
+
+
+def _said(
+    run: Run, folder: Path, splits: Mapping[str, ImageSet], augment: Augment, device: torch.device
+) -> tuple[Said | None, list[str]]:
+    """What the run's classifier, if it is one, says of `evaluate.split`; or why nothing, for the notes."""
+    if not methods.classifies(run.method):
+        return None, []
+    without = "no figures of the run's own classifier"
+    if _classes_may_differ(run, load(str(folder / "config.yaml"))):
+        return None, [f"{without}: the data is not what it was trained on"]
+    if run.evaluate.split not in splits:
+        return None, [f"{without}: there is no {run.evaluate.split} split"]
+    if ranks.from_main(lambda: checkpoint.newest(folder / "checkpoints")) is None:
+        return None, [f"{without}: {folder / 'checkpoints'} holds no whole checkpoint"]
+    learner = finished(run, folder, splits["train"], device)
+    return said_of(learner, splits[run.evaluate.split], run, augment, device), []
+
+
+def _classes_may_differ(run: Run, trained: Run) -> bool:
+    """Whether the data was changed in more than its sources, after which a class may have another number."""
+    now, before = (
+        {key: value for key, value in r.data.model_dump().items() if not key.startswith("source")}
+        for r in (run, trained)
+    )
+    return now != before
+
+
+def _of_classifier(said: Said | None, run: Run) -> list[dict[str, Any]]:
+    """Rows of the run's own classifier; none where an image may have several classes, which no table is for."""
+    if said is None or said.labels.ndim > 1:
+        return []
+    units, out, classes = Units(said.sources, run.seed, run.evaluate.bootstrap), list[dict[str, Any]](), said.classes
+    for unit in units.names:
+        found = units.scored(of_classes(said.labels, said.probabilities.argmax(1), len(classes)), unit)
+        scores = {key: rounded(score) for key, score in found.items()}
+        row = {"task": "the run's classifier", "name": "", "unit": unit, "images": len(said.labels), "scores": scores}
+        out.append(row)
+    return out
 
 
 def _colour_is_better(colour: Mapping[str, float] | None, rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -12,6 +12,7 @@ from sslcells import checkpoint, methods, models, optim, ranks
 from sslcells.config import ConfigError, Run
 from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.describe import describe
+from sslcells.data.holdout import hold_out, says
 from sslcells.data.subset import labelled_part
 from sslcells.errors import UserError
 
@@ -21,13 +22,19 @@ class TrainingError(UserError):
 
 
 def open_run(run: Run) -> dict[str, ImageSet]:
-    """The splits of a run's data set, and of train the part that it learns from.
+    """The splits of a run's data set, and of train the part that it learns from; val is held out where there is none.
 
     Raises:
         ConfigError: where the data is not what the configuration says.
     """
-    splits = open_splits(run.data)
-    return splits | {"train": labelled_part(splits["train"], run.train.label_fraction, run.seed)}
+    splits = hold_out(open_splits(run.data), run.evaluate.holdout)
+    train = labelled_part(splits["train"], run.train.label_fraction, run.seed)
+    if "val" in splits and splits["val"].about and len(train) < run.train.global_batch:
+        raise ConfigError(
+            f"train.global_batch={run.train.global_batch} is more than the {len(train)} images of the train split that "
+            f"are trained on; the figures are {splits['val'].about}: evaluate.holdout"
+        )
+    return splits | {"train": train}
 
 
 class Plan:
@@ -188,6 +195,7 @@ def consequences(run: Run, world: int) -> str:
             describe(splits),
             f"images: {', '.join(f'{name} {len(s)}' for name, s in splits.items())}; "
             + (f"{len(images.classes)} classes" if images.classes else "no labels"),
+            says(splits, run.evaluate.holdout),
             f"encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, {features} features",
             f"ranks: {world}, {plan.batch} images and {anchors} anchors each",
             f"negatives per anchor: {negatives}, of {references + method.queued} rows in {where}"

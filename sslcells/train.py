@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from sslcells import __version__, checkpoint, launcher, methods, models, optim, ranks
 from sslcells.augment import Augment
 from sslcells.claim import claimed
-from sslcells.config import Run
-from sslcells.data import Batch, ImageSet, reading, sampler
+from sslcells.config import ConfigError, Run
+from sslcells.data import Batch, ImageSet, holdout, reading, sampler
 from sslcells.data.loader import attended, read_in_parts
 from sslcells.evaluation import Evaluation
 from sslcells.interrupt import Interrupt, Stopped
@@ -64,7 +64,7 @@ class Training:
         self, run: Run, plan: Plan, splits: Mapping[str, ImageSet], accelerator: Accelerator, watch: Watch
     ) -> None:
         self._run, self._plan, self._accelerator, self._watch = run, plan, accelerator, watch
-        self._images = splits["train"]
+        self._splits, self._images = splits, splits["train"]
         self._sampling = sampler.build(run.sampler, self._images, plan.global_batch, run.seed)
         self._device, world = accelerator.device, ranks.world()
         self._learner = build(run, self._images, sync_batchnorm=world > 1 and self._device.type == "cuda")
@@ -82,6 +82,7 @@ class Training:
     def begin(self, whole: Path | None) -> None:
         """Start at step 0 with the figures of the untrained encoder, or go on from a whole checkpoint."""
         run, plan = self._run, self._plan
+        ranks.from_main(lambda: holdout.note(run.folder, self._splits, goes_on=whole is not None))
         if whole is not None:
             self.step, states = checkpoint.load(whole, self._learner)
             self._optimizer.load_state_dict(states["optimizer"])
@@ -93,6 +94,7 @@ class Training:
         self.writer = checkpoint.Writer(run.folder / "checkpoints", run.checkpoint.keep, log.say)
         precision, negatives = self._accelerator.mixed_precision, self._method.negatives(plan.global_batch)
         log.say(f"sslcells {__version__}  {plan.headline(self._device, precision, negatives)}")
+        log.say(holdout.says(self._splits, run.evaluate.holdout))
         log.say(f"{run.folder}: {f'goes on after step {self.step}' if self.step else f'{plan.steps} steps'}")
         if self.step == 0:
             log.metrics(0, 0.0, self._evaluation.figures(self._learner))
@@ -146,7 +148,7 @@ class Training:
         raise Stopped(number, f"{folder}: stopped by {name} after step {self.step}; the same command goes on")
 
     def finish(self) -> None:
-        """The last pictures, a classifier's predictions, and the encoder on its own."""
+        """The last pictures, what a classifier says of val, and the encoder on its own."""
         run, log, main = self._run, self._log, self._accelerator.is_main_process
         ranks.together(self.writer.wait)
         said, drawn = self._evaluation.predictions(self._learner), dict[str, Path]()
@@ -154,7 +156,7 @@ class Training:
             drawn = self._evaluation.pictures(self._encoder, read_metrics(run.folder) if main else [])
         if main:
             if said is not None:
-                said.write(run.folder)
+                said.write(run.folder, "val")
             size, channels = run.augment.size, self._images.channels
             files.export(self._encoder, run.model, channels, size, run.folder, reading(run.data, size))
         log.pictures(self.step, drawn)
@@ -276,6 +278,22 @@ def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
         if learner.teacher is not None:
             learner.teacher.backbone.compile()
     return learner
+
+
+def finished(run: Run, folder: Path, images: ImageSet, device: torch.device) -> methods.Learner:
+    """What a run has trained, as its newest checkpoint has it; every rank takes part.
+
+    Raises:
+        ConfigError: where the run's folder holds no whole checkpoint.
+    """
+    newest = ranks.from_main(lambda: checkpoint.newest(folder / "checkpoints"))
+    if newest is None:
+        raise ConfigError(f"{folder / 'checkpoints'} holds no whole checkpoint: what the run trained is not there")
+    without = {"model": {"encoder": None, "pretrained": False}, "train": {"compile": False}}
+    own = {section: getattr(run, section).model_copy(update=update) for section, update in without.items()}
+    learner = build(run.model_copy(update=own), images, sync_batchnorm=False)
+    checkpoint.load(newest, learner)
+    return learner.to(device)
 
 
 def stream(*numbers: int) -> int:

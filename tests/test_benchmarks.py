@@ -81,8 +81,8 @@ def test_variants(tmp_path):
     tiny = [
         "data.size=32",
         "data.train=60",
-        "data.val=0",
-        "data.test=30",
+        "data.val=30",
+        "data.test=20",
         "augment.size=32",
         "model.backbone=small_cnn",
     ]

@@ -20,7 +20,7 @@ from sslcells.ranks import Lost
 from sslcells.tracking import LogError
 from sslcells.wandb_sync import TrackingError
 
-SMALL = ["data.train=40", "data.val=0", "data.test=10", "data.size=32", "augment.size=32", "train.global_batch=8"]
+SMALL = ["data.train=40", "data.val=10", "data.test=0", "data.size=32", "augment.size=32", "train.global_batch=8"]
 
 
 def test_check_prints_a_tree_that_reads_back_and_what_follows(capsys, tmp_path):

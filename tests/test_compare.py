@@ -43,7 +43,9 @@ def test_every_model_fraction_and_seed_is_one_run_of_its_own(compared):
         (fraction, model) for fraction in (0.5, 1.0) for model in ("supervised", "probe", "fine-tuned")
     ]
     for row in result["models"]:
-        said = [read_predictions(run.folder / "compare" / f"{row['model']}_{row['fraction']:g}_{s}") for s in (0, 1)]
+        folders = [run.folder / "compare" / f"{row['model']}_{row['fraction']:g}_{s}" for s in (0, 1)]
+        said = [read_predictions(folder, "test") for folder in folders]
+        assert all(name.startswith("synthetic/test/") for words in said for name in words.names)
         right = [(w.probabilities.argmax(1) == w.labels).double().mean().item() for w in said]
         assert row["scores"]["accuracy"]["mean"] == pytest.approx(sum(right) / 2)
 
@@ -106,13 +108,13 @@ def test_mistakes_are_named_before_anything_is_trained(tmp_path, changes, messag
 def test_where_the_split_has_one_class_there_is_no_ranking(compared, monkeypatch, capsys):
     """The AUROC does not exist then; the file says so in JSON's words."""
     run, _ = compared
-    real = module.read_predictions
+    real = module.said_of
 
-    def of_one_class(folder):
-        said = real(folder)
+    def of_one_class(*arguments):
+        said = real(*arguments)
         return said._replace(labels=said.labels * 0)
 
-    monkeypatch.setattr(module, "read_predictions", of_one_class)
+    monkeypatch.setattr(module, "said_of", of_one_class)
     scores = compare(run)["models"][0]["scores"]
     assert scores["AUROC"] == {"mean": None, "sd": None}
     assert scores["accuracy"]["mean"] is not None

@@ -61,14 +61,15 @@ def test_what_it_prints_and_leaves(run, capsys):
     assert (run / "report.html").read_text().count("<figcaption>") == 8  # with the curves and views of the training
     last = read_metrics(run)[-1]
     assert last["step"] == 5  # one after the training's last, for trackers
-    assert last["evaluation/kNN/k = 1/image/accuracy"] == row(result, "kNN", "k = 1")["scores"]["accuracy"]["value"]
+    nearest = row(result, "kNN", "k = 1")["scores"]["accuracy"]["value"]
+    assert last["evaluation/test/kNN/k = 1/image/accuracy"] == nearest
     assert {path.name for path in pictures_of(run, 5, newest=False)} >= {"similarities.png", "tsne_class.png"}
 
 
 def test_the_knn_is_that_of_the_run(run):
     """The same neighbours as in metrics.jsonl's last line: k, weights and split."""
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert main(None, ["evaluate", str(run), *QUICK, "evaluate.k=5"]) == 0
+    assert main(None, ["evaluate", str(run), *QUICK, "evaluate.k=5", "evaluate.split=val"]) == 0
     scores = row(result_of(run), "kNN", "k = 5, weighted")["scores"]
     assert scores["accuracy"]["value"] == pytest.approx(last["knn/top1"], abs=1e-6)
     assert scores["balanced accuracy"]["value"] == pytest.approx(last["knn/balanced"], abs=1e-6)

@@ -37,7 +37,7 @@ def test_a_classifier_leaves_its_curves_and_predictions(pretrained):
     rows = [row for row in read_metrics(pretrained) if "val/loss" in row]
     assert [row["step"] for row in rows] == [0, 3, 4]
     assert {"val/loss", "val/top1", "val/balanced"} < rows[-1].keys()
-    said = read_predictions(pretrained)
+    said = read_predictions(pretrained, "val")
     assert said.probabilities.shape == (20, 5)
     torch.testing.assert_close(said.probabilities.sum(1), torch.ones(20, dtype=torch.float64))
     assert said.names[3].startswith("synthetic")
@@ -104,4 +104,4 @@ def test_several_classes_an_image(tmp_path):
     folder = train(load(None, changes))
     rows = [row for row in read_metrics(folder) if "val/auroc" in row]
     assert rows[-1]["val/auroc"] > 0.8 > rows[0]["val/auroc"]  # three of four can be seen
-    assert read_predictions(folder).labels.shape == (24, 4)
+    assert read_predictions(folder, "val").labels.shape == (24, 4)

@@ -24,8 +24,8 @@ from sslcells.train import train
 TINY = [
     "data.size=32",
     "data.train=80",
-    "data.val=0",
-    "data.test=20",
+    "data.val=20",
+    "data.test=0",
     "augment.size=32",
     "model.backbone=small_cnn",
     "model.args={width: 8}",

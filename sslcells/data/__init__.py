@@ -74,6 +74,8 @@ class ImageSet(ABC):
     """(N,) int64 class; -1 where unknown"""
     sources: Tensor
     """(N,) int64: what each image was made from; equal numbers in any split of one data set are the same source"""
+    about: str = ""
+    """of which images it is, where it is no split of the data set itself"""
     targets: Tensor | None = None
     """(N, K) uint8, 1 for each class of an image, in sets whose images have several; their labels count as unknown"""
     found: Found | None = None

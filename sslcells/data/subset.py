@@ -13,8 +13,8 @@ from sslcells.data import Header, ImageSet
 class Subset(ImageSet):
     """The images of `images` with these indices, numbered anew."""
 
-    def __init__(self, images: ImageSet, index: Tensor) -> None:
-        self._images, self._index = images, index.tolist()
+    def __init__(self, images: ImageSet, index: Tensor, about: str = "") -> None:
+        self._images, self._index, self.about = images, index.numpy(), about
         self.light, self.channels, self.classes = images.light, images.channels, images.classes
         self.labels, self.sources = images.labels[index], images.sources[index]
         self.targets = None if images.targets is None else images.targets[index]
@@ -22,19 +22,19 @@ class Subset(ImageSet):
 
     def pixels(self, index: int) -> Tensor:
         """Image `index` of the part: (C, H, W) uint8."""
-        return self._images.pixels(self._index[index])
+        return self._images.pixels(int(self._index[index]))
 
     def values(self, index: int) -> NDArray[Any]:
         """The numbers that it was made from."""
-        return self._images.values(self._index[index])
+        return self._images.values(int(self._index[index]))
 
     def header(self, index: int) -> Header | None:
         """What its file says of itself."""
-        return self._images.header(self._index[index])
+        return self._images.header(int(self._index[index]))
 
     def name(self, index: int) -> str:
         """What it is called in the whole."""
-        return self._images.name(self._index[index])
+        return self._images.name(int(self._index[index]))
 
 
 def labelled_part(images: ImageSet, fraction: float, seed: int) -> ImageSet:

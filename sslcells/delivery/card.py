@@ -7,6 +7,7 @@ from typing import Any
 
 from sslcells import __version__, values
 from sslcells.config import Run, load
+from sslcells.data.holdout import held_out_by
 from sslcells.delivery.encoder import Encoder
 from sslcells.metrics import METRICS, read_metrics
 
@@ -71,10 +72,12 @@ def _figures(folder: Path, run: Run | None) -> str:
         lines = [f"| {key} | {_number(_at(rows, key, 0))} | {_number(_last(rows, key))} |" for key in measured]
         steps = max((row["step"] for row in rows), default=0)
         parts.append(f"| figure | untrained | after step {steps} |\n|---|---|---|\n" + "\n".join(lines))
+        held = len(held_out_by(folder))
+        asked = f"{held} images of train that were held out" if held else "the val split"
         if run is not None and any(key.startswith("knn") for key in measured):
             parts.append(
-                f"knn: {run.evaluate.k} neighbours, weighted, unit rows, same source left out; `knn` asks the labelled "
-                f"split {run.evaluate.split} in train, `knn_loo` train in itself."
+                f"knn: {run.evaluate.k} neighbours, weighted, unit rows, same source left out; `knn` asks {asked} in "
+                f"what was trained on, `knn_loo` train in itself. `evaluation/test` is of the test split."
             )
     if (folder / EVALUATION).is_file():
         found = list(_flat(json.loads((folder / EVALUATION).read_text(encoding="utf-8"))))

@@ -32,49 +32,32 @@ VIEWED = 512
 
 
 class Evaluation:
-    """kNN where labels are known, label-free health always; the pictures at the end.
+    """kNN where labels are known, label-free health always; the pictures at the end. Test is not looked at.
 
-    The labelled split is asked for its neighbours in train. Without one, train is asked itself, each image without
-    itself and without images of its own source: `knn_loo`. A classifier is asked what it says of val, or where there is
-    none of the labelled split, in place of all that.
+    Val, or what is held out in its place, is asked for its neighbours in what is trained on. Where it is not there, or
+    has no labels, train is asked itself, each image without itself and without images of its own source: `knn_loo`. A
+    classifier is asked what it says of val, in place of all that.
     """
 
     def __init__(self, run: Run, splits: Mapping[str, ImageSet], augment: Augment, device: torch.device) -> None:
         self._run, self._augment, self._device = run, augment, device
         self._folder = run.folder / "plots"
         self._bank = splits["train"]
-        asked = splits.get(run.evaluate.split) or splits.get("val") or splits.get("test")
-        self._asked = asked if asked is not None and asked.labelled and self._bank.labelled else None
+        self._val = splits.get("val")
+        self._asked = self._val if self._val is not None and self._val.labelled and self._bank.labelled else None
         self._bank_index = spread(len(self._bank), run.evaluate.max_images)
         self._asked_index = spread(len(self._asked), run.evaluate.max_images) if self._asked is not None else []
-        self._splits = splits
 
     def figures(self, learner: Learner) -> dict[str, float]:
         """Figures of what is trained as it is; every rank takes part and knows them."""
         if isinstance(learner.method, Classifier):
-            split = next((s for s in ("val", self._run.evaluate.split) if s in self._splits), "")
-            said = self._said(learner, split) if split else None
-            return {f"{split}/{key}": value for key, value in said.figures().items()} if said is not None else {}
+            said = self.predictions(learner)
+            return {f"val/{key}": value for key, value in said.figures().items()} if said is not None else {}
         return self._encoder_figures(learner.encoder)
 
     def predictions(self, learner: Learner) -> Said | None:
-        """What a classifier says of the asked split, by rank 0; None of other methods, and where nothing is asked."""
-        return self._said(learner, self._run.evaluate.split)
-
-    def _said(self, learner: Learner, split: str) -> Said | None:
-        images, method = self._splits.get(split), learner.method
-        if images is None or not isinstance(method, Classifier):
-            return None
-        index = torch.tensor(spread(len(images), self._run.evaluate.max_images))
-        labels = images.targets if method.several and images.targets is not None else images.labels
-        index = index[labels[index].reshape(len(index), -1).min(1).values >= 0]
-        if not len(index):
-            return None
-        rows = self._features(learner, images, index.tolist())
-        labels = F.one_hot(labels[index], rows.shape[1]) if method.several and labels.ndim == 1 else labels[index]
-        names, classes = [images.name(i) for i in index.tolist()], images.classes or range(rows.shape[1])
-        probabilities = method.probabilities(rows).double()
-        return Said(names, [*map(str, classes)], labels, images.sources[index], probabilities)
+        """What a classifier says of val; None of other methods, and where nothing is asked. Every rank takes part."""
+        return None if self._val is None else said_of(learner, self._val, self._run, self._augment, self._device)
 
     def _encoder_figures(self, encoder: nn.Module) -> dict[str, float]:
         bank = self._features(encoder, self._bank, self._bank_index)
@@ -98,11 +81,10 @@ class Evaluation:
         if ranks.rank() > 0:
             return {}
         labels, sources = shown.labels[index], shown.sources[index]
-        split = self._run.evaluate.split if self._asked is not None else "train"
-        folder = self._folder
+        split, folder = "val" if self._asked is not None else "train", self._folder
         title = f"Features of the {split} split"
         drawn = {
-            "curves": curves(metrics, folder / "curves.png"),
+            "curves": curves(metrics, folder / "curves.png", split),
             "embedding": embedding_map(z, labels, shown.classes, folder / "embedding.png", self._run.seed, title),
             "neighbours": neighbour_sheet(
                 lambda i: _hwc(shown.pixels(index[i])), z, labels, shown.classes, sources, folder / "neighbours.png"
@@ -136,6 +118,30 @@ class Evaluation:
     def _encoded(self, encoder: nn.Module, images: ImageSet, index: list[int], prepare: Prepare) -> Tensor:
         batch, workers = self._run.evaluate.batch, self._run.train.workers
         return features(encoder, images, index, prepare, self._device, batch, workers)
+
+
+def said_of(learner: Learner, images: ImageSet, run: Run, augment: Augment, device: torch.device) -> Said | None:
+    """What a classifier says of images with known classes; None where there are none, and of other methods.
+
+    Every rank takes part and knows it.
+    """
+    method = learner.method
+    if not isinstance(method, Classifier):
+        return None
+    index = torch.tensor(spread(len(images), run.evaluate.max_images))
+    labels = images.targets if method.several and images.targets is not None else images.labels
+    index = index[labels[index].reshape(len(index), -1).min(1).values >= 0]
+    if not len(index):
+        return None
+
+    def plain(pixels: Tensor, image: Tensor) -> Tensor:
+        return augment.plain(pixels)
+
+    rows = features(learner, images, index.tolist(), plain, device, run.evaluate.batch, run.train.workers)
+    labels = F.one_hot(labels[index], rows.shape[1]) if method.several and labels.ndim == 1 else labels[index]
+    names, classes = [images.name(i) for i in index.tolist()], images.classes or range(rows.shape[1])
+    probabilities = method.probabilities(rows).double()
+    return Said(names, [*map(str, classes)], labels, images.sources[index], probabilities)
 
 
 def _hwc(pixels: Tensor) -> NDArray[np.uint8]:

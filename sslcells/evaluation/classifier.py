@@ -1,4 +1,4 @@
-"""What a classifier says of a split: its loss and scores while it trains, its predictions at the end."""
+"""What a classifier says of a split: of val while it trains and at its end, of another where that is asked."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,10 @@ from torch.nn import functional as F
 from sslcells.evaluation.scores import of_classes, of_ranking
 from sslcells.storage import whole
 
-FILE = "predictions.npz"
+
+def predictions_file(split: str) -> str:
+    """In a run's folder: what its classifier says of a split."""
+    return f"predictions_{split}.npz"
 
 
 class Said(NamedTuple):
@@ -49,15 +52,15 @@ class Said(NamedTuple):
             named = {"auroc": np.mean(each, axis=0)} if each else {}
         return {"loss": self.loss(), **{key: float(v[0]) for key, v in named.items()}}
 
-    def write(self, folder: Path) -> None:
-        """Write predictions.npz: names, classes, labels, sources, probabilities."""
+    def write(self, folder: Path, split: str) -> None:
+        """Write predictions_<split>.npz: names, classes, labels, sources, probabilities."""
         arrays = {key: np.asarray(value) for key, value in self._asdict().items()}
-        whole(folder / FILE, lambda opened: np.savez_compressed(opened, **arrays))  # type: ignore[arg-type]
+        whole(folder / predictions_file(split), lambda opened: np.savez_compressed(opened, **arrays))  # type: ignore[arg-type]
 
 
-def read_predictions(folder: Path) -> Said:
+def read_predictions(folder: Path, split: str) -> Said:
     """What `Said.write` wrote to a run's folder."""
-    with np.load(folder / FILE) as arrays:
+    with np.load(folder / predictions_file(split)) as arrays:
         return Said(
             arrays["names"].tolist(),
             arrays["classes"].tolist(),

@@ -51,8 +51,10 @@ def save(figure: Figure, out: Path) -> Path:
     return out
 
 
-def curves(metrics: Sequence[dict[str, Any]], out: Path) -> Path | None:
+def curves(metrics: Sequence[dict[str, Any]], out: Path, asked: str = "") -> Path | None:
     """How a run went, from the rows of its metrics.jsonl: a panel for each figure that there is.
+
+    `asked` is the split that accuracies are of.
 
     Loss, also a classifier's on a split (keys `…/loss`), and learning rate against the step; accuracies (keys `…/top1`,
     `…/balanced`) with those of step 0, untrained, as a dashed line; label-free figures (keys `health/…`). None, and no
@@ -72,7 +74,7 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> Path | None:
     figure = Figure(figsize=(width, 1.25 * len(grid) + 0.4), layout="constrained")
     for name, ax in figure.subplot_mosaic(grid).items():
         if name == "accuracy":
-            _draw_accuracy(ax, {key: _series(metrics, key) for key in accuracy})
+            _draw_accuracy(ax, {key: _series(metrics, key) for key in accuracy}, asked)
         else:
             {"loss": _draw_loss, "lr": _draw_rate}.get(name, _draw_health)(ax, name, *_series(metrics, name))
         for key in keys if name == "loss" else ():
@@ -110,14 +112,14 @@ def _draw_rate(ax: Axes, _: str, step: Floats, rate: Floats) -> None:
     ax.set(ylabel="learning\nrate", ylim=(0, None))
 
 
-def _draw_accuracy(ax: Axes, series: dict[str, tuple[Floats, Floats]]) -> None:
+def _draw_accuracy(ax: Axes, series: dict[str, tuple[Floats, Floats]], asked: str) -> None:
     for (key, (step, value)), color, marker in zip(series.items(), OKABE_ITO, "os^Dv<>p", strict=False):
         ax.plot(step, value, color=color, marker=marker, markersize=5, label=f"{key}: {value[-1]:.1%} at the last step")
         if step[0] == 0:
             label = f"untrained: {value[0]:.1%}"
             ax.axhline(value[0], color=color, linestyle="--", linewidth=1, label=label)
     ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    ax.set(title="Accuracy", ylabel="accuracy")
+    ax.set(title=f"Accuracy on {asked}" if asked else "Accuracy", ylabel="accuracy")
     ax.legend(frameon=False, fontsize="small")
 
 

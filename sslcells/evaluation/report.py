@@ -13,7 +13,7 @@ from sslcells.config import ConfigError
 from sslcells.evaluation.gallery import Picture
 from sslcells.storage import whole
 
-CLASSIFIERS = ("kNN", "linear probe", "fine-tuning", "few-shot")
+CLASSIFIERS = ("the run's classifier", "kNN", "linear probe", "fine-tuning", "few-shot")
 
 
 class Table(NamedTuple):

@@ -170,6 +170,14 @@ def build(config: Section, features: int, images: ImageSet) -> Method:
     Raises:
         ConfigError: where these images have not what the method learns from, such as labels.
     """
-    module: Any = importlib.import_module(f"sslcells.methods.{config.name}")  # type: ignore[attr-defined]
-    method: Method = module.Method(config, features, images)
+    method: Method = _class_of(config)(config, features, images)
     return method
+
+
+def classifies(config: Section) -> bool:
+    """Whether the method that `config` is the section of is a Classifier."""
+    return issubclass(_class_of(config), Classifier)
+
+
+def _class_of(config: Section) -> Any:
+    return importlib.import_module(f"sslcells.methods.{config.name}").Method  # type: ignore[attr-defined]

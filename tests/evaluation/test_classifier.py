@@ -35,8 +35,8 @@ def test_several_classes_an_image():
 
 def test_the_file_reads_back_equal(tmp_path):
     before = said(torch.arange(40) % 3, P)
-    before.write(tmp_path)
-    after = read_predictions(tmp_path)
+    before.write(tmp_path, "val")
+    after = read_predictions(tmp_path, "val")
     assert after.names == before.names
     assert after.classes == before.classes
     for a, b in zip(after[2:], before[2:], strict=True):

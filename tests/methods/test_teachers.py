@@ -14,7 +14,7 @@ from sslcells.plan import consequences
 from sslcells.train import build, train
 
 TINY = [
-    *("data.size=32", "data.train=48", "data.val=0", "data.test=16", "augment.size=32", "evaluate.k=5"),
+    *("data.size=32", "data.train=48", "data.val=16", "data.test=0", "augment.size=32", "evaluate.k=5"),
     *("model.backbone=small_cnn", "model.args={width: 8}", "method.hidden=16", "method.dimension=8"),
     *("train.global_batch=16", "train.epochs=2", "train.workers=0", "log.every=2", "checkpoint.every=3"),
 ]

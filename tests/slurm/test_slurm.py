@@ -24,7 +24,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 TINY = """\
 out: {folder}
-data: {{kind: synthetic, size: 32, train: 64, val: 0, test: 20}}
+data: {{kind: synthetic, size: 32, train: 64, val: 20, test: 0}}
 augment: {{size: 32}}
 model: {{backbone: small_cnn, args: {{width: 8}}}}
 method: {{hidden: 16, dimension: 8}}
@@ -127,7 +127,7 @@ def test_fine_tuning_and_evaluation(cluster, tmp_path):
     arguments = ["--config", str(recipe), f"model.encoder={encoder}", "name=tuned", "train.steps=20"]
     number, log = submit(cluster, tmp_path, "bash", "slurm/finetune.sh", *arguments)
     cluster.wait(number, "COMPLETED", PATIENCE, log)
-    assert (tmp_path / "tuned" / "predictions.npz").is_file()
+    assert (tmp_path / "tuned" / "predictions_val.npz").is_file()
     quick = ["evaluate.bootstrap=100", "train.workers=0"]
     number, log = submit(cluster, tmp_path, "sbatch", "--nodes=2", "slurm/evaluate.sh", str(tmp_path / "tuned"), *quick)
     cluster.wait(number, "COMPLETED", PATIENCE, log)
