@@ -25,7 +25,17 @@ _DRAWS = 200
 
 
 def clusters(z: Tensor, count: int, seed: int) -> Tensor:
-    """The cluster of each row of z (N, F) by k-means of its unit rows: (N,) int64; the best of ten starts."""
+    """The cluster of each row of z (N, F) by k-means of its unit rows: (N,) int64; the best of ten starts.
+
+    Raises:
+        ValueError: for a count below 1, or rows that are not finite.
+    """
+    if count < 1:
+        raise ValueError(f"count={count}: there must be one cluster at least")
+    if broken := int((~z.isfinite()).any(1).sum()):
+        raise ValueError(f"{broken} of {len(z)} rows hold NaN or infinity: they belong to no cluster")
+    if not len(z):
+        return torch.zeros(0, dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different rows than clusters: fewer clusters
         fitted = KMeans(min(count, len(z)), n_init=10, random_state=seed).fit_predict(unit_rows(z).numpy())
@@ -35,8 +45,11 @@ def clusters(z: Tensor, count: int, seed: int) -> Tensor:
 def clustering(cluster: Tensor, labels: Tensor, sources: Tensor, seed: int) -> dict[str, Score]:
     """NMI, ARI and AMI of clusters and labels, (N,) int64 each and known; intervals by bootstrap over sources.
 
+    NaN for fewer than two images, on which every clustering agrees with the labels.
     The clusters are not sought anew in a resample: the interval is that of the images, not of k-means.
     """
+    if len(labels) < 2:
+        return {name: Score(np.nan, np.nan, np.nan) for name in _SCORES}
     found, true = cluster.numpy(), labels.numpy()
     numbers, source = np.unique(sources.numpy(), return_inverse=True)
     order = np.argsort(source, kind="stable")

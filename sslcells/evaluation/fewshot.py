@@ -28,8 +28,16 @@ def few_shot(
     cosine). Images are drawn from different sources as far as a class has them. A query of a source that was drawn is
     not asked in that draw; NaN where it never is.
 
-    Also the standard deviation of a draw's accuracy, and how many images the smallest class could give.
+    A row that is not finite is wrong. Also the standard deviation of a draw's accuracy, and how many images the
+    smallest class could give.
+
+    Raises:
+        ValueError: for shots below 1, or a bank in which no image has a label.
     """
+    if shots < 1:
+        raise ValueError(f"shots={shots}: a prototype is the mean of one image at least")
+    if not bool((bank_labels >= 0).any()):
+        raise ValueError(f"none of the {len(bank)} images of the bank has a label to make a prototype of")
     query, bank = unit_rows(query), unit_rows(bank)
     generator = np.random.default_rng([seed, shots])
     present = sorted(set(bank_labels[bank_labels >= 0].tolist()))
@@ -38,10 +46,11 @@ def few_shot(
     for _ in range(DRAWS):
         chosen = [_apart(generator.permutation(m), bank_sources.numpy(), shots) for m in members.values()]
         prototypes = unit_rows(torch.stack([bank[torch.from_numpy(c)].mean(0) for c in chosen]))
-        guess = torch.tensor(present)[(query @ prototypes.T).argmax(1)]
+        nearest, place = (query @ prototypes.T).nan_to_num_(nan=-math.inf).max(1)
+        guess = torch.tensor(present)[place]
         drawn = bank_sources[torch.from_numpy(np.concatenate(chosen))]
         fresh = ~torch.isin(query_sources, drawn)
-        right = (guess == query_labels) & fresh
+        right = (guess == query_labels) & fresh & nearest.isfinite()
         hits, asked = hits + right, asked + fresh
         if fresh.any():
             accuracies.append(float(right.sum() / fresh.sum()))

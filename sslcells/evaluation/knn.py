@@ -4,7 +4,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from sslcells.losses import unit
 
 _TILE = 2**24
 """Cosines held at a time: 64 MiB in float32, whatever the number of queries."""
@@ -26,10 +27,17 @@ def neighbours(
 
     Returns cosines (M, k) float32, −inf where fewer rows were left, and bank indices (M, k) int64, with
     k = min(k, N). Among equal cosines the lowest index comes first.
+
+    Raises:
+        ValueError: for k below 1, rows of two widths, or sources of one side alone.
     """
+    if k < 1:
+        raise ValueError(f"k={k}: a query must have one neighbour at least")
+    if query.ndim != 2 or bank.ndim != 2 or query.shape[1] != bank.shape[1]:
+        raise ValueError(f"query and bank must be (M, F) and (N, F); they are {(*query.shape,)} and {(*bank.shape,)}")
     if (query_source is None) != (bank_source is None):
         raise ValueError("sources of the queries and of the bank: give both or neither")
-    query, bank = (F.normalize(x.float(), dim=1) for x in (query, bank))
+    query, bank = (unit(x).float() for x in (query, bank))
     k, rows = min(k, len(bank)), max(1, _TILE // max(1, len(bank)))
     nearest = []
     for start in range(0, max(1, len(query)), rows):
@@ -73,7 +81,14 @@ def knn_scores(
     factor per query, which no ranking sees, so that no temperature overflows); without a temperature it weighs 1.
     Unlabelled rows are no neighbours, nor with sources are rows of the query's own source; where fewer than k are
     left these vote, and where none is the scores are 0.
+
+    Raises:
+        ValueError: for labels that are not one a row of the bank, a temperature not above 0, or as `neighbours`.
     """
+    if bank_labels.shape != bank.shape[:1]:
+        raise ValueError(f"bank_labels must be ({len(bank)},), one a row of the bank; it is {(*bank_labels.shape,)}")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature={temperature} is not above 0; none weighs all neighbours the same")
     known = bank_labels >= 0
     source = None if bank_source is None else bank_source[known]
     cosine, index = neighbours(query, bank[known], k, query_source, source)
@@ -105,10 +120,15 @@ def knn_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
     `top1` is the share of right queries, `balanced` the mean of that share over the classes present in `labels`.
     Labels below 0 are ignored; a query without neighbours is wrong.
+
+    Raises:
+        ValueError: for a label that the scores have no column of.
     """
     known = labels >= 0
     if not known.any():
         return {}
+    if labels.max() >= scores.shape[1]:
+        raise ValueError(f"label {int(labels.max())} is none of the {scores.shape[1]} classes that the scores are of")
     labels, right = labels[known], (knn_predictions(scores) == labels)[known]
     images = labels.bincount(minlength=scores.shape[1])
     hits = labels[right].bincount(minlength=scores.shape[1])

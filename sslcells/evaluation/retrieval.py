@@ -4,9 +4,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sslcells.evaluation import knn
+from sslcells.losses import unit
 
 RECALL_AT = (1, 5, 10)
 
@@ -19,12 +19,13 @@ def retrieval(z: Tensor, labels: Tensor, sources: Tensor) -> dict[str, Tensor]:
     searched; labels below 0 neither ask nor count. With R rows of the query's class left:
     recall@k: whether one of the k nearest is of its class; R-precision: how many of the R nearest are;
     mAP@R: the mean over i ≤ R of the precision among the i nearest where the i-th is right, else 0, arXiv 2003.08505
-    equation 3. Among equal cosines the lowest index comes first.
+    equation 3. Among equal cosines the lowest index comes first. A row that is not finite finds nothing and is not
+    found.
     """
     names = [*(f"recall@{k}" for k in RECALL_AT), "R-precision", "mAP@R"]
     out = {name: torch.full((len(z),), math.nan, dtype=torch.float64) for name in names}
     known = (labels >= 0).nonzero()[:, 0]
-    z, labels, sources = F.normalize(z[known].float(), dim=1), labels[known], sources[known]
+    z, labels, sources = unit(z[known]).float(), labels[known], sources[known]
     rows = max(1, knn._TILE // max(1, len(z)))
     for start in range(0, len(z), rows):
         part = slice(start, start + rows)
@@ -33,7 +34,9 @@ def retrieval(z: Tensor, labels: Tensor, sources: Tensor) -> dict[str, Tensor]:
         count = relevant.sum(1)  # (m,): R
         most = min(len(z), max(*RECALL_AT, int(count.max())))
         cosine = (z[part] @ z.T).nan_to_num_(nan=-math.inf).masked_fill_(own, -math.inf)
-        right = relevant.gather(1, knn.largest(cosine, most)[1])  # (m, most), nearest first
+        near, index = knn.largest(cosine, most)
+        # Rows that are not finite, and those left out, stand last in the order of their index: they are not found.
+        right = relevant.gather(1, index) & near.isfinite()  # (m, most), nearest first
         place = torch.arange(1, most + 1)
         within = right & (place <= count[:, None])
         precision = right.cumsum(1) / place.double()

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from sslcells.losses import unit
 
 Floats = NDArray[np.float64]
 Metric = Callable[[Floats], Mapping[str, Floats]]
@@ -115,6 +116,8 @@ def of_ranking(labels: Tensor, scores: Tensor) -> Metric:
     """AUROC of scores (M, K), each class against the rest, mean over the classes that the weighted images show."""
     true, values = labels.numpy(), scores.double().numpy()
     present = np.unique(true).tolist()
+    if not present:
+        return lambda weight: {"AUROC": np.full(len(weight), np.nan)}
 
     def metric(weight: Floats) -> dict[str, Floats]:
         return {"AUROC": _mean_known(np.stack([auroc(values[:, c], true == c, weight) for c in present], axis=1))}
@@ -170,4 +173,4 @@ def rounded(score: Score) -> dict[str, Any]:
 
 def unit_rows(z: Tensor) -> Tensor:
     """Rows (N, F) float64 of norm 1; a row of zeros stays one."""
-    return torch.nn.functional.normalize(z.double(), dim=1)
+    return unit(z.double())
