@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sslcells.errors import UserError
+from sslcells.models import files as models
 from sslcells.storage import json_text, patiently
 
 logger = logging.getLogger(__name__)
@@ -95,13 +97,34 @@ class Writer:
 
 
 def files(step: int, model: nn.Module, states: dict[str, Any]) -> dict[str, bytes]:
-    """The files of a checkpoint: name → content."""
+    """The files of a checkpoint: name → content.
+
+    Raises:
+        CheckpointError: where a weight or a state is not finite: such a checkpoint would take a good one's place.
+    """
+    if bad := not_finite(model, states):
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise CheckpointError(f"no checkpoint of step {step} is written, as it is not finite: {bad[0]}{more}")
     weights = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     plain = io.BytesIO()
     torch.save(states, plain)
     contents = {_WEIGHTS: safetensors.torch.save(weights), _STATES: plain.getvalue()}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     return contents | {_SUMMARY: json_text({"step": step, "sha256": digests}, indent=2).encode()}
+
+
+def not_finite(model: nn.Module, states: Mapping[str, Any]) -> list[str]:
+    """The names of the weights, and of the tensors among states, that hold NaN or an infinity."""
+    return models.not_finite([*model.state_dict().items(), *_tensors(states)])
+
+
+def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dicts and lists, with the way to each as its name."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def write(folder: Path, step: int, contents: Mapping[str, bytes], keep: int) -> Path:
@@ -134,7 +157,7 @@ def write(folder: Path, step: int, contents: Mapping[str, bytes], keep: int) -> 
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; one that is truncated or altered is named in the log and passed over."""
+    """The newest whole checkpoint; one that is truncated, altered or not finite is named in the log and passed over."""
     for path in _newest_first(folder):
         fault = _fault(path)
         if fault is None:
@@ -159,9 +182,13 @@ def _fault(path: Path) -> str | None:
     try:
         digests = json.loads((path / _SUMMARY).read_text(encoding="utf-8"))["sha256"]
         altered = [name for name in (_WEIGHTS, _STATES) if _digest(path / name) != digests[name]]
-    except (OSError, ValueError, KeyError) as error:
+        if altered:
+            return f"{', '.join(altered)} altered or truncated"
+        with safetensors.safe_open(path / _WEIGHTS, "pt") as weights:
+            bad = models.not_finite((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         return str(error)
-    return f"{', '.join(altered)} altered or truncated" if altered else None
+    return f"{bad[0]} is not finite" if bad else None
 
 
 def _digest(path: Path) -> str:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from sslcells import __version__, checkpoint, launcher, methods, models, ranks, wandb_sync
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, load
-from sslcells.data import Batch, DataError, ImageSet, holdout, open_splits
+from sslcells.data import Batch, ImageSet, holdout, open_splits
 from sslcells.evaluation import VIEWED, said_of
 from sslcells.evaluation.classifier import Said
-from sslcells.evaluation.features import collect, features, spread
+from sslcells.evaluation.features import check_finite, collect, features, spread
 from sslcells.evaluation.figures import Figures
 from sslcells.evaluation.gallery import Picture, draw
 from sslcells.evaluation.health import alignment
@@ -147,8 +147,7 @@ class Encoded:
 
         workers = self._run.train.workers
         digest, histogram, z = collect(images, index, look, self._device, self._run.evaluate.batch, workers)
-        if broken := int((~z.isfinite().all(1)).sum()):
-            raise DataError(f"the encoder gives no finite features for {broken} of {len(z)} images of {split}")
+        check_finite(z, f"images of {split}")
         return Look(digest, histogram, z, images.labels[index], images.sources[index], lambda i: images.name(index[i]))
 
     def pixels_of(self, images: ImageSet) -> Callable[[int], Image]:

@@ -165,6 +165,17 @@ def unmet(error: BaseException) -> bool:
     return isinstance(error, dist.DistError)
 
 
+@torch.no_grad()
+def as_on_main(module: nn.Module) -> None:
+    """Give the buffers of a module that are saved with it, such as BatchNorm's statistics, rank 0's values."""
+    if world() == 1:
+        return
+    saved = module.state_dict(keep_vars=True)
+    for name, buffer in module.named_buffers():
+        if name in saved:
+            dist.broadcast(buffer, src=0)
+
+
 class Lost(UserError):
     """Another rank cannot be reached any more; the message names it."""
 

@@ -19,6 +19,7 @@ from sslcells.config import ConfigError, Run
 from sslcells.data import Batch, ImageSet, holdout, reading, sampler
 from sslcells.data.loader import attended, read_in_parts
 from sslcells.evaluation import Evaluation
+from sslcells.evaluation.features import NotFinite
 from sslcells.interrupt import Interrupt, Stopped
 from sslcells.metrics import read_metrics
 from sslcells.models import files
@@ -37,7 +38,8 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
     Raises:
         ConfigError: where the configuration does not fit the data, the launch or the folder.
         DataError: where an image cannot be read.
-        TrainingError: where the loss is no longer a number, or a checkpoint cannot be written.
+        TrainingError: where the loss, the gradient or the weights are no longer finite.
+        CheckpointError: where a checkpoint cannot be written.
         Stopped: where a signal asked for it, after the checkpoint of the last finished step.
         Lost: where another rank is gone.
     """
@@ -76,7 +78,7 @@ class Training:
         local = self._method.local
         self._local = self._augment.local(local.size, local.scale) if local else None
         self._evaluation = Evaluation(run, splits, self._augment, self._device)
-        self._meter = Meter(run, plan, self._device)
+        self._meter = Meter(run, plan, self._device, scaled=accelerator.scaler is not None)
         self.step = self._saved = 0
 
     def begin(self, whole: Path | None) -> None:
@@ -97,7 +99,7 @@ class Training:
         log.say(holdout.says(self._splits, run.evaluate.holdout))
         log.say(f"{run.folder}: {f'goes on after step {self.step}' if self.step else f'{plan.steps} steps'}")
         if self.step == 0:
-            log.metrics(0, 0.0, self._evaluation.figures(self._learner))
+            log.metrics(0, 0.0, self._measured(lambda: self._evaluation.figures(self._learner)))
             log.pictures(0, self._evaluation.view_sheet(self._method.views) if run.evaluate.pictures else {})
 
     def batches(self) -> Generator[list[Batch], None, None]:
@@ -127,13 +129,14 @@ class Training:
         self._learner.follow()
 
         self.step = step = self.step + 1
-        meter.add(loss, {"gradient_norm": norm, **figures})
+        meter.add(loss, norm, figures)
         self._log.advance(step)
         if plan.due(step, run.log.every):
             held = sampler.composition(batch, self._device)
             self._log.metrics(step, step / plan.per_epoch, {**meter.read(step), **held, "lr": rate})
         if plan.due(step, plan.evaluate):
-            self._log.metrics(step, step / plan.per_epoch, self._evaluation.figures(self._learner))
+            seen = self._measured(lambda: self._evaluation.figures(self._learner))
+            self._log.metrics(step, step / plan.per_epoch, seen)
             meter.start()
         if plan.due(step, run.checkpoint.every):
             self._save()
@@ -151,9 +154,10 @@ class Training:
         """The last pictures, what a classifier says of val, and the encoder on its own."""
         run, log, main = self._run, self._log, self._accelerator.is_main_process
         ranks.together(self.writer.wait)
-        said, drawn = self._evaluation.predictions(self._learner), dict[str, Path]()
+        said, drawn = self._measured(lambda: self._evaluation.predictions(self._learner)), dict[str, Path]()
         if run.evaluate.pictures:
-            drawn = self._evaluation.pictures(self._encoder, read_metrics(run.folder) if main else [])
+            rows = read_metrics(run.folder) if main else []
+            drawn = self._measured(lambda: self._evaluation.pictures(self._encoder, rows))
         if main:
             if said is not None:
                 said.write(run.folder, "val")
@@ -188,9 +192,30 @@ class Training:
         self._watch("rows", rows)  # (V·b, D)
         return rows
 
+    def _measured(self, look: Callable[[], T]) -> T:
+        """What is seen of a network that is sound, and the same on every rank.
+
+        Raises:
+            TrainingError: where it is not, or what it makes of images is not finite.
+        """
+        self._sound()
+        try:
+            return look()
+        except NotFinite as error:
+            raise self._meter.broken(f"{error} after step {self.step}") from None
+
+    def _sound(self) -> None:
+        """Raise a TrainingError where a number of this run is no longer finite; else give all ranks one network.
+
+        Where statistics of BatchNorm are each rank's own, rank 0's count, as DDP has it at the next step.
+        """
+        self._meter.check(self.step)
+        self._meter.check_states(self.step, self._learner, {"optimizer": self._optimizer.state_dict()})
+        ranks.as_on_main(self._learner)
+
     def _save(self) -> None:
         """Have rank 0 begin to write the checkpoint of the finished steps, if they were sound and some are new."""
-        self._meter.check(self.step)
+        self._sound()
         if self._accelerator.is_main_process and self.step > self._saved:
             states = {"optimizer": self._optimizer.state_dict(), "meter": self._meter.state_dict()}
             if self._accelerator.scaler is not None:

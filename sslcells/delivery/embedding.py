@@ -20,7 +20,7 @@ from sslcells.data import DataError, Pick
 from sslcells.data.folder import FolderImages, class_of, list_images
 from sslcells.data.loader import Readable, attended, read_readable
 from sslcells.delivery import DeliveryError
-from sslcells.delivery.encoder import Encoder, find_run, load_encoder
+from sslcells.delivery.encoder import Encoder, find_run, finite, load_encoder
 from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, list_digest, spelt
 from sslcells.interrupt import Interrupt, Stopped
 from sslcells.lock import Lock
@@ -255,8 +255,7 @@ def _embed(
 @torch.inference_mode()
 def _rows(encoder: Encoder, pixels: Tensor | list[Tensor]) -> Tensor:
     """(B, F) float32 on the CPU."""
-    rows: Tensor = encoder(pixels)
-    return rows.cpu()
+    return finite(encoder(pixels).cpu(), encoder)
 
 
 def _label(name: str) -> str | None:

@@ -154,7 +154,7 @@ def embed(
 
     Raises:
         ConfigError: where there is no such folder, image or encoder.
-        DataError: where a file cannot be read, naming it.
+        DataError: where a file cannot be read, naming it, or the encoder gives no finite features.
         ValueError: where tensors are no images, or of another number of channels.
     """
     if not isinstance(encoder, Encoder):
@@ -163,10 +163,23 @@ def embed(
     encoder.eval()
     try:
         with torch.inference_mode():
-            rows = [encoder(part).cpu() for part in _parts(images, encoder, batch)]
+            rows = [finite(encoder(part).cpu(), encoder) for part in _parts(images, encoder, batch)]
     finally:
         encoder.train(training)
     return torch.cat(rows) if rows else torch.zeros(0, encoder.features)
+
+
+def finite(rows: Tensor, encoder: Encoder) -> Tensor:
+    """Features (N, F) as they are.
+
+    Raises:
+        DataError: where some are NaN or infinite.
+    """
+    if broken := int((~rows.isfinite().all(1)).sum()):
+        raise DataError(
+            f"the encoder {encoder.digest} gives no finite features for {broken} of {len(rows)} images: it is not sound"
+        )
+    return rows
 
 
 def _parts(images: Any, encoder: Encoder, batch: int) -> Iterator[Pictures]:

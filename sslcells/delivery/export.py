@@ -173,6 +173,8 @@ def compare(
     worst = Check(what, 0.0, 0.0)
     for name, pixels in asked.items():
         expected = network(pixels)
+        if not expected.isfinite().all():
+            raise DeliveryError(f"the encoder gives no finite features of {name}: it is not sound")
         check = Check(what, (other(pixels) - expected).abs().max().item(), expected.abs().max().item())
         say(f"{what} on {name} {tuple(pixels.shape)}: {str(check).partition(': ')[2]}")
         if not check.difference <= TOLERANCE * max(check.largest, 1e-6):  # also where it is NaN

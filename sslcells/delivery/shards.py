@@ -126,6 +126,8 @@ class Embeddings:
         read = _read_parquet if self.format == "parquet" else _read_npz
         shard = self._opened(number, read)
         self._counted(number, len(shard.id), len(shard.unreadable))
+        if not np.isfinite(shard.vector).all():
+            raise DataError(f"{self.file(number)} holds vectors that are not finite; embed again with another encoder")
         return shard
 
     def read_all(self) -> Iterator[Shard]:

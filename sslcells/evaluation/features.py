@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcells import ranks
-from sslcells.data import Batch, ImageSet
+from sslcells.data import Batch, DataError, ImageSet
 from sslcells.data.loader import InOrder, attended, read
 from sslcells.data.sampler import permutation
 
@@ -74,6 +74,9 @@ def features(
     """Features of the images with these indices, in their order, on every rank: (N, F) float32 on the CPU.
 
     `prepare` turns pixels (B, C, H, W) uint8 and image ids (B,) into what the encoder takes.
+
+    Raises:
+        NotFinite: on every rank, where features are NaN or infinite.
     """
     training = encoder.training
     encoder.eval()
@@ -85,4 +88,16 @@ def features(
         columns = collect(images, indices, encode, device, batch, workers)
     finally:
         encoder.train(training)
-    return columns[0] if columns else torch.zeros(0, 0)
+    z = columns[0] if columns else torch.zeros(0, 0)
+    check_finite(z)
+    return z
+
+
+class NotFinite(DataError):
+    """What a network makes of images is NaN or infinite."""
+
+
+def check_finite(z: Tensor, what: str = "images") -> None:
+    """Raise NotFinite where rows (N, F) hold NaN or an infinity: figures of them would lie, or be NaN themselves."""
+    if broken := int((~z.isfinite().all(1)).sum()):
+        raise NotFinite(f"the encoder gives no finite features for {broken} of {len(z)} {what}")

@@ -1,6 +1,7 @@
 """The encoder's file: weights as safetensors, and a JSON that says how timm makes the network they fit."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,15 @@ def export(
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """The names of the tensors that hold NaN or an infinity; each device is waited for once."""
-    names, found = list[str](), dict[torch.device, list[Tensor]]()
-    by_device = dict[torch.device, list[str]]()
+    found = defaultdict[torch.device, list[tuple[str, Tensor]]](list)
     for name, x in tensors:
-        if x.is_floating_point() or x.is_complex():
-            found.setdefault(x.device, []).append(x.detach().isfinite().all())
-            by_device.setdefault(x.device, []).append(name)
-    for device, each in found.items():
-        whole_ones = torch.stack(each).tolist()
-        names += [name for name, fine in zip(by_device[device], whole_ones, strict=True) if not fine]
-    return names
+        if x.is_floating_point():
+            found[x.device].append((name, x.detach().isfinite().all()))
+    bad = []
+    for each in found.values():
+        names, fine = zip(*each, strict=True)
+        bad += [name for name, well in zip(names, torch.stack(fine).tolist(), strict=True) if not well]
+    return bad
 
 
 def said_of(bad: Sequence[str]) -> str:

@@ -1,0 +1,96 @@
+"""A run on several gloo ranks: the loss of a resume is the true one, and every rank shows the same network."""
+
+import os
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from gloo import on_ranks
+from test_train import NO_BATCHNORM, in_step, tiny, untimed
+
+from sslcells import ranks
+from sslcells.evaluation import Evaluation
+from sslcells.interrupt import Stopped
+from sslcells.models import files
+from sslcells.train import train
+
+
+@contextmanager
+def launched():
+    """What a launcher tells its ranks."""
+    said = {"RANK": ranks.rank(), "WORLD_SIZE": ranks.world(), "LOCAL_RANK": ranks.rank()}
+    said |= {"LOCAL_WORLD_SIZE": ranks.world(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "ACCELERATE_USE_CPU": 1}
+    os.environ.update({key: str(value) for key, value in said.items()})
+    try:
+        yield
+    finally:
+        for key in said:
+            del os.environ[key]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+SMALL = ["evaluate.pictures=false", "train.epochs=2", "log.every=6", "checkpoint.every=4", "train.device=cpu"]
+
+
+def trained(folder, stop_after):
+    """A start, to its end or until a signal in the middle of a step; without BatchNorm, so that ranks do not matter."""
+    run = tiny(folder, *SMALL, *NO_BATCHNORM, "train.steps=8")
+    with launched():
+        if stop_after:
+            with pytest.raises(Stopped):
+                train(run, in_step(stop_after, lambda: os.kill(os.getpid(), signal.SIGUSR1)))
+        else:
+            train(run)
+
+
+def lines(folder):
+    return [{k: v for k, v in row.items() if k in ("step", "loss")} for row in untimed(folder) if "loss" in row]
+
+
+def test_a_resume_between_two_lines_shows_the_loss_of_every_rank(tmp_path):
+    """Also on another number of ranks: the line of step 6 is of four steps before the stop and of two after it."""
+    on_ranks(2, trained, tmp_path / "whole", 0)
+    on_ranks(2, trained, tmp_path / "two", 4)
+    on_ranks(2, trained, tmp_path / "two", 0)
+    whole = lines(tmp_path / "whole" / "quickstart")
+    assert lines(tmp_path / "two" / "quickstart") == whole
+    on_ranks(2, trained, tmp_path / "one", 4)
+    train(tiny(tmp_path / "one", *SMALL, *NO_BATCHNORM, "train.steps=8"))
+    (first, *_), (expected, *_) = lines(tmp_path / "one" / "quickstart"), whole
+    assert first["step"] == expected["step"] == 6
+    assert first["loss"] == pytest.approx(
+        expected["loss"], rel=0.02
+    )  # BatchNorm sees other batches in two of six steps
+
+
+def encoded(folder):
+    """Of each rank: BatchNorm's statistics at every evaluation, and the figures."""
+    seen = []
+    plain = Evaluation.figures
+
+    def figures(self, learner):
+        before = {name: b.clone() for name, b in learner.named_buffers() if "running" in name}
+        seen.append(before)
+        return plain(self, learner)
+
+    Evaluation.figures = figures
+    try:
+        with launched():
+            train(tiny(folder, *SMALL))
+    finally:
+        Evaluation.figures = plain
+    return seen
+
+
+def test_every_rank_evaluates_the_network_that_is_exported(tmp_path):
+    """BatchNorm's statistics are each rank's own on a CPU: without care each rank encodes with its own."""
+    first, second = on_ranks(2, encoded, tmp_path)
+    assert len(first) == len(second) >= 2
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    encoder, _ = files.load(tmp_path / "quickstart")
+    last = {name.removeprefix("backbone."): b for name, b in first[-1].items() if name.startswith("backbone.")}
+    assert last
+    assert all(torch.equal(value, dict(encoder.named_buffers())[name]) for name, value in last.items())
