@@ -50,6 +50,7 @@ def lines(folder):
     return [{k: v for k, v in row.items() if k in ("step", "loss")} for row in untimed(folder) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_a_resume_between_two_lines_shows_the_loss_of_every_rank(tmp_path):
     """Also on another number of ranks: the line of step 6 is of four steps before the stop and of two after it."""
     on_ranks(2, trained, tmp_path / "whole", 0)
