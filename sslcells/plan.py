@@ -1,5 +1,6 @@
 """What follows from a run's configuration before and between its steps: sizes, lengths, the meter."""
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,36 @@ def open_run(run: Run) -> dict[str, ImageSet]:
             f"are trained on; the figures are {splits['val'].about}: evaluate.holdout"
         )
     return splits | {"train": train}
+
+
+class Start:
+    """What the time between a process's start and its first step went into."""
+
+    def __init__(self) -> None:
+        self._laps: dict[str, float] = {}
+        self._began = self._last = psutil.Process().create_time()
+
+    def lap(self, name: str) -> None:
+        """What passed since the last was this."""
+        now = time.time()
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def first_step(self, splits: Mapping[str, ImageSet]) -> str:
+        """A line for the log, when the first step is done."""
+        self.lap("first step")
+        found = [images.found for images in splits.values() if images.found is not None]
+        inner: dict[str, float] = {}
+        for one in found:
+            for name, seconds in one.seconds.items():
+                inner[name] = inner.get(name, 0.0) + seconds
+        looked = sum(one.looked for one in found)
+        parts = [f"{name} {seconds:.1f}" for name, seconds in self._laps.items()]
+        if inner:
+            of = ", ".join(f"{name} {seconds:.1f}" for name, seconds in inner.items())
+            at = list(self._laps).index("data")
+            parts[at] += f" ({of}; {looked:,} images opened to verify them)"
+        return f"start: first step after {self._last - self._began:.1f} s: {', '.join(parts)}"
 
 
 class Plan:
@@ -205,6 +236,32 @@ def _memory(device: torch.device) -> float:
     return resident / 2**30
 
 
+def check_rows(encoder: nn.Module, method: methods.Method, run: Run, plan: Plan, channels: int) -> None:
+    """Raise a ConfigError where a forward pass has a single row of something, and BatchNorm needs two.
+
+    Asked of copies, so that nothing moves; where there are more rows it need not be asked.
+    """
+    sizes = [run.augment.size] * (plan.micro_batch * method.views == 1)
+    if method.local is not None:
+        sizes += [method.local.size] * (plan.micro_batch * method.local.views == 1)
+    for size in sizes:
+        alone, head = copy.deepcopy(encoder).train(not run.model.freeze), copy.deepcopy(method).train()
+        x = torch.zeros(1, channels, size, size)
+        try:
+            with torch.no_grad():
+                features = alone(x)
+                if plan.micro_batch * method.views_in_all == 1:
+                    head(features)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            key = "train.micro_batch" if run.train.micro_batch else "train.global_batch"
+            raise ConfigError(
+                f"{key}={getattr(run.train, key.partition('.')[2])}: a rank's forward pass has one row, and BatchNorm "
+                f"needs two; take at least {2 if run.train.micro_batch else 2 * plan.world}"
+            ) from None
+
+
 def consequences(run: Run, world: int) -> str:
     """What follows from a configuration on so many ranks, for `--check`; opens the data and builds the model.
 
@@ -221,6 +278,7 @@ def consequences(run: Run, world: int) -> str:
     method = methods.build(run.method, features, images)
     if method.local:
         models.width(encoder, images.channels, method.local.size, "method.local_size")
+    check_rows(encoder, method, run, plan, images.channels)
     anchors, references = plan.batch * method.views, plan.global_batch * method.views
     negatives, where = method.negatives(plan.global_batch), "the global batch" + " and the queue" * bool(method.queued)
     dimension = method(torch.zeros(2, features)).shape[1]

@@ -17,13 +17,14 @@ from sslcells.augment import Augment
 from sslcells.claim import claimed
 from sslcells.config import ConfigError, Run
 from sslcells.data import Batch, ImageSet, holdout, reading, sampler
+from sslcells.data.describe import brief
 from sslcells.data.loader import attended, read_in_parts
 from sslcells.evaluation import Evaluation
 from sslcells.evaluation.features import NotFinite
 from sslcells.interrupt import Interrupt, Stopped
 from sslcells.metrics import read_metrics
 from sslcells.models import files
-from sslcells.plan import Meter, Plan, open_run
+from sslcells.plan import Meter, Plan, Start, check_rows, open_run
 from sslcells.tracking import Log
 
 T = TypeVar("T")
@@ -44,12 +45,16 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
         Lost: where another rank is gone.
     """
     with Interrupt() as interrupt:
+        start = Start()
         accelerator = launcher.accelerator(run)
+        start.lap("imports and devices")
         splits = open_run(run)
+        start.lap("data")
         plan = Plan(run, len(splits["train"]), ranks.world())
         with claimed(run) as claim:
             training = Training(run, plan, splits, accelerator, watch)
-            training.begin(claim.whole)
+            start.lap("building")
+            training.begin(claim.whole, start)
             with training.writer as writer, attended(training.batches()) as batches:
                 for parts in in_step(batches, (claim.check, writer.check), interrupt):
                     training.learn(parts)
@@ -70,6 +75,7 @@ class Training:
         self._sampling = sampler.build(run.sampler, self._images, plan.global_batch, run.seed)
         self._device, world = accelerator.device, ranks.world()
         self._learner = build(run, self._images, sync_batchnorm=world > 1 and self._device.type == "cuda")
+        check_rows(self._learner.backbone, self._learner.method, run, plan, self._images.channels)
         optimizer = optim.build(run.optim, self._learner, self._learner.backbone)
         self._network, self._optimizer = accelerator.prepare(self._learner, optimizer)
         self._method, self._encoder = self._learner.method, self._learner.encoder
@@ -79,9 +85,10 @@ class Training:
         self._local = self._augment.local(local.size, local.scale) if local else None
         self._evaluation = Evaluation(run, splits, self._augment, self._device)
         self._meter = Meter(run, plan, self._device, scaled=accelerator.scaler is not None)
+        self._start: Start | None = None
         self.step = self._saved = 0
 
-    def begin(self, whole: Path | None) -> None:
+    def begin(self, whole: Path | None, start: Start) -> None:
         """Start at step 0 with the figures of the untrained encoder, or go on from a whole checkpoint."""
         run, plan = self._run, self._plan
         ranks.from_main(lambda: holdout.note(run.folder, self._splits, goes_on=whole is not None))
@@ -98,9 +105,13 @@ class Training:
         log.say(f"sslcells {__version__}  {plan.headline(self._device, precision, negatives)}")
         log.say(holdout.says(self._splits, run.evaluate.holdout))
         log.say(f"{run.folder}: {f'goes on after step {self.step}' if self.step else f'{plan.steps} steps'}")
+        log.say(brief(self._splits))
+        self._start = start
+        start.lap("checkpoint" if self.step else "building")
         if self.step == 0:
-            log.metrics(0, 0.0, self._measured(lambda: self._evaluation.figures(self._learner)))
+            log.metrics(0, 0.0, self._measured(lambda: self._evaluation.first_figures(self._learner)))
             log.pictures(0, self._evaluation.view_sheet(self._method.views) if run.evaluate.pictures else {})
+            start.lap("figures of the untrained encoder")
 
     def batches(self) -> Generator[list[Batch], None, None]:
         """This rank's part of the global batches of the steps to come, each in its micro-batches."""
@@ -130,6 +141,9 @@ class Training:
 
         self.step = step = self.step + 1
         meter.add(loss, norm, figures)
+        if self._start is not None:
+            self._log.say(self._start.first_step(self._splits))
+            self._start = None
         self._log.advance(step)
         if plan.due(step, run.log.every):
             held = sampler.composition(batch, self._device)

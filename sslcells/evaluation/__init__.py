@@ -27,6 +27,8 @@ Prepare = Callable[[Tensor, Tensor], Tensor]
 
 SHOWN = 1000
 """Images in the embedding map, and behind the nearest neighbours."""
+START = 4096
+"""Images of a split that an encoder which has not learned yet is asked about: a training should begin."""
 VIEWED = 512
 """Images whose two views give the alignment."""
 
@@ -47,6 +49,19 @@ class Evaluation:
         self._asked = self._val if self._val is not None and self._val.labelled and self._bank.labelled else None
         self._bank_index = spread(len(self._bank), run.evaluate.max_images)
         self._asked_index = spread(len(self._asked), run.evaluate.max_images) if self._asked is not None else []
+
+    def first_figures(self, learner: Learner) -> dict[str, float]:
+        """Figures before training, of at most `START` images of a split.
+
+        Where a split has more they are called `start/…`: among fewer images the neighbours are others.
+        """
+        most = self._run.evaluate.max_images
+        splits = {"train": self._bank} | ({"val": self._val} if self._val is not None else {})
+        if max(map(len, splits.values())) <= START or (most is not None and most <= START):
+            return self.figures(learner)
+        run = self._run.model_copy(update={"evaluate": self._run.evaluate.model_copy(update={"max_images": START})})
+        few = Evaluation(run, splits, self._augment, self._device)
+        return {f"start/{key}": value for key, value in few.figures(learner).items()}
 
     def figures(self, learner: Learner) -> dict[str, float]:
         """Figures of what is trained as it is; every rank takes part and knows them."""

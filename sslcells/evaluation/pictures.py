@@ -60,7 +60,8 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path, asked: str = "") -> Pat
     `…/balanced`) with those of step 0, untrained, as a dashed line; label-free figures (keys `health/…`). None, and no
     file, where there is none of them.
     """
-    keys = dict.fromkeys(key for row in metrics for key in row)  # in the order in which they were logged
+    # In the order in which they were logged; what stands for step 0 alone, of fewer images, is no curve.
+    keys = dict.fromkeys(key for row in metrics for key in row if not key.startswith("start/"))
     accuracy = [key for key in keys if key.endswith(("/top1", "/balanced", "/auroc"))]
     health = [key for key in keys if key.startswith("health/")]
     left = [key for key in ("loss", "loss", "loss", "lr") if key in keys]
