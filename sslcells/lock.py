@@ -2,25 +2,31 @@
 
 The file `lock.json` says who: host, process, and a beat that its owner counts up. Who finds one looks whether the
 process lives, on the same host, or whether the beat goes on: file locks of the system do not reach across all shared
-file systems, and clocks differ.
+file systems, and clocks differ. One process at a time looks and takes, by a lock of the system; and the file of a new
+owner appears whole and only where there is none, which holds where that lock does not reach.
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from sslcells.config import ConfigError
-from sslcells.storage import json_text, whole
+from sslcells.storage import json_text, partial_name, whole
 
 FILE = "lock.json"
+TAKING = ".taking"
+"""Locked while one process looks whose the folder is, and takes it."""
 BEAT = 10.0
 """seconds"""
 
@@ -47,14 +53,11 @@ class Lock:
         }
         self.lost = ""
         """who took the folder away from this process, if somebody did"""
-        other = self._read()
-        if other is not None and self._lives(other):
-            raise ConfigError(f"{folder} is in use by {_name(other)}; wait for its end, or {otherwise}")
-        self._write(0)
-        if other is not None:
-            time.sleep(1.0)  # two that found the same dead owner: the last to write has it
-            if (now := self._read()) is not None and now["token"] != self._owner["token"]:
-                raise ConfigError(f"{folder} was just taken by {_name(now)}; wait for its end, or {otherwise}")
+        try:
+            with _one_at_a_time(folder / TAKING):
+                self._take(folder, otherwise)
+        except Timeout:
+            raise ConfigError(f"{folder} is being taken by another process; wait for its end, or {otherwise}") from None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
@@ -66,6 +69,42 @@ class Lock:
         if not self.lost:
             with contextlib.suppress(OSError):  # the folder is away, and with it this run
                 self._path.unlink()
+
+    def _take(self, folder: Path, otherwise: str) -> None:
+        """Be the owner that the file names; one process of this host at a time."""
+        while not self._create():
+            other = self._read()
+            if other is not None and self._lives(other):
+                raise ConfigError(f"{folder} is in use by {_name(other)}; wait for its end, or {otherwise}")
+            self._clear(other)
+
+    def _clear(self, dead: dict[str, Any] | None) -> None:
+        """Remove the file of an owner that is no more; where another host has just taken the folder, leave it that."""
+        aside = partial_name(self._path)
+        with contextlib.suppress(FileNotFoundError):
+            self._path.rename(aside)
+            if (moved := self._read(aside)) is not None and moved["token"] != (dead or {}).get("token"):
+                with contextlib.suppress(OSError):
+                    os.link(aside, self._path)
+            aside.unlink()
+
+    def _create(self) -> bool:
+        """Write the file where there is none; whether there was none."""
+        made = partial_name(self._path)
+        made.write_text(json_text(self._owner | {"beat": 0}), encoding="utf-8")
+        try:
+            os.link(made, self._path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                with self._path.open("x", encoding="utf-8") as file:
+                    file.write(made.read_text(encoding="utf-8"))
+            except FileExistsError:
+                return False
+        finally:
+            made.unlink(missing_ok=True)
+        return True
 
     def _lives(self, other: dict[str, Any]) -> bool:
         if other["host"] == self._owner["host"]:
@@ -97,10 +136,10 @@ class Lock:
             except OSError:
                 continue  # the folder is away; what must be written there will say so
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self, path: Path | None = None) -> dict[str, Any] | None:
         """What the file says; None where there is none, or it was cut off."""
         try:
-            owner: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+            owner: dict[str, Any] = json.loads((path or self._path).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
         return owner
@@ -108,6 +147,31 @@ class Lock:
     def _write(self, beat: int) -> None:
         text = json_text(self._owner | {"beat": beat})
         whole(self._path, lambda file: file.write(text.encode()))
+
+
+@contextlib.contextmanager
+def _one_at_a_time(file: Path) -> Iterator[None]:
+    """Wait for others that do the same, where the file system has locks; without, `_create` alone keeps them apart.
+
+    Raises:
+        Timeout: where another one does it for longer than it may take.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(file, timeout=5 * BEAT, mode=_mode()))
+        except NotImplementedError:
+            pass
+        except OSError as error:
+            if isinstance(error, Timeout) or error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield
+
+
+def _mode() -> int:
+    """What the umask leaves to a file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _name(owner: dict[str, Any]) -> str:

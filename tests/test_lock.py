@@ -1,7 +1,10 @@
 """Two jobs on one folder."""
 
+import errno
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 
@@ -67,3 +70,71 @@ def test_who_loses_the_folder_is_told(tmp_path, monkeypatch):
     assert mine.lost == "process 1 on elsewhere"
     mine.release()
     assert json.loads((tmp_path / FILE).read_text())["token"] == "other"
+
+
+def race(folder, rounds, starts, ended, answers):
+    """Take a folder in every round at the same moment as the others; 1 where it was given, and kept meanwhile."""
+    for i in range(rounds):
+        path = folder / str(i)
+        starts.wait(60)
+        try:
+            mine = Lock(path)
+        except ConfigError as error:
+            assert "in use by process" in str(error)  # noqa: PT017
+            mine = None
+        answers[i] += mine is not None
+        ended.wait(60)
+        if mine is not None:
+            mine.release()
+
+
+@pytest.mark.parametrize("before", ["nobody", "the dead", "a torn file"])
+def test_of_many_that_start_at_once_one_has_the_folder(tmp_path, before):
+    """Twenty rounds of six processes."""
+    rounds, many, context = 20, 6, multiprocessing.get_context("fork")
+    for i in range(rounds):
+        (tmp_path / str(i)).mkdir()
+        if before == "the dead":
+            owner(tmp_path / str(i), host=socket.gethostname(), process=2**22 + 1)
+        elif before == "a torn file":
+            (tmp_path / str(i) / FILE).write_text('{"host"')
+    starts, ended = context.Barrier(many), context.Barrier(many)
+    each = [context.Array("i", rounds) for _ in range(many)]
+    args = [(tmp_path, rounds, starts, ended, answers) for answers in each]
+    processes = [context.Process(target=race, args=a) for a in args]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * many
+    assert [sum(answers[i] for answers in each) for i in range(rounds)] == [1] * rounds
+
+
+def test_a_folder_that_another_host_has_just_taken_is_left_to_it(tmp_path, monkeypatch):
+    """Where no lock of the system reaches: between the look at a dead owner and the taking, somebody else took it."""
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    owner(tmp_path, token="dead")
+
+    def meanwhile(self, other):
+        if other["token"] == "theirs":
+            return True
+        owner(tmp_path, token="theirs")
+        return False
+
+    monkeypatch.setattr(Lock, "_lives", meanwhile)
+    with pytest.raises(ConfigError, match="in use by process 1 on elsewhere"):
+        Lock(tmp_path)
+    assert json.loads((tmp_path / FILE).read_text())["token"] == "theirs"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [lock.TAKING, FILE]
+
+
+def test_a_file_system_without_locks_and_links(tmp_path, monkeypatch):
+    def none(*args, **kwargs):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.FileLock, "acquire", none)
+    monkeypatch.setattr(os, "link", none)
+    first = Lock(tmp_path)
+    with pytest.raises(ConfigError, match="in use by process"):
+        Lock(tmp_path)
+    first.release()
