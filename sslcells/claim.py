@@ -4,8 +4,11 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from sslcells import checkpoint, ranks
+import torch
+
+from sslcells import checkpoint, launcher, ranks
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.interrupt import Stopped
 from sslcells.lock import Lock
@@ -88,6 +91,27 @@ BOUND = {"evaluate.holdout"}
 """What may not, of sections that may."""
 
 
+SETTLED = ("precision", "channels_last")
+"""Of `train`: where `auto` is asked for, what it stands for is settled when a run begins, and kept by it."""
+
+
+def settled(run: Run, device: torch.device) -> Run:
+    """The run with what `auto` stands for: what its folder says where it goes on, else what suits rank 0's device."""
+
+    def settle() -> dict[str, Any]:
+        train, folder = run.train.model_dump(include=set(SETTLED)), run.folder
+        if any((folder / "checkpoints").glob("step_*")) and (folder / "config.yaml").is_file():
+            before = load(str(folder / "config.yaml")).train.model_dump(include=set(SETTLED))
+            train = {key: before[key] if value == "auto" else value for key, value in train.items()}
+        if train["precision"] == "auto":
+            train["precision"] = launcher.precision_for(device)
+        if train["channels_last"] == "auto":
+            train["channels_last"] = launcher.channels_last_for(device, train["precision"])
+        return train
+
+    return run.model_copy(update={"train": run.train.model_copy(update=ranks.from_main(settle))})
+
+
 def changed(run: Run) -> list[str]:
     """What of a run is not as the configuration in its folder says, and decides the training; read for a person."""
     before, now = load(str(run.folder / "config.yaml")).model_dump(mode="json"), run.model_dump(mode="json")
@@ -98,6 +122,7 @@ def changed(run: Run) -> list[str]:
         for key in now[section] | before[section]
         if before[section].get(key) != now[section].get(key)
         and (f"{section}.{key}" in BOUND or not {section, f"{section}.{key}"} & FREE)
+        and not (section == "train" and key in SETTLED and now[section][key] == "auto")
     ]
     if before["seed"] != now["seed"]:
         different.append(f"seed: {before['seed']} → {now['seed']}")

@@ -172,10 +172,13 @@ class Train(Section):
     """Passes over the training images."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; when given, it takes the place of `epochs`."""
-    precision: Literal["no", "fp16", "bf16"] = "no"
-    """Mixed precision of the networks; losses are always computed in float32."""
-    channels_last: bool = True
-    """Memory format of images and convolutions."""
+    precision: Literal["no", "fp16", "bf16", "auto"] = "no"
+    """Mixed precision of the networks; losses are always float32. `auto`: bf16 where the device has it in hardware."""
+    channels_last: Literal["auto"] | bool = "auto"
+    """Memory format of images and convolutions; `auto`: where it is faster, by device and precision."""
+    deterministic: Literal["warn"] | bool = False
+    """Equal runs on equal machines are equal to the last bit on CUDA too, as on a CPU: slower, and an operation that
+    cannot be ends the run; with `warn` it is only named."""
     compile: bool = False
     """torch.compile the encoder."""
     sync_batchnorm: bool = True

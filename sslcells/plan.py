@@ -92,7 +92,7 @@ class Plan:
         self.steps = run.train.steps or max(1, round(run.train.epochs * self.per_epoch))
         self.warmup = min(self.steps, round(run.optim.warmup_epochs * self.per_epoch))
         self.evaluate = max(1, round(run.evaluate.every * self.per_epoch))
-        self.memory_format = torch.channels_last if run.train.channels_last else torch.contiguous_format
+        self.memory_format = torch.channels_last if run.train.channels_last is True else torch.contiguous_format
 
     def due(self, step: int, every: int) -> bool:
         """Whether what is done every so many steps is done after `step` finished ones; after the last, all is."""

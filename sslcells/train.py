@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sslcells import __version__, checkpoint, launcher, methods, models, optim, ranks
 from sslcells.augment import Augment
-from sslcells.claim import claimed
+from sslcells.claim import claimed, settled
 from sslcells.config import ConfigError, Run
 from sslcells.data import Batch, ImageSet, holdout, reading, sampler
 from sslcells.data.describe import brief
@@ -46,6 +46,7 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
     """
     with Interrupt() as interrupt:
         start = Start()
+        run = settled(run, launcher.device_for(run))
         accelerator = launcher.accelerator(run)
         start.lap("imports and devices")
         splits = open_run(run)
@@ -310,7 +311,7 @@ def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
     learner = methods.Learner(encoder, method, frozen=run.model.freeze)
     if sync_batchnorm and run.train.sync_batchnorm:
         ranks.sync_batchnorm(learner)
-    if run.train.channels_last:
+    if run.train.channels_last is True:
         learner.to(memory_format=torch.channels_last)
     if run.train.compile:
         learner.backbone.compile()

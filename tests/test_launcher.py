@@ -13,6 +13,7 @@ from torch import nn
 
 from sslcells import launcher, ranks
 from sslcells.cli import main
+from sslcells.config import ConfigError
 from sslcells.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +236,67 @@ def test_results_do_not_depend_on_threads(tmp_path):
     a, b = (load_file(folder / "encoder.safetensors") for folder in (one, two))
     for key, value in a.items():
         torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx512f avx512_bf16\n", "bf16"),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", "bf16"),
+        ("Features\t: fp asimd i8mm bf16\n", "bf16"),
+        ("flags\t\t: fpu avx2 avx512f\n", "no"),
+        ("", "no"),
+    ],
+)
+def test_bf16_where_the_processor_has_it(flags, precision, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(flags)
+    known = launcher._processor(tmp_path / "cpuinfo")
+    assert launcher._processor(tmp_path / "none") == set()
+    monkeypatch.setattr(launcher, "_processor", lambda: known)
+    assert launcher.precision_for(torch.device("cpu")) == precision
+
+
+@pytest.fixture
+def as_before():
+    yield
+    launcher.make_deterministic(False)
+
+
+@pytest.mark.usefixtures("as_before")
+def test_deterministic(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(ConfigError, match=r"CUBLAS_WORKSPACE_CONFIG=:0:0 .* train\.deterministic=true: unset it"):
+        launcher.accelerator(tiny(tmp_path, "train.deterministic=true"))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    for asked, strict, warns in (("true", True, False), ("warn", True, True), ("false", False, False)):
+        launcher.accelerator(tiny(tmp_path, f"train.deterministic={asked}"))
+        assert torch.are_deterministic_algorithms_enabled() == torch.backends.cudnn.deterministic == strict
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warns
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # undone at the end
+
+
+@pytest.mark.usefixtures("as_before")
+def test_an_operation_that_depends_on_chance_is_named(tmp_path, monkeypatch, capsys):
+    def by_chance(*args):
+        torch.use_deterministic_algorithms(True)
+        raise RuntimeError("some_backward_cuda does not have a deterministic implementation, but you set …")
+
+    monkeypatch.setattr("sslcells.train.Training.begin", by_chance)
+    assert main("train", [*TINY, "train.deterministic=true", f"out={tmp_path}"]) == 1
+    said = capsys.readouterr().err
+    assert "some_backward_cuda" in said
+    assert "train.deterministic; warn goes on" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.usefixtures("as_before")
+def test_equal_runs_are_equal_to_the_last_bit_on_cuda(tmp_path):
+    few = ["train.deterministic=true", "train.precision=bf16", "train.steps=6", "model.backbone=test_resnet"]
+    one, two = (train(tiny(tmp_path, *few, f"name={name}")) for name in ("one", "two"))
+    a, b = (load_file(folder / "encoder.safetensors") for folder in (one, two))
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]

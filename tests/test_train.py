@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sslcells import checkpoint, losses
+from sslcells import checkpoint, launcher, losses
+from sslcells.claim import changed, settled
 from sslcells.config import ConfigError, load
 from sslcells.data import Batch
 from sslcells.interrupt import Stopped
@@ -92,7 +93,7 @@ def test_what_a_run_leaves(finished):
     encoder, spec = files.load(finished)
     assert spec["size"] == 32
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
-    assert load(str(finished / "config.yaml")) == tiny(finished.parent)
+    assert load(str(finished / "config.yaml")) == settled(tiny(finished.parent), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 6, pytest.param(13, marks=pytest.mark.slow)])
@@ -179,6 +180,22 @@ def test_another_configuration_does_not_go_on(finished):
 def test_what_does_not_change_the_training_may_change(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "quickstart")
     train(tiny(tmp_path, "log.every=1", "checkpoint.keep=5"))
+
+
+def test_what_auto_stood_for_stays_with_the_run(tmp_path, monkeypatch, capsys):
+    """Begun where bf16 is fast, gone on with where it is not: in bf16, as the folder says."""
+    monkeypatch.setattr(launcher, "precision_for", lambda device: "bf16")
+    few = ["train.precision=auto", "evaluate.pictures=false", "train.steps=2", "checkpoint.every=1"]
+    with pytest.raises(Stopped):
+        train(tiny(tmp_path, *few), signalled_in(1, signal.SIGUSR1))
+    begun = load(str(tmp_path / "quickstart" / "config.yaml")).train
+    assert (begun.precision, begun.channels_last) == ("bf16", launcher.channels_last_for(torch.device("cpu"), "bf16"))
+    monkeypatch.setattr(launcher, "precision_for", lambda device: "no")
+    assert not changed(tiny(tmp_path, *few))
+    train(tiny(tmp_path, *few))
+    assert capsys.readouterr().out.count("precision bf16") == 2
+    with pytest.raises(ConfigError, match=r"train\.precision: 'bf16' → 'no'"):
+        train(tiny(tmp_path, *few, "train.precision=no"))
 
 
 @pytest.mark.slow

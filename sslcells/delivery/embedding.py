@@ -84,7 +84,8 @@ def embed_folder(
 def _load(run: str, device: torch.device) -> Encoder:
     encoder = load_encoder(run, device)
     encoder.reader()
-    encoder.backbone.to(memory_format=torch.channels_last)
+    if launcher.channels_last_for(device, "no"):
+        encoder.backbone.to(memory_format=torch.channels_last)
     return encoder
 
 
