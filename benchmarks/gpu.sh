@@ -3,7 +3,7 @@
 # peers and FlexAttention, large batches, and a training run with its evaluation. From the checkout, in its environment:
 #
 #   bash benchmarks/gpu.sh [FOLDER]                  prints; sections for RESULTS.md and a log go to FOLDER
-#   PARTS="tests losses" bash benchmarks/gpu.sh      only some of: tests selfcheck losses large train evaluate
+#   PARTS="tests losses" bash benchmarks/gpu.sh      only some of: tests selfcheck losses augment large train evaluate
 #   PBC28=pbc28.npz bash benchmarks/gpu.sh           trains on these images instead of synthetic ones
 set -uo pipefail
 
@@ -13,7 +13,7 @@ mkdir -p "$out"
 status=0
 
 part() { # NAME SECONDS COMMAND ...
-  [[ " ${PARTS:-tests selfcheck losses large train evaluate} " == *" $1 "* ]] || return 0
+  [[ " ${PARTS:-tests selfcheck losses augment large train evaluate} " == *" $1 "* ]] || return 0
   echo "== $1"
   timeout --signal=INT --kill-after=30 "$2" "${@:3}" 2>&1 | tee -a "$out/$1.log" || status=1
 }
@@ -22,6 +22,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || exit
 part tests 300 python -m pytest -q -m gpu
 part selfcheck 120 python -m sslcells.selfcheck
 part losses 400 python benchmarks/losses.py --device cuda --repeats 5 --out "$out/RESULTS.md" --plot "$out/losses_gpu.png"
+part augment 120 python benchmarks/augment.py --device cuda --out "$out/RESULTS.md"
 part large 240 python benchmarks/large_batch.py train.precision=bf16 --device cuda --batches 256 1024 4096 --micro-batches none 256 --out "$out/RESULTS.md"
 if [[ -n ${PBC28:-} ]]; then
   images=(--config configs/simclr_pbc28.yaml "data.path=$PBC28" model.backbone=resnet18 model.stem=small)

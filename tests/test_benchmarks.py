@@ -53,6 +53,16 @@ def test_losses(tmp_path):
 
 
 @pytest.mark.slow
+def test_augment():
+    text = printed("augment.py", "--few", "--repeats", "1", "--device", "cpu")
+    noise, cost = (part for part in text.split("\n\n") if part.startswith("| px"))
+    kept = table(noise)
+    assert float(kept["49 → 48", "bilinear"][-1].lstrip("× ")) > 1.03
+    assert float(kept["49 → 48", "warp"][-1].lstrip("× ")) == pytest.approx(1, abs=0.03)
+    assert all(float(cell) >= 0 for cell in table(cost)["28 → 28", ""])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "form"), [("lightly", "nt-xent lightly"), ("pytorch_metric_learning", "pytorch-metric-learning")]
 )
