@@ -337,9 +337,18 @@ def extra(module: str, name: str, purpose: str) -> ModuleType:
 
 
 def installed(module: str, name: str, purpose: str) -> None:
-    """As `extra`, without importing the module."""
+    """As `extra`, without importing the module; for one that is no extra, `name` is empty."""
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"{purpose} needs {module}: pip install 'sslcells[{name}]'")
+        package = f"'sslcells[{name}]'" if name else module
+        raise ConfigError(f"{purpose} needs {module}: pip install {package}")
+
+
+def check_tracker(log: Log) -> None:
+    """Raise a ConfigError where what the tracker needs is not installed."""
+    if log.tracker == "wandb":
+        installed("wandb", "", "log.tracker=wandb")
+    elif log.tracker == "tensorboard" and importlib.util.find_spec("tensorboardX") is None:
+        installed("tensorboard", "tensorboard", "log.tracker=tensorboard")
 
 
 def load(file: str | None = None, overrides: Sequence[str] = ()) -> Run:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sslcells import __version__, checkpoint, launcher, methods, models, ranks, wandb_sync
 from sslcells.augment import Augment
-from sslcells.config import ConfigError, Run, load
+from sslcells.config import ConfigError, Run, installed, load
 from sslcells.data import Batch, ImageSet, holdout, open_splits
 from sslcells.evaluation import VIEWED, said_of
 from sslcells.evaluation.classifier import Said
@@ -63,6 +63,8 @@ def measured(
     run: Run, folder: Path, device: torch.device, also: Sequence[dict[str, Any]] = ()
 ) -> tuple[dict[str, Any], list[Picture]]:
     """What `evaluate` finds, prints and draws, on rank 0; nothing on the others."""
+    if run.evaluate.umap:
+        installed("umap", "umap", "evaluate.umap=true")
     names = ranks.from_main(lambda: holdout.held_out_by(folder))
     splits = holdout.as_trained(open_splits(run.data), names)
     encoder, spec = ranks.together(lambda: _encoder(folder, run, splits["train"].channels))

@@ -23,7 +23,7 @@ from accelerate.utils import (
 )
 
 from sslcells import ranks
-from sslcells.config import ConfigError, Run
+from sslcells.config import ConfigError, Run, check_tracker
 
 
 def accelerator(run: Run) -> Accelerator:
@@ -34,6 +34,7 @@ def accelerator(run: Run) -> Accelerator:
     Raises:
         ConfigError: as `start`.
     """
+    check_tracker(run.log)
     make_deterministic(run.train.deterministic)
     return start(
         run.train.device == "cpu",

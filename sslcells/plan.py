@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sslcells import checkpoint, methods, models, optim, ranks
-from sslcells.config import ConfigError, Run
+from sslcells.config import ConfigError, Run, check_tracker
 from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.describe import describe
 from sslcells.data.holdout import hold_out, says
 from sslcells.data.subset import labelled_part
 from sslcells.errors import UserError
+from sslcells.models import files
 
 SKIPPED = 40
 """Steps in a row that a loss scaler may leave out: as many halvings take it from 2¹⁶ to float16's smallest number."""
@@ -268,16 +269,19 @@ def consequences(run: Run, world: int) -> str:
     Raises:
         ConfigError: as training would.
     """
+    check_tracker(run.log)
     splits = open_run(run)
     images = splits["train"]
     plan = Plan(run, len(images), world)
     sampling = sampler.build(run.sampler, images, plan.global_batch, run.seed)
     optim.check(run.optim)
     encoder = models.build(run.model.model_copy(update={"pretrained": False}), images.channels)
-    features = models.width(encoder, images.channels, run.augment.size)
+    features = models.width(encoder, images.channels, run.augment.size, config=run.model)
+    if run.model.encoder is not None:
+        files.start_from(encoder, run.model, images.channels)
     method = methods.build(run.method, features, images)
     if method.local:
-        models.width(encoder, images.channels, method.local.size, "method.local_size")
+        models.width(encoder, images.channels, method.local.size, "method.local_size", run.model)
     check_rows(encoder, method, run, plan, images.channels)
     anchors, references = plan.batch * method.views, plan.global_batch * method.views
     negatives, where = method.negatives(plan.global_batch), "the global batch" + " and the queue" * bool(method.queued)

@@ -302,12 +302,12 @@ def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
     """Backbone and head as the configuration says, with the same first weights on every rank."""
     torch.manual_seed(run.seed)
     encoder = models.build(run.model, images.channels)
-    features = models.width(encoder, images.channels, run.augment.size)
+    features = models.width(encoder, images.channels, run.augment.size, config=run.model)
     if run.model.encoder is not None:
         files.start_from(encoder, run.model, images.channels)
     method = methods.build(run.method, features, images)
     if method.local:
-        models.width(encoder, images.channels, method.local.size, "method.local_size")
+        models.width(encoder, images.channels, method.local.size, "method.local_size", run.model)
     learner = methods.Learner(encoder, method, frozen=run.model.freeze)
     if sync_batchnorm and run.train.sync_batchnorm:
         ranks.sync_batchnorm(learner)

@@ -20,7 +20,7 @@ NONE = "none"
 """The word that leaves a field empty which may be."""
 
 
-def place(path: str | Path) -> Path:
+def place(path: str | os.PathLike[str]) -> Path:
     """A path as typed, with ~ for the home folder; where there is no such user, ~ stays as it is."""
     return Path(os.path.expanduser(path))
 

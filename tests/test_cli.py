@@ -1,13 +1,18 @@
 """The command line."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_tracking import handmade, no_credentials, standin  # noqa: F401 (fixtures; the second is for every test)
 
+from sslcells import shipped
 from sslcells.checkpoint import CheckpointError
 from sslcells.cli import main
 from sslcells.config import load
@@ -47,6 +52,82 @@ def test_changes_may_stand_on_both_sides_of_an_option(capsys, tmp_path):
             main(None, wrong)
         assert status.value.code == 2
         assert f"unrecognized arguments: {wrong[2]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.encoder=nowhere", "nowhere holds no encoder.json"),
+        ("model.encoder=~/nowhere", "home/nowhere holds no encoder.json"),
+        ("model.args={features_only: true}", "features_only=True cannot be"),
+        ("model={backbone: vit_tiny_patch16_224, args: {depth: 1}}", "model.args={depth: 1, img_size: 32} would do"),
+        ("log.tracker=tensorboard", "log.tracker=tensorboard needs tensorboard: pip install 'sslcells[tensorboard]'"),
+        ("log.tracker=wandb", "log.tracker=wandb needs wandb: pip install wandb"),
+    ],
+)
+def test_check_refuses_what_training_would(change, words, capsys, monkeypatch, tmp_path):
+    for module in ("tensorboard", "tensorboardX", "wandb"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for arguments in (["--check"], [f"out={tmp_path}"]):
+        assert main("train", [*arguments, *SMALL, change]) == 2
+        assert words in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+PATHS = [
+    ["evaluate", "~/nothing"],
+    ["export", "~/nothing"],
+    ["embed", "~/nothing", "~/images"],
+    ["search", "~/nothing", "~/image.png"],
+    ["sources", "~/nothing"],
+    ["sync", "~/nothing"],
+    ["train", "--config", "~/nothing.yaml"],
+    ["compare", "--config", "~/nothing.yaml"],
+    ["train", "data.kind=folder", "data.path=~/nothing", "--check"],
+    ["train", "data.kind=medmnist", "data.path=~/nothing", "--check"],
+    ["train", "data.kind=medmnist", "data.set=bloodmnist", "data.root=~/nothing", "--check"],
+    ["train", "data.kind=torchvision", "data.root=~/nothing", "--check"],
+    ["train", "data.kind=folder", "data.path=~", "data.sources=~/nothing", "--check"],
+]
+
+
+@pytest.mark.parametrize("argv", PATHS, ids=" ".join)
+def test_a_tilde_is_the_home_folder_in_every_path(argv, tmp_path, monkeypatch, capsys):
+    """What is not there is looked for there; nothing called ~ appears here."""
+    home, here = tmp_path / "my_home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    Image.new("RGB", (32, 32)).save(home / "cell.png")
+    looked = []
+    real = os.path.expanduser
+    monkeypatch.setattr(os.path, "expanduser", lambda path: looked.append(str(path)) or real(path))
+    with contextlib.suppress(SystemExit):
+        assert main(None, argv) == 2
+    said = capsys.readouterr().err
+    wanted = next(word for word in reversed(argv) if "~/" in word).rpartition("=")[2]
+    assert wanted in looked or f"{home}/nothing" in said, said
+    assert not list(here.iterdir())
+
+
+def test_a_tilde_in_what_is_written(tmp_path, monkeypatch, capsys):
+    home, here = tmp_path / "my_home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    assert load(None, ["out=~/runs"]).folder == home / "runs" / "quickstart"
+    assert load(None, ["out=~nobody-here/runs"]).folder == Path("~nobody-here/runs/quickstart")
+    assert main(None, ["init", "~/mine"]) == 0
+    assert (home / "mine" / "slurm").is_dir()
+    assert not list(here.iterdir())
+
+
+def test_paths_are_read_in_one_place():
+    package = Path(shipped.__file__).parent
+    named = {file.name for file in package.rglob("*.py") if ".expanduser(" in file.read_text(encoding="utf-8")}
+    assert named == {"values.py", "wandb_sync.py"}  # W&B's own files
 
 
 def test_check_says_what_micro_batches_change(capsys):

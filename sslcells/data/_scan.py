@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from sslcells.config import ConfigError, nearest
 from sslcells.storage import is_file, is_folder
+from sslcells.values import place
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
@@ -33,7 +34,7 @@ def find_root(path: str) -> Path:
     Raises:
         ConfigError: where it is none, with the nearest name that is.
     """
-    root = Path(path).expanduser()
+    root = place(path)
     if is_folder(root):
         return root
     if is_file(root):

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tifffile
 
+from sslcells import values
 from sslcells.data._decode import READER, Decoder, Header, Unreadable
 from sslcells.data._scan import OURS, Listing
 from sslcells.storage import whole
@@ -193,7 +194,7 @@ def _forget(folder: Path) -> None:
 
 def _cache() -> Path:
     given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path("~/.cache").expanduser()) / "sslcells"
+    return values.place(given or "~/.cache") / "sslcells"
 
 
 def _digest(text: str) -> str:

@@ -21,6 +21,7 @@ from sslcells.data._scan import SUFFIXES, Listing, find_root, find_splits, is_im
 from sslcells.data._sources import check_pattern, find_sources, read_table, source_ids
 from sslcells.data._verified import Looks, look
 from sslcells.storage import is_file, is_folder, patiently
+from sslcells.values import place
 
 _SHOWN = 10  # broken images in one message
 
@@ -323,7 +324,7 @@ def _sources(config: Config, root: Path, names: Sequence[str]) -> tuple[Tensor, 
 
 
 def _sources_file(given: str, root: Path) -> Path:
-    for file in (Path(given).expanduser(), root / given):
+    for file in (place(given), root / given):
         if is_file(file):
             return file
     near = nearest(Path(given).name, sorted(file.name for file in root.glob("*.csv")))

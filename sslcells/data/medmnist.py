@@ -20,6 +20,7 @@ from sslcells.data import SPLITS, ImageSet
 from sslcells.data._array import ArrayImages
 from sslcells.data.subset import Subset
 from sslcells.storage import is_file
+from sslcells.values import place
 
 _SETS = (
     "pathmnist",
@@ -161,14 +162,14 @@ def _file(config: Config) -> Path:
     """The .npz file, downloaded where it is missing and may be."""
     if config.set is not None:
         suffix = "" if config.resolution == 28 else f"_{config.resolution}"
-        file = Path(config.root).expanduser() / f"{config.set}{suffix}.npz"
+        file = place(config.root) / f"{config.set}{suffix}.npz"
         if not file.is_file() and config.download:
             _download(config.set, config.resolution, file)
         if not is_file(file):
             raise ConfigError(f"data.set={config.set!r}: there is no {file}; data.download=true fetches it")
     else:
         assert config.path is not None
-        file = Path(config.path).expanduser()
+        file = place(config.path)
         if not is_file(file):
             near = nearest(file.name, sorted(path.name for path in file.parent.glob("*.npz")))
             what = f"no such file{near}"

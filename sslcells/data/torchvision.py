@@ -1,6 +1,5 @@
 """Well-known sets as torchvision reads them: MNIST, FashionMNIST, CIFAR10, STL10."""
 
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -10,6 +9,7 @@ from torchvision import datasets
 
 from sslcells.config import ConfigError, Section, nearest
 from sslcells.data._array import ArrayImages
+from sslcells.values import place
 
 _SETS = ("MNIST", "FashionMNIST", "CIFAR10", "STL10")
 
@@ -52,7 +52,7 @@ def open_split(config: Config, split: str) -> ArrayImages | None:
     """
     if split == "val":
         return None
-    root = Path(config.root).expanduser()
+    root = place(config.root)
     part: dict[str, Any] = {"train": split == "train"}
     if config.name == "STL10":
         part = {"split": config.train if split == "train" else split}

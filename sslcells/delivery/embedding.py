@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from sslcells import launcher, ranks
-from sslcells.config import ConfigError, extra
+from sslcells.config import ConfigError, extra, installed
 from sslcells.data import DataError, Pick
 from sslcells.data.folder import FolderImages, class_of, list_images
 from sslcells.data.loader import Readable, attended, read_readable
@@ -25,6 +25,7 @@ from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, 
 from sslcells.interrupt import Interrupt, Stopped
 from sslcells.lock import Lock
 from sslcells.storage import is_file
+from sslcells.values import place
 
 SHARD = 4096
 """images; what a kill loses a rank at most"""
@@ -100,12 +101,13 @@ def _begin(
     lock: list[Lock],
 ) -> tuple[Embeddings, list[str], list[int]]:
     """Rank 0: take or find the folder of shards; returns it, the sorted images, and the shards that are missing."""
-    root = Path(images).expanduser()
+    root = place(images)
     names = list_images(root)
-    folder = Path(out).expanduser() if out is not None else find_run(run) / "embeddings" / root.resolve().name
+    folder = place(out) if out is not None else find_run(run) / "embeddings" / root.resolve().name
     if Path(os.path.realpath(folder)).is_relative_to(root.resolve()):  # resolve() raises at a link to itself
         raise ConfigError(f"--out {folder} lies in {images}, the folder of images; choose another")
     if format == "h5ad":
+        installed("anndata", "anndata", "--format h5ad")
         extra("h5py", "anndata", "--format h5ad")
         extra("pandas", "anndata", "--format h5ad")
     fresh = {

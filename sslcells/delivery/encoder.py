@@ -17,6 +17,7 @@ from sslcells.data import DataError, Decoder, Unreadable, reading
 from sslcells.data.folder import list_images, nearest_folder
 from sslcells.models import files, width
 from sslcells.storage import is_file, is_folder
+from sslcells.values import place
 
 Picture = Tensor | Image.Image
 Pictures = Picture | Sequence[Picture]
@@ -205,7 +206,7 @@ def _opened(file: str | os.PathLike[str], decoder: Decoder) -> Tensor:
 
 def _files(path: Path) -> list[Path]:
     """The image files that a path names: itself, or those below it in the order of their paths."""
-    path = path.expanduser()
+    path = place(path)
     if is_file(path):
         return [path]
     return [path / name for name in list_images(path)]
@@ -217,7 +218,7 @@ def find_run(path: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: where there is none, with the nearest name that is.
     """
-    folder = Path(path).expanduser()
+    folder = place(path)
     if folder.name in (files.SPEC, files.WEIGHTS) and is_file(folder):
         folder = folder.parent
     if not is_folder(folder):

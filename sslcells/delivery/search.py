@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslcells import launcher
-from sslcells.config import ConfigError, extra, nearest
+from sslcells.config import ConfigError, extra, installed, nearest
 from sslcells.data import Unreadable, check_pattern, find_sources, read_table, source_ids
 from sslcells.delivery.encoder import Encoder, embed, find_run, load_encoder
 from sslcells.delivery.shards import MANIFEST, Embeddings, Shard, spelt
@@ -24,6 +24,7 @@ from sslcells.evaluation.knn import neighbours
 from sslcells.evaluation.sheets import Image, found_sheet
 from sslcells.models import files
 from sslcells.storage import is_file, is_folder, whole
+from sslcells.values import place
 
 _MOST_SHOWN = 20
 """queries, and neighbours of each, on the picture"""
@@ -67,6 +68,8 @@ def search(
     """
     if k < 1:
         raise ConfigError(f"--k {k} should be at least 1")
+    if faiss:
+        installed("faiss", "faiss", "--faiss")
     embeddings = find_embeddings(target)
     embeddings.check_complete()
     ids = source_finder(sources, source_pattern)
@@ -80,7 +83,7 @@ def search(
     found = look(embeddings, rows, ids(names), k, ids, network.mean.device)
     for query, near in zip(queries, found, strict=True):
         say(f"{query}\n" + "\n".join(_lines(near)) if near else f"{query}\n  no image is left to compare it with")
-    folder = Path(out).expanduser() if out is not None else embeddings.folder / "search"
+    folder = place(out) if out is not None else embeddings.folder / "search"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_csv(folder / "neighbours.csv", queries, found)
@@ -97,7 +100,7 @@ def find_embeddings(target: str) -> Embeddings:
     Raises:
         ConfigError: where there are none, or several.
     """
-    folder = Path(target).expanduser()
+    folder = place(target)
     if is_file(folder / MANIFEST):
         return Embeddings.open(folder)
     folder = find_run(target)
@@ -119,7 +122,7 @@ def source_finder(table: str | None, pattern: str | None) -> Sources:
     """
     listed: dict[str, str] = {}
     if table is not None:
-        file = Path(table).expanduser()
+        file = place(table)
         if not is_file(file):
             near = nearest(file.name, sorted(p.name for p in file.parent.glob("*.csv")))
             raise ConfigError(f"--sources {table}: no such file{near}")
@@ -255,7 +258,7 @@ def _encoder_of(embeddings: Embeddings, given: str | None, device: torch.device)
 
 def _query(query: str, embeddings: Embeddings) -> Path:
     """The file of a query, as given or below the folder of images."""
-    path = Path(query).expanduser()
+    path = place(query)
     for file in (path, Path(embeddings.root) / query):
         if is_file(file):
             return file

@@ -28,6 +28,7 @@ from sslcells.data import DataError, Decoder, Unreadable, read_table
 from sslcells.data.folder import list_images
 from sslcells.evaluation.sheets import Image, pair_sheet
 from sslcells.storage import whole
+from sslcells.values import place
 
 TABLE, PICTURE = "sources.csv", "sources.png"
 _SIDE = 320
@@ -99,14 +100,14 @@ def sources(
     for option, value, least in (("--inliers", inliers, 4), ("--neighbours", neighbours, 1), ("--between", between, 0)):
         if value < least:
             raise ConfigError(f"{option} {value} should be at least {least}")
-    root = Path(folder)
+    root = place(folder)
     names = list_images(root)
-    table = read_table(Path(known), "path", "source") if known else None
+    table = read_table(place(known), "path", "source") if known else None
     found = group([root / name for name in names], names, inliers, neighbours, between, say)
     if not found.paths:
         path, why = found.unreadable[0]
         raise DataError(f"none of the {len(names)} images below {root} could be read, such as {path}: {why}")
-    target = Path(out or ".")
+    target = place(out or ".")
     try:
         target.mkdir(parents=True, exist_ok=True)
         whole(target / TABLE, lambda opened: opened.write(_csv(found).encode("utf-8", "surrogateescape")))

@@ -19,6 +19,26 @@ def check(config: Model, channels: int) -> None:
     for key, values in (("mean", config.mean), ("std", config.std)):
         if len(values) not in (1, channels):
             raise ConfigError(f"model.{key} has {len(values)} values; the images have {channels} channels")
+    for key, value in config.args.items():
+        if key in _FIXED and not (key in _HARMLESS and value == _HARMLESS[key]):
+            raise ConfigError(f"model.args: {key}={value!r} cannot be: {_FIXED[key]}")
+    pool = config.args.get("global_pool", "avg")
+    if not pool:
+        raise ConfigError(f"model.args: global_pool={pool!r} cannot be: {_FIXED['features_only']}")
+
+
+_FIXED = {
+    "num_classes": "the head is the method's, and a classifier's logits are no features",
+    "features_only": "an encoder gives one vector an image, not maps",
+    "out_indices": "an encoder gives one vector an image, not maps",
+    "in_chans": "the images say how many channels there are",
+    "model_name": "model.backbone names it",
+    "pretrained": "model.pretrained=true asks for timm's published weights",
+    "checkpoint_path": "model.encoder=FOLDER starts from an encoder",
+}
+"""Arguments of timm.create_model that are not the user's to give, and why."""
+_HARMLESS: dict[str, Any] = {"num_classes": 0, "features_only": False}
+"""Values of these that change nothing."""
 
 
 def normalisation(config: Model, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -76,20 +96,58 @@ def without_dropout(network: nn.Module) -> None:
 
 
 @torch.no_grad()
-def width(encoder: nn.Module, channels: int, size: int, key: str = "augment.size") -> int:
+def width(encoder: nn.Module, channels: int, size: int, key: str = "augment.size", config: Model | None = None) -> int:
     """F: how many features the encoder gives to an image of `size` pixels, which `key` says.
 
     Raises:
-        ConfigError: where the encoder does not take images of this size.
+        ConfigError: where the encoder does not take images of this size; with what would help, if `config` made it.
     """
     training = encoder.training
     try:
         features: Tensor = encoder.eval()(torch.zeros(1, channels, size, size))
     except Exception as error:  # each backbone refuses sizes in its own way
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}={size}: the backbone takes no images of {size}×{size} px: {reason}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        remedy = _remedy(config, channels, size, key) if config is not None else ""
+        raise ConfigError(
+            f"{key}={size}: the backbone takes no images of {size}×{size} px: {reason}{remedy}"
+        ) from error
     finally:
         encoder.train(training)
-    if features.ndim != 2:
-        raise ConfigError(f"the backbone gives features of shape {tuple(features.shape)}, not (N, F)")
+    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise ConfigError(f"the backbone gives features of shape {shape}, not (N, F): see model.args")
     return features.shape[1]
+
+
+def _remedy(config: Model, channels: int, size: int, key: str) -> str:
+    """Which model.args, and which size where it must be another, the backbone would take; found by trying."""
+    patch = _patch(config, channels)
+    sizes = [size] if size % patch == 0 else [size - size % patch, size - size % patch + patch]
+    for one in [*sizes, *(s for s in (size - size % 32, size - size % 32 + 32) if s not in sizes)]:
+        args: list[dict[str, Any]] = [{"img_size": one}, {"dynamic_img_size": True}]
+        for change in args if key == "augment.size" else args[1:]:  # images of two sizes need the second
+            if one > 0 and _takes(config, channels, one, change):
+                given = ", ".join(f"{k}: {str(v).lower()}" for k, v in (config.args | change).items())
+                where = "" if one == size else f"{key}={one} and "
+                patches = f" (its patches are {patch} px)" if size % patch else ""
+                return f"; {where}model.args={{{given}}} would do{patches}"
+    return ""
+
+
+def _patch(config: Model, channels: int) -> int:
+    try:
+        with torch.device("meta"):
+            made = create(config.backbone, channels, config.args)
+        return int(made.patch_embed.patch_size[0])  # type: ignore[union-attr,index]
+    except Exception:  # it has none, or calls them otherwise
+        return 1
+
+
+def _takes(config: Model, channels: int, size: int, change: dict[str, Any]) -> bool:
+    """Whether the backbone with these arguments takes such images; nothing is computed."""
+    try:
+        with torch.device("meta"):
+            out = create(config.backbone, channels, config.args | change).eval()(torch.zeros(1, channels, size, size))
+    except Exception:  # each backbone refuses in its own way
+        return False
+    return isinstance(out, Tensor) and out.ndim == 2

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sslcells.config import ConfigError, Model
 from sslcells.models import create, normalisation, small_stem
 from sslcells.storage import denied, is_file, json_text, whole
+from sslcells.values import place
 
 WEIGHTS, SPEC = "encoder.safetensors", "encoder.json"
 
@@ -81,8 +82,11 @@ def start_from(encoder: nn.Module, config: Model, channels: int) -> None:
     Raises:
         ConfigError: where the folder holds no encoder, or that of another network.
     """
-    folder = Path(str(config.encoder))
-    loaded, spec = load(folder)
+    folder = place(str(config.encoder))
+    try:
+        loaded, spec = load(folder)
+    except ConfigError as error:
+        raise ConfigError(f"model.encoder={config.encoder}: {error}") from error
     made = spec["timm"]
     now = {"model_name": config.backbone, "in_chans": channels, "num_classes": 0, **config.args}
     wrong = [f"model.backbone={config.backbone!r}, but it is a {made['model_name']}"]

@@ -37,6 +37,11 @@ def test_small_stem_keeps_the_resolution():
         ({"backbone": "resnet81"}, "did you mean resnet"),
         ({"backbone": "resnet18", "args": {"widthh": 3}}, "widthh"),
         ({"backbone": "test_vit", "stem": "small"}, "stem=small"),
+        ({"args": {"features_only": True}}, "features_only=True cannot be: an encoder gives one vector an image"),
+        ({"args": {"num_classes": 10}}, "num_classes=10 cannot be: the head is the method's"),
+        ({"args": {"global_pool": ""}}, "global_pool='' cannot be: an encoder gives one vector"),
+        ({"args": {"in_chans": 3}}, "in_chans=3 cannot be: the images say"),
+        ({"args": {"checkpoint_path": "x"}}, "checkpoint_path='x' cannot be: model.encoder=FOLDER"),
         ({"mean": (0.1, 0.2)}, "model.mean has 2 values; the images have 3 channels"),
     ],
 )
@@ -52,6 +57,38 @@ def test_unreachable_weights_are_a_clear_error(monkeypatch):
     monkeypatch.setattr(timm, "create_model", refuse)
     with pytest.raises(ConfigError, match=r"published weights cannot be had: no route to the hub$"):
         models.build(Model(backbone="resnet18", pretrained=True), 3)
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+def test_an_encoder_that_gives_no_vectors_is_told(backbone):
+    """Whatever else timm's arguments may do to what comes out."""
+    with pytest.raises(ConfigError, match=r"features of shape list, not \(N, F\): see model.args"):
+        models.width(models.create("test_resnet", 3, {"features_only": True}), 3, 48)
+    with pytest.raises(ConfigError, match=r"features of shape \(1, .*\), not \(N, F\): see model.args"):
+        models.width(
+            models.create(backbone, 3, {"global_pool": ""}), 3, timm.get_pretrained_cfg(backbone).input_size[1]
+        )
+
+
+@pytest.mark.parametrize(
+    ("size", "key", "args", "remedy"),
+    [
+        (96, "augment.size", {"drop_rate": 0.1}, "model.args={depth: 1, drop_rate: 0.1, img_size: 96} would do"),
+        (
+            100,
+            "augment.size",
+            {},
+            "augment.size=96 and model.args={depth: 1, img_size: 96} would do (its patches are 16 px)",
+        ),
+        (48, "method.local_size", {}, "model.args={depth: 1, dynamic_img_size: true} would do"),
+    ],
+)
+def test_what_would_make_a_size_fit_is_said(size, key, args, remedy):
+    config = Model(backbone="vit_tiny_patch16_224", args={"depth": 1, **args})
+    with pytest.raises(ConfigError) as error:
+        models.width(models.build(config, 3), 3, size, key, config)
+    assert f"{key}={size}: the backbone takes no images of" in str(error.value)
+    assert f"; {remedy}" in str(error.value)
 
 
 def test_a_size_that_the_backbone_does_not_take():
