@@ -6,23 +6,26 @@
 A variant is a string of overrides, put after those of all; `--config FILE` in it takes the place of the common one.
 Each run is `python -m sslcells.train` and then `python -m sslcells.evaluate`, which a classifier's own predictions take
 the place of, in a folder that stays: what was measured before is not run again, and a run that was cut off goes on.
+
+Variants are compared on val, or on what training held out in its place. When one is chosen, the same command with
+`--report-test NAME` asks its runs about test, once: what was asked before is read from FOLDER/NAME_SEED.test.json.
 """
 
 import argparse
 import json
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from _measure import append, markdown, section
 
-from sslcells.config import load
-from sslcells.evaluation.classifier import FILE, read_predictions
+from sslcells.evaluation.classifier import predictions_file, read_predictions
 
 TASKS = {"kNN": "k = 20, weighted", "linear probe": "", "retrieval": ""}
 FIGURES = {
@@ -38,38 +41,48 @@ CLASSIFIER = {"accuracy": "top1", "balanced accuracy": "balanced", "loss": "loss
 
 
 def measure(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Train and evaluate a run in folder/name unless that was done; what was found, and seconds.
+    """Train a run in folder/name and ask it about val unless that was done; what was found, and seconds.
 
     `figures` by unit (image, source), and `asked`, the split they are of.
     """
-    predictions, result = folder / name / FILE, folder / name / "evaluation.json"
-    log, took = folder / f"{name}.log", folder / f"{name}.seconds"
+    took, run = folder / f"{name}.seconds", folder / name
     config, plain = split_config(overrides)
-    if not result.is_file() and not predictions.is_file():
+    if not (folder / f"{name}.val.json").is_file() and not (run / predictions_file("val")).is_file():
         began = time.monotonic()
-        train = [*config, *plain, f"name={name}", f"out={folder}"]
-        with log.open("a", encoding="utf-8") as file:
-            for module, arguments in (("train", train), ("evaluate", [str(folder / name)])):
-                if module == "evaluate" and predictions.is_file():
-                    break
-                command = [sys.executable, "-m", f"sslcells.{module}", *arguments]
-                if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode:
-                    raise SystemExit(f"{shlex.join(command)}\n{log.read_text(encoding='utf-8')[-2000:]}")
+        call(folder, name, "train", *config, *plain, f"name={name}", f"out={folder}")
+        if not (run / predictions_file("val")).is_file():
+            ask(folder, name, "val")
         before = float(took.read_text(encoding="ascii")) if took.is_file() else 0.0
         took.write_text(str(before + time.monotonic() - began), encoding="ascii")
-    seconds = float(took.read_text(encoding="ascii"))
-    if predictions.is_file():
-        said = read_predictions(folder / name).figures()
+    return found(folder, name, "val") | {"seconds": float(took.read_text(encoding="ascii"))}
+
+
+def ask(folder: Path, name: str, split: str) -> dict[str, Any]:
+    """Evaluate a run on a split unless that was done, and keep what was found beside it."""
+    kept = folder / f"{name}.{split}.json"
+    if not kept.is_file():
+        call(folder, name, "evaluate", str(folder / name), f"evaluate.split={split}")
+        shutil.copy(folder / name / "evaluation.json", kept)
+    return found(folder, name, split)
+
+
+def call(folder: Path, name: str, module: str, *arguments: str) -> None:
+    """Run a module of sslcells, its output in folder/name.log."""
+    command, log = [sys.executable, "-m", f"sslcells.{module}", *arguments], folder / f"{name}.log"
+    with log.open("a", encoding="utf-8") as file:
+        if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode:
+            raise SystemExit(f"{shlex.join(command)}\n{log.read_text(encoding='utf-8')[-2000:]}")
+
+
+def found(folder: Path, name: str, split: str) -> dict[str, Any]:
+    """`figures` and `asked` of a run that was asked about a split."""
+    if (folder / name / predictions_file(split)).is_file():
+        said = read_predictions(folder / name, split).figures()
         shown = {column: said[key] * (1 if key == "loss" else 100) for column, key in CLASSIFIER.items()}
-        return {
-            "figures": {"image": shown},
-            "asked": load(str(folder / name / "config.yaml")).evaluate.split,
-            "seconds": seconds,
-        }
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    units = sorted({row["unit"] for row in found["figures"]})
-    by_unit = {unit: figures(found, unit) for unit in units}
-    return {"figures": by_unit, "asked": found["asked"], "seconds": seconds}
+        return {"figures": {"image": shown}, "asked": split}
+    result: dict[str, Any] = json.loads((folder / f"{name}.{split}.json").read_text(encoding="utf-8"))
+    units = sorted({row["unit"] for row in result["figures"]})
+    return {"figures": {unit: figures(result, unit) for unit in units}, "asked": result["asked"]}
 
 
 def split_config(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -87,13 +100,13 @@ def split_config(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def figures(result: dict[str, Any], unit: str) -> dict[str, float]:
     """The columns of one run, per image or per source."""
-    found = {}
+    columns = {}
     for column, (task, metric) in FIGURES.items():
         rows = [r for r in result["figures"] if r["task"] == task and r["unit"] == unit]
         for row in rows:
             if TASKS[task] in ("", row["name"]) and row["scores"][metric]["value"] is not None:
-                found[column] = 100 * row["scores"][metric]["value"]
-    return found | {key: result["health"][result["asked"]][key] for key in HEALTH}
+                columns[column] = 100 * row["scores"][metric]["value"]
+    return columns | {key: result["health"][result["asked"] or "train"][key] for key in HEALTH}
 
 
 def spread(values: Sequence[float]) -> str:
@@ -113,15 +126,34 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--names", nargs="+", metavar="NAME", help="of the variants, in their order")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--folder", type=Path, required=True, help="of the runs")
+    chosen = "variants, chosen on val, that are asked about test too, once"
+    parser.add_argument("--report-test", nargs="+", default=[], metavar="NAME", help=chosen)
     parser.add_argument("--title", default="Variants")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also append the section to this file")
     return parser.parse_intermixed_args()
+
+
+def table(results: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """A line for each variant and way to count: mean and deviation over the seeds, and seconds a run if known."""
+    first = next(iter(results.values()))
+    shown = dict.fromkeys(key for each in results.values() for result in each for key in result["figures"]["image"])
+    timed = ["seconds a run"] * ("seconds" in first[0])
+    rows = []
+    for name, runs in results.items():
+        for unit in first[0]["figures"]:
+            each = [run["figures"][unit] for run in runs]
+            cells = [spread([f[c] for f in each if c in f]) for c in shown]
+            cells += [f"{statistics.mean(run['seconds'] for run in runs):.0f}" for _ in timed]
+            rows.append([name, unit, *cells])
+    return markdown(["variant", "per", *shown, *timed], rows)
 
 
 def main() -> None:
     """Run what is missing, print the table, and write what was asked for."""
     args = arguments()
     names = args.names or [f"variant{i}" for i in range(len(args.variants))]
+    if unknown := sorted({*args.report_test} - {*names}):
+        raise SystemExit(f"--report-test {' '.join(unknown)}: no such variant; there are {' '.join(names)}")
     args.folder.mkdir(parents=True, exist_ok=True)
     common = [*(["--config", args.config] if args.config else []), *args.overrides]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -130,19 +162,14 @@ def main() -> None:
             overrides = [*common, *shlex.split(variant), f"seed={seed}"]
             results[name].append(measure(args.folder, f"{name}_{seed}", overrides))
             print(name, seed, results[name][-1]["figures"]["image"], file=sys.stderr, flush=True)
-    units = list(results[names[0]][0]["figures"])
-    shown = dict.fromkeys(key for each in results.values() for result in each for key in result["figures"]["image"])
-    columns = ["variant", "per", *shown, "seconds a run"]
-    rows = []
-    for name in names:
-        for unit in units:
-            each = [result["figures"][unit] for result in results[name]]
-            cells = [spread([f[c] for f in each if c in f]) for c in columns[2:-1]]
-            rows.append([name, unit, *cells, f"{statistics.mean(r['seconds'] for r in results[name]):.0f}"])
     asked, seeds = results[names[0]][0]["asked"], ", ".join(map(str, args.seeds))
-    notes = f"Of the {asked} split, in %; mean ± standard deviation over seeds {seeds}."
+    notes = f"Of {asked or 'train'}, in %; mean ± standard deviation over seeds {seeds}."
     variants = "\n".join(f"- {name}: `{variant}`" for name, variant in zip(names, args.variants, strict=True))
-    text = section(args.title, "cpu", notes, [markdown(columns, rows), variants])
+    parts = [table(results), variants]
+    if args.report_test:
+        test = {n: [ask(args.folder, f"{n}_{seed}", "test") for seed in args.seeds] for n in args.report_test}
+        parts += ["Of test, asked once, for what was chosen on val:", table(test)]
+    text = section(args.title, "cpu", notes, parts)
     print(text)
     if args.out:
         append(text, args.out)

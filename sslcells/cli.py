@@ -47,7 +47,8 @@ Embed every image below a folder: shards of path, id, vector, label. Killed at a
 _EVALUATE = """\
 Measure a finished run: leaks first, then kNN, linear probe, few-shot, retrieval, clustering, figures without labels;
 and on request fine-tuning.
-Printed, written to RUN/evaluation.json, and with pictures to RUN/report.html.
+Printed, written to RUN/evaluation.json, and with pictures to RUN/report.html. It asks test, which training did not
+read; evaluate.split=val is for choosing between runs.
 
   sslcells evaluate runs/my_cells
   sslcells evaluate runs/my_cells data.sources=sources.csv evaluate.split=val

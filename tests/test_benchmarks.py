@@ -103,9 +103,14 @@ def test_variants(tmp_path):
     assert list(rows) == [("1a", "image"), ("1b", "image")]
     for cells in rows.values():
         assert all("±" in cell for cell in cells[:-1])
+    assert "Of val, in %" in text
+    assert not list(tmp_path.glob("*.test.json"))
     logged = (tmp_path / "1a_0.log").stat().st_size
     assert table(printed("variants.py", *common, "method.temperature=0.1", "method.temperature=0.5")) == rows
     assert (tmp_path / "1a_0.log").stat().st_size == logged  # nothing was run again
+    chosen = printed("variants.py", "--report-test", "1b", *common, "method.temperature=0.1", "method.temperature=0.5")
+    assert list(table(chosen.split("Of test, asked once")[1])) == [("1b", "image")]
+    assert sorted(path.name for path in tmp_path.glob("*.test.json")) == ["1b_0.test.json", "1b_1.test.json"]
     supervised = ["method.name=supervised", "method.name=supervised method.loss=focal"]
     classes = table(printed("variants.py", *common[:-4], "--names", "1c", "1d", "--variants", *supervised))
     assert all(len(cells) == 4 for cells in classes.values())
