@@ -105,6 +105,8 @@ class Training:
         precision, negatives = self._accelerator.mixed_precision, self._method.negatives(plan.global_batch)
         log.say(f"sslcells {__version__}  {plan.headline(self._device, precision, negatives)}")
         log.say(holdout.says(self._splits, run.evaluate.holdout))
+        if run.model.encoder and (warning := holdout.seen_before(self._splits, Path(run.model.encoder))):
+            log.say(warning)
         log.say(f"{run.folder}: {f'goes on after step {self.step}' if self.step else f'{plan.steps} steps'}")
         log.say(brief(self._splits))
         self._start = start

@@ -111,6 +111,24 @@ def held_out_by(folder: Path) -> list[str]:
     return names
 
 
+def seen_before(splits: Mapping[str, ImageSet], encoder: Path) -> str:
+    """A warning where the run that the encoder comes from trained on images that are held out here; else nothing.
+
+    It is one where that run held out others of the same images: with other sources, or another evaluate.holdout.
+    """
+    val, theirs = splits.get("val"), set(held_out_by(encoder))
+    if val is None or not val.about:
+        return ""
+    ours = {val.name(i) for i in range(len(val))}
+    train = splits["train"]
+    if ours <= theirs or not theirs & (ours | {train.name(i) for i in range(len(train))}):
+        return ""
+    return (
+        f"warning: {len(ours - theirs)} of the {len(ours)} images held out were trained on by the run of model.encoder="
+        f"{encoder}, which held out others: the figures while it trains flatter"
+    )
+
+
 def as_trained(splits: Mapping[str, ImageSet], names: list[str]) -> dict[str, ImageSet]:
     """The splits, with the images of train that a run held out, by their names, as val, where there is no val."""
     train, names_held = splits["train"], set(names)

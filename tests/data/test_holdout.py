@@ -119,6 +119,17 @@ def test_what_was_held_out_is_found_again_by_name_whatever_the_sources_are(tmp_p
     assert holdout.as_trained(other, ["another"]) == other
 
 
+def test_images_that_the_encoder_was_trained_on_are_told(tmp_path):
+    train = photographs()
+    splits = hold_out({"train": train}, 0.2)
+    assert holdout.seen_before(splits, tmp_path) == "", "nothing is known of it"
+    holdout.note(tmp_path, splits, goes_on=False)
+    assert holdout.seen_before(splits, tmp_path) == ""
+    train.sources = torch.arange(len(train))
+    other = hold_out({"train": train}, 0.2)
+    assert re.match(r"warning: \d+ of the \d+ images held out were trained on", holdout.seen_before(other, tmp_path))
+
+
 def test_a_run_goes_on_only_with_the_images_that_it_held_out(tmp_path):
     splits = hold_out({"train": photographs()}, 0.2)
     holdout.note(tmp_path, splits, goes_on=False)
