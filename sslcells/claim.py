@@ -1,7 +1,7 @@
 """The run's folder: made or found, one job's at a time, with the reason in it why the last start ended."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 
 from sslcells import checkpoint, launcher, ranks
 from sslcells.config import ConfigError, Run, dump, load
+from sslcells.data import ImageSet, listing
 from sslcells.interrupt import Stopped
 from sslcells.lock import Lock
 from sslcells.plan import TrainingError
@@ -19,7 +20,7 @@ STOPPED = "stopped.txt"
 
 
 @contextmanager
-def claimed(run: Run) -> Iterator["Claim"]:
+def claimed(run: Run, images: ImageSet) -> Iterator["Claim"]:
     """The run's folder, from its making or finding to the run's end; no other job has it meanwhile.
 
     An error that leaves the run is told to the other ranks, and written to `stopped.txt` unless another start may do
@@ -32,7 +33,7 @@ def claimed(run: Run) -> Iterator["Claim"]:
     claim = Claim()
     try:
         with ranks.parting():
-            claim.whole = ranks.from_main(lambda: _take(run, claim))
+            claim.whole = ranks.from_main(lambda: _take(run, images, claim))
             claim.ours = True
             yield claim
     except (Stopped, KeyboardInterrupt, ranks.Lost):
@@ -64,7 +65,7 @@ class Claim:
             raise TrainingError(f"the run's folder was taken by {self.lock.lost}: two jobs must not share one")
 
 
-def _take(run: Run, claim: Claim) -> Path | None:
+def _take(run: Run, images: ImageSet, claim: Claim) -> Path | None:
     """Make the run's folder, or find it; returns the whole checkpoint to go on from, if any."""
     try:
         (run.folder / "plots").mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,9 @@ def _take(run: Run, claim: Claim) -> Path | None:
     if whole is not None and run.resume == "never":
         raise ConfigError(f"{run.folder} holds {whole.name} and resume=never; choose another name=")
     if whole is not None:
-        _same_run(run)
+        _same_run(run, images)
+    if whole is None or not listing.noted(run.folder):
+        listing.note(run.folder, images)
     (run.folder / "config.yaml").write_text(dump(run), encoding="utf-8")
     return whole
 
@@ -112,8 +115,11 @@ def settled(run: Run, device: torch.device) -> Run:
     return run.model_copy(update={"train": run.train.model_copy(update=ranks.from_main(settle))})
 
 
-def changed(run: Run) -> list[str]:
-    """What of a run is not as the configuration in its folder says, and decides the training; read for a person."""
+def changed(run: Run, free: Collection[str] = ()) -> list[str]:
+    """What of a run is not as the configuration in its folder says, and decides the training; read for a person.
+
+    `free` may change too.
+    """
     before, now = load(str(run.folder / "config.yaml")).model_dump(mode="json"), run.model_dump(mode="json")
     different = [
         f"{section}.{key}: {before[section].get(key)!r} → {now[section].get(key)!r}"
@@ -121,7 +127,7 @@ def changed(run: Run) -> list[str]:
         if isinstance(now[section], dict)
         for key in now[section] | before[section]
         if before[section].get(key) != now[section].get(key)
-        and (f"{section}.{key}" in BOUND or not {section, f"{section}.{key}"} & FREE)
+        and (f"{section}.{key}" in BOUND or not {section, f"{section}.{key}"} & {*FREE, *free})
         and not (section == "train" and key in SETTLED and now[section][key] == "auto")
     ]
     if before["seed"] != now["seed"]:
@@ -129,10 +135,19 @@ def changed(run: Run) -> list[str]:
     return different
 
 
-def _same_run(run: Run) -> None:
-    """Raise a ConfigError unless the folder's configuration decides the same training."""
-    if different := changed(run):
+def _same_run(run: Run, images: ImageSet) -> None:
+    """Raise a ConfigError unless the folder's configuration decides the same training, of the same images.
+
+    Where these lie may change, as it does where each job copies them to a place of its own.
+    """
+    noted = listing.noted(run.folder)
+    if different := changed(run, listing.PATHS if noted else ()):
         raise ConfigError(
             f"{run.folder} holds a run with another configuration ({'; '.join(different)}); choose another name=, "
             f"or go on with the one it has: --config {run.folder / 'config.yaml'}"
+        )
+    if noted and (different := listing.differences(run.folder, images)):
+        raise ConfigError(
+            f"{run.folder} holds a run of other images: {'; '.join(different)}. Give it the images that it had, or "
+            f"choose another name="
         )

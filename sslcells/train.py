@@ -52,7 +52,7 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
         splits = open_run(run)
         start.lap("data")
         plan = Plan(run, len(splits["train"]), ranks.world())
-        with claimed(run) as claim:
+        with claimed(run, splits["train"]) as claim:
             training = Training(run, plan, splits, accelerator, watch)
             start.lap("building")
             training.begin(claim.whole, start)

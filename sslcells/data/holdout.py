@@ -13,7 +13,7 @@ from sslcells.config import ConfigError
 from sslcells.data import ImageSet
 from sslcells.data.sampler import permutation
 from sslcells.data.subset import Subset
-from sslcells.storage import is_file, whole
+from sslcells.storage import is_file, json_text, whole
 
 FILE = "held_out.json"
 """In a run's folder: the names of the images that it held out."""
@@ -100,8 +100,7 @@ def note(folder: Path, splits: Mapping[str, ImageSet], goes_on: bool) -> None:
             f"are not the same ones: evaluate.holdout, labels or sources changed; choose another name="
         )
     if not goes_on:
-        text = json.dumps(names)  # a name may hold anything, a line's end too
-        whole(folder / FILE, lambda opened: opened.write(text.encode("ascii")))
+        whole(folder / FILE, lambda opened: opened.write(json_text(names).encode()))
 
 
 def held_out_by(folder: Path) -> list[str]:

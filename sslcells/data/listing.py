@@ -1,0 +1,83 @@
+"""The images that a run learns from, written down in its folder: it goes on with the same ones, wherever they lie."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sslcells.config import ConfigError
+from sslcells.data import ImageSet
+from sslcells.storage import is_file, json_text, whole
+
+FILE = "trained_on.json.gz"
+"""In a run's folder: names, labels and sources of the images that it learns from, and the names of the classes."""
+PATHS = {"data.path", "data.root", "data.sources"}
+"""Where they lie, and their table of sources: may change when a run goes on, as the images themselves are compared."""
+
+
+def note(folder: Path, images: ImageSet) -> None:
+    """Write down the images of a run's train split."""
+    content = gzip.compress(json_text(_listed(images)).encode(), compresslevel=1, mtime=0)
+    whole(folder / FILE, lambda file: file.write(content))
+
+
+def noted(folder: Path) -> bool:
+    """Whether they are written down: earlier versions did not."""
+    return is_file(folder / FILE)
+
+
+def differences(folder: Path, images: ImageSet) -> list[str]:
+    """How the images of train differ from those that are written down, for a person; nothing where they are the same.
+
+    Raises:
+        ConfigError: where what is written down cannot be read.
+    """
+    try:
+        before = json.loads(gzip.decompress((folder / FILE).read_bytes()))
+        now = json.loads(json_text(_listed(images)))
+        return _differ(before, now)
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+        raise ConfigError(f"{folder / FILE} cannot be read: {error}; choose another name=") from None
+
+
+def _listed(images: ImageSet) -> dict[str, Any]:
+    labels = images.labels if images.targets is None else images.targets
+    return {
+        "classes": list(images.classes),
+        "names": [images.name(i) for i in range(len(images))],
+        "labels": labels.tolist(),
+        "sources": images.sources.tolist(),
+    }
+
+
+def _differ(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    if before == now:
+        return []
+    then, names = before["names"], now["names"]
+    if set(then) != set(names) or len(then) != len(names):
+        counts = f"it learned from {len(then)} images and would go on with {len(names)}"
+        new, gone = _without(names, then), _without(then, names)
+        return [
+            "; ".join([counts, *_some(new, "new, such as"), *_some(gone, "no longer there, such as")]),
+        ]
+    if then != names:
+        first = next(i for i, pair in enumerate(zip(then, names, strict=True)) if pair[0] != pair[1])
+        return [f"its images come in another order: image {first} was {then[first]}, now {names[first]}"]
+    if before["classes"] != now["classes"]:
+        return [f"its classes were {', '.join(before['classes'])}; now {', '.join(now['classes'])}"]
+    out = []
+    for what, key in (("label", "labels"), ("source", "sources")):
+        other = [name for name, a, b in zip(names, before[key], now[key], strict=True) if a != b]
+        out += _some(other, f"of {len(names)} images have another {what}, such as")
+    return out
+
+
+def _without(these: Sequence[str], those: Sequence[str]) -> list[str]:
+    known = set(those)
+    return [name for name in these if name not in known]
+
+
+def _some(names: Sequence[str], what: str) -> list[str]:
+    return [f"{len(names)} {what} {names[0]}"] if names else []
