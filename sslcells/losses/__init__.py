@@ -1,6 +1,6 @@
 """The losses over the global batch, for this framework's loop and for anyone's own."""
 
-from sslcells.losses._rows import row_std, unit
+from sslcells.losses._rows import row_std, sound, unit
 from sslcells.losses.contrastive import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
 from sslcells.losses.moco import MoCoLoss
 from sslcells.losses.pairs import BatchAllTripletLoss, PairLoss
@@ -20,6 +20,7 @@ __all__ = [
     "SupConLoss",
     "VICRegLoss",
     "row_std",
+    "sound",
     "unit",
     "whole_ids",
     "whole_rows",

@@ -10,10 +10,39 @@ from sslcells import ranks
 
 
 def unit(z: Tensor) -> Tensor:
-    """Rows of length 1 in float32 (float64 stays): (N, D) → (N, D). A zero row stays zero, with a finite gradient."""
+    """Rows of length 1 in float32 (float64 stays): (N, D) → (N, D), of any norm.
+
+    A zero row stays zero, with a finite gradient, and so does one of subnormal numbers alone; a row that is not finite
+    holds a NaN.
+    """
     z = z if z.dtype == torch.float64 else z.float()
+    z = z / _magnitude(z)
     norm = z.norm(dim=1, keepdim=True)
-    return z / torch.where(norm > 0, norm, 1.0)
+    return z / torch.where(norm == 0, 1.0, norm)
+
+
+def _magnitude(z: Tensor) -> Tensor:
+    """The power of two below each row's largest number: (N, D) → (N, 1); 1 for a row of zeros.
+
+    Dividing by it is exact, and keeps the squares of very large and very small rows within the numbers' range.
+    """
+    limits, double = torch.finfo(z.dtype), z.dtype == torch.float64
+    largest = z.detach().abs().amax(1, keepdim=True)
+    exponent = largest.view(torch.int64).bitwise_and(0x7FF << 52) if double else largest.view(torch.int32) & 0x7F800000
+    power = exponent.view(z.dtype).clamp_max(1 / limits.tiny)
+    return torch.where(power == 0, 1.0, power)
+
+
+def sound(z: Tensor) -> Tensor:
+    """1, or NaN where a number of z is not finite: a factor of a loss that changes no bit of it and of its gradient.
+
+    Comparisons, which mining and hinges are made of, skip NaN: without it such a loss is finite, or 0, on rows that
+    are not. No device is waited for.
+    """
+    if not z.numel():
+        return z.new_ones(())
+    low, high = z.detach().aminmax()  # both are NaN where any number is
+    return 1 + 0 * low + 0 * high
 
 
 def row_std(z: Tensor) -> Tensor:

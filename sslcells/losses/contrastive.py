@@ -30,6 +30,7 @@ from sslcells.losses._rows import (
     gather_groups,
     gather_rows,
     log1p_exp,
+    sound,
     unit,
 )
 from sslcells.losses.engine import Precision, row_sums, weighted_rows
@@ -74,10 +75,13 @@ class _ContrastiveLoss(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """τ; a learned one is kept within 0.003..100."""
+        """τ; a learned one is kept within 0.003..100, and is NaN where what was learned is."""
         if self.log_inv_t is None:
             return self._temperature
-        return min(100.0, max(0.003, math.exp(-self.log_inv_t.item())))
+        log_t = -self.log_inv_t.item()
+        if not math.isfinite(log_t):
+            return math.nan
+        return min(100.0, max(0.003, math.exp(min(log_t, 10.0))))
 
     def _scales(self) -> Sequence[float]:
         """Factors of 1/τ at which the row sums are wanted."""
@@ -110,6 +114,7 @@ class _ContrastiveLoss(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             loss: Tensor
             loss, positive_cosine, top1 = _Contrast.apply(rows, self.log_inv_t, batch, task)
+            loss = loss * sound(batch.refs)
             reference_cosine = (rows.detach() @ batch.refs.sum(0) - 1).mean() / max(1, len(batch.refs) - 1)
         self.stats = {"positive_cosine": positive_cosine, "reference_cosine": reference_cosine, "top1": top1}
         if self.log_inv_t is not None:
@@ -256,7 +261,7 @@ class _Contrast(torch.autograd.Function):
             tiny = torch.finfo(refs.dtype).tiny
             logs = [s.clamp_min(tiny).log() + t for s, t in zip(sums, inv_ts, strict=True)]
             loss = torch.where(known[batch.own], task.row_loss(logs, positive), 0.0).sum()
-        if rows.requires_grad:
+        if any(ctx.needs_input_grad):
             by = torch.autograd.grad(loss, [*sums, positive])
             ctx.save_for_backward(refs, ranks.gather(torch.stack(by, 1)), scale)
             ctx.rest = batch.offset, batch.rows, task, inv_ts

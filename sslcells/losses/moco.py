@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from sslcells import ranks
 from sslcells.losses import torch_engine
-from sslcells.losses._rows import check_ids, gather_rows, unit
+from sslcells.losses._rows import check_ids, gather_rows, sound, unit
 
 
 class MoCoLoss(nn.Module):
@@ -69,7 +69,7 @@ class MoCoLoss(nn.Module):
             loss: Tensor
             loss, accuracy, similarity = _InfoNCE.apply(unit(q), keys, batch.offset, 1 / self.temperature, ids)
         self.stats = {"accuracy": accuracy, "positive_similarity": similarity}
-        return loss
+        return loss * sound(keys)
 
 
 class _InfoNCE(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sslcells import ranks
-from sslcells.losses._rows import gather_groups
+from sslcells.losses._rows import gather_groups, sound
 from sslcells.losses.triplet import Distance
 
 _TILE = 2**21
@@ -49,7 +49,7 @@ class _AllPairsLoss(nn.Module, ABC):
             loss: Tensor
             loss, totals = _AllPairs.apply(rows, batch.refs, batch.own, group, sources, self)
         self.stats = self._figures(totals)
-        return loss
+        return loss * sound(batch.refs)
 
     @abstractmethod
     def terms(self, distance: Tensor, positive: Tensor, negative: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sslcells import ranks
-from sslcells.losses._rows import Gathered, gather_groups, log1p_exp
+from sslcells.losses._rows import Gathered, gather_groups, log1p_exp, sound
 from sslcells.losses.engine import MiningPrecision, hardest
 from sslcells.losses.torch_engine import ranked_negative
 
@@ -81,7 +81,7 @@ class BatchHardTripletLoss(nn.Module):
             loss: Tensor
             loss, active, to_positive, to_negative = _Triplets.apply(rows, batch, chosen, self._anchor_loss)
         self.stats = {"active": active, "positive_distance": to_positive, "negative_distance": to_negative}
-        return loss
+        return loss * sound(batch.refs)
 
     def _anchor_loss(self, rows: Tensor, positives: Tensor, negatives: Tensor) -> tuple[Tensor, ...]:
         """(T, D) each → of each triplet the loss, whether it is active, and the two distances, (T,) each."""

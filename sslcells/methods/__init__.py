@@ -125,6 +125,8 @@ class Learner(nn.Module):
     def __init__(self, backbone: nn.Module, method: Method, frozen: bool = False) -> None:
         super().__init__()
         self.backbone, self.method, self._frozen = backbone, method, frozen
+        # What a method keeps, such as a queue, is the same on every rank: DDP need not send it at every forward pass.
+        self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name, _ in method.named_buffers(recurse=False)]
         backbone.requires_grad_(not frozen)
         has = method.momentum is not None
         self.teacher = Teacher(backbone, method.get_submodule(method.taught)) if has else None

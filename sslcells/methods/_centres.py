@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslcells import ranks
 from sslcells.data import Batch, ImageSet
-from sslcells.losses import whole_ids, whole_rows
+from sslcells.losses import sound, whole_ids, whole_rows
 from sslcells.methods._embedding import Embedding, Head, check_labels
 
 
@@ -33,20 +33,25 @@ class CentreMethod(Embedding):
         known, label = _known(batch.label.repeat(self.views))
         total = ranks.gather(known.sum()[None]).sum()
         if not len(label):
-            return 0 * rows.sum(), {"top1": torch.ones_like(total, dtype=torch.float32)}
+            return (0 * rows).sum(), {"top1": torch.ones_like(total, dtype=torch.float32)}
         with torch.autocast(rows.device.type, enabled=False):
+            whole = sound(rows)  # an unlabelled row that is not finite is a fault too
             rows = rows.float()[known]
-            mean: Tensor = self._loss(rows, label)
+            mean: Tensor = self._loss(rows, label) * whole
             with torch.no_grad():
                 right = self._loss.get_logits(rows).argmax(1) == label
         # The mean over ranks of own sum × world / all is the mean over the global batch.
         return mean * len(label) * ranks.world() / total, {"top1": right.float().mean()}
 
 
-def whole_batch(rows: Tensor, batch: Batch, views: int) -> tuple[Tensor, Tensor]:
-    """Labelled rows (N, D) of the global batch, with the gradient of `whole_rows`, and their labels (N,)."""
+def whole_batch(rows: Tensor, batch: Batch, views: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Labelled rows (N, D) of the global batch, with the gradient of `whole_rows`, and their labels (N,).
+
+    The third is a factor of the loss: NaN where any row is not finite, labelled or not, else 1.
+    """
     known, label = _known(whole_ids(batch.label, views))
-    return whole_rows(rows.float(), views)[known], label
+    z = whole_rows(rows.float(), views)
+    return z[known], label, sound(z)
 
 
 def classes(images: ImageSet, name: str) -> int:

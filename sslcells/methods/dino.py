@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from sslcells import methods, ranks
 from sslcells.config import Section
 from sslcells.data import Batch, ImageSet
+from sslcells.losses import sound
 from sslcells.models.heads import Norm, projection
 
 
@@ -112,7 +113,7 @@ class Method(methods.Method):
         log_student = (student / c.temperature).log_softmax(2)
         cross = -torch.einsum("tbk,sbk->ts", target, log_student) / images  # (2, V): of each pair of views
         others = 1 - torch.eye(*cross.shape, device=cross.device)
-        loss = (cross * others).sum() / others.sum()
+        loss = (cross * others).sum() / others.sum() * sound(rows)
 
         entropy = -(target * log_target).sum(2).mean()
         usage = target.mean((0, 1))

@@ -51,14 +51,14 @@ class Method(Embedding):
     def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Equation 4, over each positive pair of the global batch and one negative of its anchor, drawn for it."""
         with torch.autocast(rows.device.type, enabled=False):
-            z, label = whole_batch(rows, batch, self.views)
+            z, label, whole = whole_batch(rows, batch, self.views)
             boundary = self._loss.beta.detach().mean().to(z.device)
             if not len(label):
-                return 0 * z.sum(), {"boundary": boundary}
+                return (0 * z).sum() * whole, {"boundary": boundary}
             generator = torch.Generator().manual_seed(drawn_by(batch))
             triplets = distance_weighted(z.detach(), label, self._cutoff, generator)
-            loss: Tensor = self._loss(z, label, triplets) if len(triplets[0]) else 0 * z.sum()
-        return loss, {"boundary": boundary}
+            loss: Tensor = self._loss(z, label, triplets) if len(triplets[0]) else (0 * z).sum()
+        return loss * whole, {"boundary": boundary}
 
 
 def distance_weighted(

@@ -40,10 +40,10 @@ class Method(Embedding):
     def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the global batch; and for how many of its rows the nearest proxy is their own's."""
         with torch.autocast(rows.device.type, enabled=False):
-            z, label = whole_batch(rows, batch, self.views)
+            z, label, whole = whole_batch(rows, batch, self.views)
             if not len(label):
-                return 0 * z.sum(), {"top1": z.new_ones(())}
-            loss: Tensor = self._loss(z, label)
+                return (0 * z).sum() * whole, {"top1": z.new_ones(())}
+            loss: Tensor = self._loss(z, label) * whole
             with torch.no_grad():
                 logits = self._loss.get_logits(z)
         nearest = logits.argmin(1) if isinstance(self._loss, ProxyNCALoss) else logits.argmax(1)

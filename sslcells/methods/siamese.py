@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sslcells.data import Batch, ImageSet
-from sslcells.losses import whole_ids, whole_rows
+from sslcells.losses import sound, whole_ids, whole_rows
 from sslcells.methods._embedding import Embedding, Head, Positive, check_positives, drawn_by, positives
 
 
@@ -69,7 +69,7 @@ class Method(Embedding):
         else:
             each, right = F.binary_cross_entropy_with_logits(said, same.to(said), reduction="none"), (said > 0) == same
         exists, count = exists.flatten(), exists.sum().clamp_min(1)
-        return (each * exists).sum() / count, {"pair_accuracy": (right & exists).sum() / count}
+        return (each * exists).sum() / count * sound(z), {"pair_accuracy": (right & exists).sum() / count}
 
 
 def partners(positive: Tensor, source: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:

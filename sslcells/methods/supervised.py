@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from sslcells import methods, ranks
 from sslcells.config import ConfigError, Section
 from sslcells.data import Batch, ImageSet
+from sslcells.losses import sound
 from sslcells.models.heads import Norm, projection
 
 
@@ -42,21 +43,23 @@ class Method(methods.Classifier):
     views = 1
     negative_views = 0
     _weights: Tensor
-    _targets: Tensor
+    _targets: Tensor | None
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__()
         self._config = config
         self.several = config.loss == "bce"
-        targets = _targets(config, images)
-        shown = targets.sum(0)  # (K,) images of each class
-        known = len(targets) if self.several else int(shown.sum())
+        _check(config, images)
+        targets = _targets(images) if self.several else None
+        # (K,) images of each class
+        shown = _counts(images) if targets is None else targets.sum(0)
+        known = int(shown.sum()) if targets is None else len(targets)
         weights = torch.ones(len(shown))
         if config.class_weights == "balanced":
             rest = known - shown if self.several else torch.full_like(shown, known) / len(shown)
             weights = torch.where(shown > 0, rest / shown.clamp(min=1), 0.0).float()
         self.register_buffer("_weights", weights, persistent=False)
-        self.register_buffer("_targets", targets.to(torch.uint8), persistent=False)
+        self.register_buffer("_targets", None if targets is None else targets.to(torch.uint8), persistent=False)
         self.head = _logits(features, config, len(shown))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ class Method(methods.Classifier):
     def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss over the labelled images of the global batch, weighted by class; 0 where none is labelled."""
         rows = rows.float()
-        if self.several:
+        if self._targets is not None:
             target = self._targets[batch.image].float()  # (B, K)
             each = F.binary_cross_entropy_with_logits(rows, target, pos_weight=self._weights, reduction="none").mean(1)
             weight = torch.ones_like(each)
@@ -80,7 +83,8 @@ class Method(methods.Classifier):
         total = ranks.gather(torch.stack([weight.sum(), weight.count_nonzero()])[None]).sum(0)
         world = ranks.world()
         figures = {"top1": (right * (weight > 0)).detach().sum() * world / total[1].clamp(min=1)}
-        return (weight * each).sum() * world / total[0].clamp(min=torch.finfo(torch.float32).tiny), figures
+        mean = (weight * each).sum() * world / total[0].clamp(min=torch.finfo(torch.float32).tiny)
+        return mean * sound(rows), figures
 
     def probabilities(self, rows: Tensor) -> Tensor:
         """Logits (M, K) → softmax over the classes, or with several an image a sigmoid each."""
@@ -102,18 +106,24 @@ def _logits(features: int, config: Config, classes: int) -> nn.Module:
     return nn.Sequential(*first, *before, nn.Linear(last.in_features, classes))
 
 
-def _targets(config: Config, images: ImageSet) -> Tensor:
-    """(N, K) of 0 and 1: the classes of each image, none where they are unknown."""
+def _check(config: Config, images: ImageSet) -> None:
+    """Raise a ConfigError where these images have not the labels that the loss learns from."""
     if config.loss == "bce":
-        if images.targets is not None:
-            return images.targets.long()
-        if images.labelled:
-            if (images.labels < 0).any():
-                raise ConfigError("method.loss=bce takes every image as labelled; some of these are not")
-            return F.one_hot(images.labels, len(images.classes))
-        raise ConfigError("method.loss=bce learns from labels, and the train split has none")
-    if images.targets is not None:
+        if images.targets is None and not images.labelled:
+            raise ConfigError("method.loss=bce learns from labels, and the train split has none")
+        if images.targets is None and (images.labels < 0).any():
+            raise ConfigError("method.loss=bce takes every image as labelled; some of these are not")
+    elif images.targets is not None:
         raise ConfigError(f"method.loss={config.loss}: these images have several classes each: method.loss=bce")
-    if not images.labelled:
+    elif not images.labelled:
         raise ConfigError("method.name=supervised learns from labels, and the train split has none")
-    return F.one_hot(images.labels.clamp(min=0), len(images.classes)) * (images.labels >= 0)[:, None]
+
+
+def _targets(images: ImageSet) -> Tensor:
+    """(N, K) of 0 and 1: the classes of each image."""
+    return images.targets.long() if images.targets is not None else F.one_hot(images.labels, len(images.classes))
+
+
+def _counts(images: ImageSet) -> Tensor:
+    """(K,) labelled images of each class."""
+    return images.labels[images.labels >= 0].bincount(minlength=len(images.classes))

@@ -1,0 +1,83 @@
+"""Rows that are not finite: no method's loss hides them, on one rank or on two."""
+
+import math
+
+import pytest
+import torch
+from gloo import on_ranks
+from test_contract import CASES, IMAGES, Images
+
+from sslcells import methods, ranks
+from sslcells.config import PLUGINS
+from sslcells.data import Batch
+
+FEATURES = 8
+CASE_IDS = [f"{name}-{i}" for i, (name, _) in enumerate(CASES)]
+BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def rows_of(name, options):
+    """A method, and rows of all views of 8 images, some of them unlabelled, as its loss takes them."""
+    torch.manual_seed(0)
+    kind = PLUGINS["method"].config(name)
+    small = {k: v for k, v in {"norm": "layer", "hidden": 16, "dimension": 8}.items() if k in kind.model_fields}
+    method = methods.build(kind(**{**small, **options}), FEATURES, Images())
+    features = torch.randn(method.views_in_all * IMAGES, FEATURES)
+    with torch.no_grad():
+        rows = method(features)
+        if method.momentum is not None:
+            rows = torch.cat([rows, method.get_submodule(method.taught)(features)], 1)
+    image = torch.arange(IMAGES)
+    label = image % 3 if options.get("loss") == "bce" else torch.where(image < 6, image % 3, -1)
+    return method, rows, Batch(torch.zeros(IMAGES, 1, 1, 1), label, image, image // 2, 0 * image)
+
+
+def loss(name, options, plant):
+    """Its loss on rows that `plant` was let change, and their gradient."""
+    method, rows, batch = rows_of(name, options)
+    plant(rows)
+    rows.requires_grad_()
+    value, _ = method.loss(rows, batch)
+    value.backward()
+    return value, rows.grad
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=CASE_IDS)
+def test_a_loss_of_rows_that_are_not_finite_is_not_finite(name, options):
+    value, grad = loss(name, options, lambda rows: None)
+    assert value.isfinite()
+    assert grad.isfinite().all()
+    for bad in BAD.values():
+        for row in (0, IMAGES - 1):  # the class of the last image is not known
+            value, _ = loss(name, options, lambda rows, row=row, bad=bad: rows[row].fill_(bad))
+            assert not value.isfinite(), f"row {row} is {bad}"
+            value, _ = loss(name, options, lambda rows, row=row, bad=bad: rows[row, :1].fill_(bad))
+            assert not value.isfinite(), f"a number of row {row} is {bad}"
+        value, grad = loss(name, options, lambda rows, bad=bad: rows.fill_(bad))
+        assert not value.isfinite(), f"all rows are {bad}"
+        assert not grad.isfinite().all()
+
+
+def on_a_rank(cases):
+    """Losses of halves of the rows, one of rank 1 being NaN, as each rank sees them."""
+    values = []
+    for name, options in cases:
+        method, rows, batch = rows_of(name, options)
+        half = IMAGES // ranks.world()
+        part = slice(ranks.rank() * half, (ranks.rank() + 1) * half)
+        rows = rows.view(method.views_in_all, IMAGES, -1)[:, part].flatten(0, 1)
+        if ranks.rank() == 1:
+            rows[0] = math.nan
+        values.append(method.loss(rows, Batch(*(x[part] for x in batch)))[0].detach())
+    return torch.stack(values)
+
+
+PER_ROW = {"supervised", "dino", "byol", "simsiam", "arcface", "cosface", "sphereface"}
+"""methods whose rows meet no other rank's: the mean over ranks shows what one of them has"""
+
+
+def test_two_ranks_see_the_row_of_one():
+    mine, theirs = on_ranks(2, on_a_rank, CASES)
+    seen = {case: (not a.isfinite(), not b.isfinite()) for case, a, b in zip(CASE_IDS, mine, theirs, strict=True)}
+    expected = {case: (name not in PER_ROW, True) for case, (name, _) in zip(CASE_IDS, CASES, strict=True)}
+    assert seen == expected
