@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcells import checkpoint, methods, models, optim, ranks
+from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, check_tracker
 from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.describe import describe
@@ -282,6 +283,8 @@ def consequences(run: Run, world: int) -> str:
     method = methods.build(run.method, features, images)
     if method.local:
         models.width(encoder, images.channels, method.local.size, "method.local_size", run.model)
+        augment = Augment(run.augment, *models.normalisation(run.model, images.channels))
+        augment.local(method.local.size, method.local.scale)  # which not every recipe has
     check_rows(encoder, method, run, plan, images.channels)
     anchors, references = plan.batch * method.views, plan.global_batch * method.views
     negatives, where = method.negatives(plan.global_batch), "the global batch" + " and the queue" * bool(method.queued)

@@ -23,6 +23,7 @@ def cells(tmp_path):
 
 
 def test_the_first_figures_are_of_few_images_and_the_log_says_where_the_time_went(cells, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "LARGE", 12)
     monkeypatch.setattr(evaluation, "START", 10)
     out, rows = {}, {}
     for name, most in (("one", "none"), ("two", "8")):

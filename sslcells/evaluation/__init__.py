@@ -27,8 +27,9 @@ Prepare = Callable[[Tensor, Tensor], Tensor]
 
 SHOWN = 1000
 """Images in the embedding map, and behind the nearest neighbours."""
-START = 4096
-"""Images of a split that an encoder which has not learned yet is asked about: a training should begin."""
+LARGE, START = 20_000, 4096
+"""Of a split with more images than the first, an encoder that has not learned yet is asked about so many: a training
+should begin."""
 VIEWED = 512
 """Images whose two views give the alignment."""
 
@@ -51,13 +52,13 @@ class Evaluation:
         self._asked_index = spread(len(self._asked), run.evaluate.max_images) if self._asked is not None else []
 
     def first_figures(self, learner: Learner) -> dict[str, float]:
-        """Figures before training, of at most `START` images of a split.
+        """Figures before training; where a split is `LARGE`, of `START` images of each.
 
-        Where a split has more they are called `start/…`: among fewer images the neighbours are others.
+        Then they are called `start/…`: among fewer images the neighbours are others.
         """
         most = self._run.evaluate.max_images
         splits = {"train": self._bank} | ({"val": self._val} if self._val is not None else {})
-        if max(map(len, splits.values())) <= START or (most is not None and most <= START):
+        if max(map(len, splits.values())) <= LARGE or (most is not None and most <= START):
             return self.figures(learner)
         run = self._run.model_copy(update={"evaluate": self._run.evaluate.model_copy(update={"max_images": START})})
         few = Evaluation(run, splits, self._augment, self._device)
