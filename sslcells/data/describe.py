@@ -60,19 +60,20 @@ def _split(name: str, images: ImageSet) -> list[str]:
 
 def _labels(images: ImageSet) -> str:
     if images.targets is not None:
-        each = images.targets.sum(0).tolist()
+        per_class: list[int] = images.targets.sum(0).tolist()
         none = int((images.targets.sum(1) == 0).sum())
-        counts = ", ".join(f"{k} {n:,}" for k, n in enumerate(each))
-        return f"labels: several an image, of {len(each)} classes: {counts}; {none:,} images have none"
+        counts = ", ".join(f"{k} {n:,}" for k, n in enumerate(per_class))
+        return f"labels: several an image, of {len(per_class)} classes: {counts}; {none:,} images have none"
     if not images.classes:
         return "labels: none"
     known = images.labels[images.labels >= 0]
-    counts = torch.bincount(known, minlength=len(images.classes)).tolist()
+    of_class: list[int] = torch.bincount(known, minlength=len(images.classes)).tolist()
     unknown = len(images) - len(known)
-    without = f"; {unknown:,} images without one" + _such_as(images, images.labels < 0) if unknown else ""
-    named = [f"{name} {n:,}" for name, n in zip(images.classes, counts, strict=True)]
+    example = _such_as(images, images.labels < 0)
+    without = f"; {_plural(unknown, 'image')} without one{example}" if unknown else ""
+    named = [f"{name} {n:,}" for name, n in zip(images.classes, of_class, strict=True)]
     if len(named) > _CLASSES:
-        order = sorted(range(len(named)), key=lambda c: -counts[c])
+        order = sorted(range(len(named)), key=lambda c: -of_class[c])
         half = _CLASSES // 2
         named = [named[c] for c in order[:half]] + ["…"] + [named[c] for c in order[-half:]]
     return f"{_plural(len(images.classes), 'class', 'classes')}: {', '.join(named)}{without}"

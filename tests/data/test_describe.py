@@ -50,7 +50,7 @@ def test_a_folder_with_mistakes(messy, verify):
     train, test = text.split("\n  test: ")
     for words in (
         f"train: 7 images of {messy}/Train, by its name",
-        "2 classes: a 4, b 2; 1 images without one, such as Train/loose.png",
+        "2 classes: a 4, b 2; 1 image without one, such as Train/loose.png",
         "sources: 5 images of 2 sources, such as Train/a/slide1_0.png; 2 without one, such as Train/b/none.tif",
         "PNG RGB 8 bit 4 (such as Train/a/slide1_0.png)",
         "JPEG RGB 8 bit 1 (such as Train/b/slide2_0.jpg)",
