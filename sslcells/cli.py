@@ -384,9 +384,11 @@ def _guarded(command: Callable[[], None]) -> int:
         return _told(
             error, 1, "\nAsked for by train.deterministic; warn goes on and names it, false gives the promise up"
         )
-    except KeyboardInterrupt:
-        print("sslcells: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as ended:
+        status = getattr(ended, "status", 130)
+        word = "interrupted" if status == 130 else "ended by a second SIGTERM, without a checkpoint"
+        print(f"sslcells: {word}", file=sys.stderr)
+        return int(status)
     except Exception as error:
         if not _out_of_memory(error):
             raise

@@ -21,7 +21,7 @@ from sslcells.data.describe import brief
 from sslcells.data.loader import attended, read_in_parts
 from sslcells.evaluation import Evaluation
 from sslcells.evaluation.features import NotFinite
-from sslcells.interrupt import Interrupt, Stopped
+from sslcells.interrupt import Awaited, Interrupt, Stopped
 from sslcells.metrics import read_metrics
 from sslcells.models import files
 from sslcells.plan import Meter, Plan, Start, check_rows, open_run
@@ -244,14 +244,18 @@ class Training:
 def in_step(batches: Iterator[T], checks: Sequence[Callable[[], None]], interrupt: Interrupt) -> Iterator[T]:
     """This rank's batches, until they end or any rank is asked to stop; every rank must take part in each.
 
-    Where a check or the reading raises on one rank, every rank raises that error, which says on which.
+    Where a check or the reading raises on one rank, every rank raises that error, which says on which. A rank that is
+    asked to stop while it waits for a batch waits no longer.
     """
     while True:
         batch, failure = None, None
         try:
             for check in checks:
                 check()
-            batch = next(batches, None)
+            with interrupt.waiting():
+                batch = next(batches, None)
+        except Awaited:  # the step before is the last
+            pass
         except Exception as error:  # handed to every rank, and raised there
             failure = error
         verdict = ranks.largest(_FAILED if failure is not None else interrupt.asked)

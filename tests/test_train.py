@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sslcells import checkpoint, launcher, losses
+from sslcells import train as train_module
 from sslcells.claim import changed, settled
 from sslcells.config import ConfigError, load
 from sslcells.data import Batch
@@ -137,6 +140,23 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, changes, steps):
     assert all(torch.equal(alone[k], again[k]) for k in alone)
     assert not (folder / "lock.json").exists()
     assert not (folder / "stopped.txt").exists()
+
+
+def test_a_signal_is_answered_while_no_image_comes(tmp_path, monkeypatch):
+    """As on storage that hangs: the checkpoint is of the steps that were done."""
+    plain = train_module.read_in_parts
+
+    def hangs(*args, **kwargs):
+        for step, batch in enumerate(plain(*args, **kwargs)):
+            if step == 3:
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                time.sleep(60)
+            yield batch
+
+    monkeypatch.setattr(train_module, "read_in_parts", hangs)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 3; the same command goes on"):
+        train(tiny(tmp_path, "evaluate.pictures=false"))
+    assert checkpoint.newest(tmp_path / "quickstart" / "checkpoints").name == "step_00000003"
 
 
 def test_what_would_come_again_is_written_down(tmp_path):

@@ -1,5 +1,6 @@
 """How images are read, in the batches that a sampler names."""
 
+import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from sslcells.data import Batch, DataError, ImageSet, Pick
 
@@ -49,13 +50,44 @@ def _collate(samples: Sequence[Sample | Unread]) -> Batch | DataError:
             return sample.error
         whole.append(sample)
     pixels, *ids = zip(*whole, strict=True)
-    return Batch(torch.stack(pixels), *(torch.tensor(i, dtype=torch.int64) for i in ids))
+    batch = Batch(torch.stack(pixels), *(torch.tensor(i, dtype=torch.int64) for i in ids))
+    return _unshared(batch) or batch
+
+
+def _unshared(tensors: Sequence[Tensor]) -> DataError | None:
+    """Lay a worker's tensors into the memory that it shares with the main process, or say why that cannot be done.
+
+    torch would do it later, in a thread of the queue's, where an error is printed and the batch lost: the main process
+    waits for it for ever.
+    """
+    if get_worker_info() is None:
+        return None
+    try:
+        for x in tensors:
+            x.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        return _no_room(sum(x.nbytes for x in tensors), error)
+    return None
+
+
+def _no_room(size: int, error: Exception) -> DataError:
+    try:
+        room = shutil.disk_usage("/dev/shm")
+        shm = f"/dev/shm has {room.total / 2**20:.4g} MiB, {room.free / 2**20:.4g} of them free"
+    except OSError:
+        shm = "/dev/shm is not there"
+    return DataError(
+        f"a process that reads images found no room in shared memory for {size / 2**20:.3g} MiB: {shm} "
+        f"({str(error).splitlines()[0]}). A larger one helps (docker run --shm-size=8g), fewer train.workers, or "
+        f"train.workers=0 (sslcells embed: --workers 0)"
+    )
 
 
 def _quiet(worker: int) -> None:
     """A worker leaves signals to its parent, and takes one core."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # what comes here is not for the parent
     torch.set_num_threads(1)
 
 
@@ -103,7 +135,8 @@ def attended(batches: Generator[T, None, None]) -> Iterator[Generator[T, None, N
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        died = DataError(f"a process that reads images died, for lack of memory perhaps: {error}")
+        shared = "; see /dev/shm, and train.workers=0" if "shm" in str(error) else ""
+        died = DataError(f"a process that reads images died, for lack of memory perhaps: {error}{shared}")
         for note in getattr(error, "__notes__", ()):  # on which rank
             died.add_note(note)
         raise died from None
@@ -127,17 +160,24 @@ class Readable(NamedTuple):
 def read_readable(
     images: ImageSet, batches: Sampler[list[Pick]], workers: int, pin_memory: bool
 ) -> Generator[Readable, None, None]:
-    """As `read`, but what cannot be read is listed instead, and sizes may differ."""
+    """As `read`, but what cannot be read is listed instead, and sizes may differ.
+
+    Raises:
+        DataError: where there is no room for what was read.
+    """
     for batch in _loaded(images, batches, workers, pin_memory, _collate_readable):
+        if isinstance(batch, DataError):
+            raise batch
         yield Readable(*batch)
 
 
-def _collate_readable(samples: Sequence[Sample | Unread]) -> Readable:
+def _collate_readable(samples: Sequence[Sample | Unread]) -> Readable | DataError:
     pixels = [sample[0] for sample in samples if not isinstance(sample, Unread)]
     image = [sample[2] for sample in samples if not isinstance(sample, Unread)]
     unreadable = [(sample.image, str(sample.error)) for sample in samples if isinstance(sample, Unread)]
     one_size = len({x.shape for x in pixels}) == 1
-    return Readable(len(samples), image, torch.stack(pixels) if one_size else pixels, unreadable)
+    read = torch.stack(pixels) if one_size else pixels
+    return _unshared([read] if isinstance(read, Tensor) else read) or Readable(len(samples), image, read, unreadable)
 
 
 def _loaded(
@@ -158,7 +198,13 @@ def _loaded(
         pin_memory=pin_memory,
         prefetch_factor=ahead(_bytes(images, batches), workers, together) if workers else None,
     )
-    yield from loader
+    try:
+        each = iter(loader)
+    except OSError as error:  # the processes' locks lie in shared memory too
+        if not workers:
+            raise
+        raise _no_room(0, error) from None
+    yield from each
 
 
 AHEAD = 2**30

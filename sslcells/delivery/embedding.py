@@ -22,7 +22,7 @@ from sslcells.data.loader import Readable, attended, read_readable
 from sslcells.delivery import DeliveryError
 from sslcells.delivery.encoder import Encoder, find_run, finite, load_encoder
 from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, list_digest, spelt
-from sslcells.interrupt import Interrupt, Stopped
+from sslcells.interrupt import Awaited, Interrupt, Stopped
 from sslcells.lock import Lock
 from sslcells.storage import is_file
 from sslcells.values import place
@@ -228,9 +228,11 @@ def _embed(
         for number in mine:
             rows, wanted, held = [], len(embeddings.members(number)), list[Readable]()
             while wanted:
-                if interrupt.asked:
+                try:
+                    with interrupt.waiting():
+                        part = next(parts)
+                except Awaited:
                     return
-                part = next(parts)
                 wanted -= part.asked
                 if part.unreadable:
                     _still_there(root)

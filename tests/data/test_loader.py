@@ -1,7 +1,13 @@
 """Images read in order, by processes that may die."""
 
 import multiprocessing
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,3 +113,60 @@ def test_the_bytes_of_a_batch_are_those_of_its_images():
     assert _bytes(Numbers(), InOrder(range(20), 4)) == 4 * 4
     assert _bytes(Numbers(broken={0}), InOrder(range(20), 4)) == 0
     assert _bytes(Numbers(), InOrder([], 4)) == 0
+
+
+SMALL_SHM = 4
+"""MiB, in a mount of the process's own; Docker gives 64."""
+
+
+def in_small_shm(*command):
+    """What a command says and ends with where /dev/shm is small; it must end by itself."""
+    mount = f"mount -t tmpfs -o size={SMALL_SHM}m tmpfs /dev/shm"
+    alone = ["unshare", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, mount], capture_output=True).returncode:
+        pytest.skip("a /dev/shm of its own needs unshare and root")
+    line = f"{mount} && exec {shlex.join([sys.executable, *command])}"
+    return subprocess.run([*alone, line], capture_output=True, text=True, timeout=120)
+
+
+READ = """
+import sys
+sys.path[:0] = {path!r}
+import torch
+from sslcells.data.loader import InOrder, attended, read, read_readable
+from test_loader import Numbers
+
+class Large(Numbers):
+    def pixels(self, index):
+        return torch.zeros(1, 1024, 1024 + {readable} * index, dtype=torch.uint8)
+
+how = read_readable if {readable} else read
+with attended(how(Large(), InOrder(range(20), 5), 1, pin_memory=False)) as batches:
+    print(len(list(batches)))
+"""
+
+
+@pytest.mark.parametrize("readable", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_too_little_shared_memory_is_an_error_and_no_hang(readable):
+    code = READ.format(path=[str(Path(__file__).parent)], readable=readable)
+    said = in_small_shm("-c", code).stderr.splitlines()[-1]
+    assert re.search(r"DataError: .* no room in shared memory for 5(\.\d+)? MiB: /dev/shm has 4 MiB, [\d.]+ of", said)
+    assert "train.workers=0" in said
+
+
+@pytest.mark.slow
+def test_a_run_with_too_little_shared_memory_says_so_and_ends(tmp_path):
+    small = ["data.size=256", "data.train=32", "data.val=0", "data.test=0", "augment.size=32", f"out={tmp_path}"]
+    small += [
+        "evaluate.holdout=0",
+        "train.global_batch=32",
+        "model.backbone=small_cnn",
+        "train.workers=1",
+        "train.device=cpu",
+    ]
+    ended = in_small_shm("-m", "sslcells", "train", *small)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("sslcells: a process that reads images found no room in shared memory")
+    assert "/dev/shm has 4 MiB" in line
+    assert "train.workers" in line
