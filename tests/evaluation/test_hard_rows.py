@@ -1,4 +1,4 @@
-"""What the figures make of rows that are not finite, and of too few of them."""
+"""What the figures make of rows that are not finite, very long or very short, and of too few of them."""
 
 import math
 
@@ -10,7 +10,7 @@ from sslcells.evaluation.clustering import clustering, clusters
 from sslcells.evaluation.fewshot import few_shot
 from sslcells.evaluation.knn import knn_accuracy, knn_predictions, knn_scores, neighbours
 from sslcells.evaluation.retrieval import retrieval
-from sslcells.evaluation.scores import Units, of_ranking
+from sslcells.evaluation.scores import Units, of_ranking, unit_rows
 
 LABELS, SOURCES = torch.arange(12) % 3, torch.arange(12)
 
@@ -48,6 +48,16 @@ def test_a_prototype_that_is_not_finite_is_nearest_to_nothing():
     right, _, _ = few_shot(rows(), SOURCES, LABELS, bank, LABELS, SOURCES + 12, 2, 0)
     assert not right[LABELS == 1].any()
     assert right[LABELS != 1].mean() > 0.5
+
+
+@pytest.mark.parametrize("scale", [2.0**-110, 2.0**110])
+def test_rows_may_have_any_norm(scale):
+    z = rows()
+    for small, plain in zip(neighbours(z * scale, z, 4), neighbours(z, z, 4), strict=True):
+        torch.testing.assert_close(small, plain)
+    for name, figures in retrieval(z * scale, LABELS, SOURCES).items():
+        assert torch.equal(figures, retrieval(z, LABELS, SOURCES)[name])
+    torch.testing.assert_close(unit_rows(z * scale), unit_rows(z))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
