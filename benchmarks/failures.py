@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from sslcells.config import load
 from sslcells.data import open_splits
-from sslcells.metrics import read_metrics
+from sslcells.run.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = {"images_per_second", "data_wait", "memory_gib"}
@@ -46,10 +46,10 @@ OVERRIDES = [
     "method.hidden=512",
     "train.global_batch=16",
     "train.workers=1",
-    f"checkpoint.every={EVERY}",
-    "log.every=1",
+    f"checkpoint.every_steps={EVERY}",
+    "log.every_steps=1",
     "log.tracker=none",
-    "evaluate.every=1000",
+    "evaluate.every_epochs=1000",
     "evaluate.k=1",
 ]
 STEPS = 120
@@ -60,7 +60,13 @@ class Run:
 
     def __init__(self, out: Path, images: Path, ranks: int, *changes: str, name: str = "run") -> None:
         self.out, self.folder, self.images, self.ranks = out, out / name, images, ranks
-        self._arguments = [*OVERRIDES, f"train.steps={STEPS}", f"data.path={images}", f"out={out}", f"name={name}"]
+        self._arguments = [
+            *OVERRIDES,
+            f"train.total_steps={STEPS}",
+            f"data.path={images}",
+            f"out={out}",
+            f"name={name}",
+        ]
         self._arguments += changes
         self._log = out.parent / f"{out.name}-{name}.log"
 
@@ -164,7 +170,7 @@ def rank_dies(run: Run) -> Iterator[tuple[Run, str]]:
     yield run, VANISHED
 
 
-@case("a rank hangs (SIGSTOP; train.timeout=0.4)")
+@case("a rank hangs (SIGSTOP; train.timeout_minutes=0.4)")
 def rank_hangs(run: Run) -> Iterator[tuple[Run, str]]:
     """A rank stands still."""
     stopped = run.rank(1)
@@ -344,7 +350,7 @@ def strike(setting: Setting, name: str) -> tuple[Ended, bool]:
         if name == "the disk is full":
             stack.enter_context(small_disk(out, 24))
         run = Run(out, setting.images, 2)
-        run.start(*re.findall(r"train\.timeout=[\d.]+", name))
+        run.start(*re.findall(r"train\.timeout_minutes=[\d.]+", name))
         stack.callback(run.kill)
         run.until(lambda: run.step() > 25 and run.newest() >= 20)
         began, injected = time.monotonic(), CASES[name](run)

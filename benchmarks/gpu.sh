@@ -30,6 +30,6 @@ else
   images=(data.train=20000 data.size=64 augment.size=64 model.backbone=resnet18 model.stem=small)
 fi
 part train 480 accelerate launch --config_file launch/gpu1.yaml -m sslcells.train "${images[@]}" \
-  name=gpu out="$out/runs" train.precision=bf16 train.global_batch=1024 train.workers=12 train.epochs=60 log.tracker=none
+  name=gpu out="$out/runs" train.precision=bf16 train.global_batch=1024 train.workers=12 train.total_epochs=60 log.tracker=none
 part evaluate 60 python -m sslcells.evaluate "$out/runs/gpu" evaluate.bootstrap=200
 exit "$status"

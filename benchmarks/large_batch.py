@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from _measure import append, limit_memory, markdown, reason, section
 
-from sslcells.metrics import read_metrics
+from sslcells.run.metrics import read_metrics
 
 RATIOS = ["speed ÷ plain", "memory ÷ plain", "memory ÷ a batch of one micro-batch"]
 COLUMNS = ["global batch", "micro-batch", "images/s", "peak MiB", *RATIOS]
@@ -32,7 +32,7 @@ OVERRIDES = [
     "model.backbone=resnet18",
     "model.stem=small",
     "train.workers=1",
-    "log.every=1",
+    "log.every_steps=1",
     "log.tracker=none",
     "evaluate.max_images=64",
 ]
@@ -48,7 +48,7 @@ class Result(NamedTuple):
 
 def measure(batch: int, micro_batch: int | None, steps: int, device: str, overrides: Sequence[str]) -> Result | str:
     """Speed and peak memory of so many steps, or in words why there is none."""
-    asked = [f"train.global_batch={batch}", f"data.train={batch}", f"train.steps={steps}"]
+    asked = [f"train.global_batch={batch}", f"data.train={batch}", f"train.total_steps={steps}"]
     asked += [] if micro_batch is None else [f"train.micro_batch={micro_batch}"]
     asked += [f"train.device={'cpu' if device == 'cpu' else 'auto'}", *overrides]
     with tempfile.TemporaryDirectory() as folder:

@@ -218,7 +218,7 @@ again() {
   local try starts=$((${SLURM_RESTART_COUNT:-0} + 1))
   if ((starts > 2)) && [[ $(newest) == "$newest" ]]; then
     fail "$1; not back into the queue: start $starts of this job made no new checkpoint, and the next would not either.
-  Look above for what ended it. Too little time: a smaller checkpoint.every, a longer --time. Killed for its memory:
+  Look above for what ended it. Too little time: a smaller checkpoint.every_steps, a longer --time. Killed for its memory:
   a smaller train.micro_batch, fewer train.workers, more --mem. Then submit it again: it goes on from where it is."
   fi
   echo "job $job: $1, back into the queue"

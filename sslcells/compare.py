@@ -5,6 +5,7 @@ and parts of the labels, each with several seeds. Every one of them is a run of 
 below the run's, and goes on where it was cut off. When all are trained, each is asked about `evaluate.split`.
 """
 
+import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from sslcells import __version__, launcher, models, ranks, values
+from sslcells import __version__, commandline, launcher, models, ranks, values
 from sslcells.augment import Augment
-from sslcells.claim import changed
 from sslcells.config import PLUGINS, ConfigError, Run, load, validated
 from sslcells.data import ImageSet
 from sslcells.data.subset import labelled_part
@@ -27,9 +27,10 @@ from sslcells.evaluation.pictures import fractions_plot, model_curves
 from sslcells.evaluation.report import Table, document, say_table, section_of, write
 from sslcells.evaluation.scores import Units, of_classes, of_ranking
 from sslcells.evaluation.sheets import Image, prediction_sheet
-from sslcells.metrics import read_metrics
 from sslcells.models import files
 from sslcells.plan import open_run
+from sslcells.run.folder import changed
+from sslcells.run.metrics import read_metrics
 from sslcells.storage import is_file, json_text
 from sslcells.train import finished, train
 
@@ -137,18 +138,23 @@ def plan(run: Run, splits: Mapping[str, ImageSet], models: Sequence[str] | Mappi
                 f"compare.fractions: {fraction:g} of {len(images)} images leaves {some}: too few for {world} ranks"
             )
         per_epoch = max(1, some // batch)
-        steps = max(config.min_steps, round(config.epochs * per_epoch))
+        steps = max(config.min_steps, round(config.total_epochs * per_epoch))
         for model in models:
             for seed in range(run.seed, run.seed + config.seeds):
                 fixed = {
                     "name": f"{model}_{fraction:g}_{seed}",
                     "out": str(run.folder / "compare"),
                     "seed": seed,
-                    "train": {"label_fraction": fraction, "global_batch": batch, "steps": steps, "micro_batch": None},
+                    "train": {
+                        "label_fraction": fraction,
+                        "global_batch": batch,
+                        "total_steps": steps,
+                        "micro_batch": None,
+                    },
                     "optim": {"warmup_epochs": 0.1 * steps / per_epoch},
-                    "evaluate": {"every": max(1, steps // _CURVE) / per_epoch, "pictures": False},
-                    "checkpoint": {"every": max(1, steps // 2), "keep": 1},
-                    "log": {"every": max(1, steps // 20), "tracker": "none"},
+                    "evaluate": {"every_epochs": max(1, steps // _CURVE) / per_epoch, "pictures": False},
+                    "checkpoint": {"every_steps": max(1, steps // 2), "keep": 1},
+                    "log": {"every_steps": max(1, steps // 20), "tracker": "none"},
                     "model": _start(run, model),
                 }
                 yield Part(model, fraction, seed, _run(run, model, fixed))
@@ -289,7 +295,10 @@ def draw(run: Run, said: Sequence[tuple[Part, Said]], images: ImageSet) -> list[
     return drawn
 
 
-if __name__ == "__main__":
-    from sslcells.cli import main
+def command(args: argparse.Namespace) -> None:
+    """`sslcells compare`."""
+    compare(load(args.config, args.overrides))
 
-    raise SystemExit(main("compare"))
+
+if __name__ == "__main__":
+    raise SystemExit(commandline.run("compare", command))

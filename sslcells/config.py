@@ -81,6 +81,17 @@ class Plugin(NamedTuple):
         return config
 
 
+RENAMED = {
+    "checkpoint.every_steps": "checkpoint.every_steps",
+    "compare.total_epochs": "compare.total_epochs",
+    "evaluate.every_epochs": "evaluate.every_epochs",
+    "log.every_steps": "log.every_steps",
+    "train.total_epochs": "train.total_epochs",
+    "train.total_steps": "train.total_steps",
+    "train.timeout_minutes": "train.timeout_minutes",
+}
+"""Keys of earlier versions, and what they are called now that a key names its unit."""
+
 PLUGINS = {
     "data": Plugin("sslcells.data", "kind", "synthetic"),
     "augment": Plugin("sslcells.augment", "recipe", "cells"),
@@ -168,10 +179,10 @@ class Train(Section):
     """Images per optimizer step over all ranks."""
     micro_batch: int | None = Field(None, ge=1)
     """Images per rank and forward pass, for batches larger than the cards hold; the loss still sees the whole batch."""
-    epochs: float = Field(10.0, gt=0)
+    total_epochs: float = Field(10.0, gt=0)
     """Passes over the training images."""
-    steps: int | None = Field(None, ge=1)
-    """Optimizer steps; when given, it takes the place of `epochs`."""
+    total_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; when given, it takes the place of `total_epochs`."""
     precision: Literal["no", "fp16", "bf16", "auto"] = "no"
     """Mixed precision of the networks; losses are always float32. `auto`: bf16 where the device has it in hardware."""
     channels_last: Literal["auto"] | bool = "auto"
@@ -189,7 +200,7 @@ class Train(Section):
     """Data loader processes per rank."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Threads per rank that compute on the CPU: auto for OMP_NUM_THREADS where a user set it, else the rank's cores."""
-    timeout: float = Field(10.0, gt=0)
+    timeout_minutes: float = Field(10.0, gt=0)
     """Minutes that a rank waits for the others before it takes one for lost."""
     device: Literal["auto", "cpu"] = "auto"
     """`cpu` trains on the CPU even where there is an accelerator."""
@@ -209,7 +220,7 @@ class Sampler(Section):
 class Checkpoint(Section):
     """Saved states to go on from."""
 
-    every: int = Field(100, ge=1)
+    every_steps: int = Field(100, ge=1)
     """Steps between checkpoints; one is always written at the end."""
     keep: int = Field(2, ge=1)
     """How many of the newest are kept."""
@@ -218,7 +229,7 @@ class Checkpoint(Section):
 class Log(Section):
     """What is written while it trains."""
 
-    every: int = Field(10, ge=1)
+    every_steps: int = Field(10, ge=1)
     """Steps between lines."""
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
     """Besides the console and metrics.jsonl, which are always written."""
@@ -233,7 +244,7 @@ class Log(Section):
 class Evaluate(Section):
     """Figures about the encoder: of val before training, while it trains and at its end; then of `split`."""
 
-    every: float = Field(5.0, gt=0)
+    every_epochs: float = Field(5.0, gt=0)
     """Epochs between evaluations."""
     k: int = Field(20, ge=1)
     """Neighbours that vote in the weighted kNN."""
@@ -265,7 +276,7 @@ class Compare(Section):
     """Parts of the labels of train."""
     seeds: int = Field(3, ge=1)
     """Trainings of each model on each part, each with labels of its own, from the run's seed on."""
-    epochs: float = Field(10.0, gt=0)
+    total_epochs: float = Field(10.0, gt=0)
     """Passes over the labelled images."""
     min_steps: int = Field(200, ge=1)
     """At least so many optimizer steps, however few the labels."""
@@ -459,6 +470,8 @@ def _explain(error: Any, tree: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         fields = list(_fields(path[:-1], tree))
         elsewhere = [".".join([*map(str, path[:-1]), f]) for f in fields]
+        if key in RENAMED:
+            return f"{key}={value!r}: this key is now {RENAMED[key]}"
         return f"{key}={value!r}: no such key{_other_choices(path, tree) or _near(key, elsewhere)}"
     message = error["msg"].removeprefix("Value error, ")
     if isinstance(value, dict):

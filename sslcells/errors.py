@@ -18,3 +18,7 @@ class ConfigError(UserError):
     """A mistake of the user's in the configuration or the data it names; the message is all there is to show."""
 
     status = 2
+
+
+class TrainingError(UserError):
+    """Training cannot go on; the message says why, and from where it can be taken up."""

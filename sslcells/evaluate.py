@@ -1,5 +1,6 @@
 """What a run has learned: `sslcells evaluate RUN`, also `accelerate launch -m sslcells.evaluate RUN` on many ranks."""
 
+import argparse
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from sslcells import __version__, checkpoint, launcher, methods, models, ranks, wandb_sync
+from sslcells import __version__, commandline, launcher, methods, models, ranks
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, installed, load
 from sslcells.data import Batch, ImageSet, holdout, open_splits
@@ -26,8 +27,9 @@ from sslcells.evaluation.leaks import COPIES, Look, copies, digests, histograms,
 from sslcells.evaluation.report import page, say_figures, say_leaks, write
 from sslcells.evaluation.scores import Units, of_classes, rounded
 from sslcells.evaluation.sheets import Image
-from sslcells.metrics import METRICS, note_steps, read_metrics
 from sslcells.models import files
+from sslcells.run import checkpoint, wandb_sync
+from sslcells.run.metrics import METRICS, note_steps, read_metrics
 from sslcells.storage import is_file, json_text
 from sslcells.train import finished
 
@@ -304,7 +306,15 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-if __name__ == "__main__":
-    from sslcells.cli import main
+def command(args: argparse.Namespace) -> None:
+    """`sslcells evaluate`."""
+    also = []
+    if args.fine_tune:
+        from sslcells.compare import fine_tuned
 
-    raise SystemExit(main("evaluate"))
+        also = fine_tuned(args.run, args.overrides)
+    evaluate(args.run, args.overrides, also)
+
+
+if __name__ == "__main__":
+    raise SystemExit(commandline.run("evaluate", command))

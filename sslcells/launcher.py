@@ -38,7 +38,7 @@ def accelerator(run: Run) -> Accelerator:
     make_deterministic(run.train.deterministic)
     return start(
         run.train.device == "cpu",
-        run.train.timeout,
+        run.train.timeout_minutes,
         run.train.precision,
         run.train.threads,
         run.train.workers,
@@ -112,7 +112,7 @@ def device_for(run: Run) -> torch.device:
         Lost: as `start`.
     """
     computing = threads_for(run.train.threads, run.train.workers)
-    return _join(run.train.device == "cpu", run.train.timeout, computing)
+    return _join(run.train.device == "cpu", run.train.timeout_minutes, computing)
 
 
 def _join(cpu: bool, minutes: float, computing: int) -> torch.device:

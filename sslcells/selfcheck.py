@@ -1,5 +1,6 @@
 """Does this machine, or cluster, compute what it should? `accelerate launch -m sslcells.selfcheck`, under a minute."""
 
+import argparse
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslcells import __version__, launcher, ranks
+from sslcells import __version__, commandline, launcher, ranks
 from sslcells.augment import Draws
 from sslcells.config import load
 from sslcells.losses import (
@@ -224,7 +225,11 @@ def _print(checks: list[Check], seconds: float) -> None:
     Console().print(table)
 
 
-if __name__ == "__main__":
-    from sslcells.cli import main
+def command(args: argparse.Namespace) -> None:
+    """`sslcells selfcheck`."""
+    if not selfcheck():
+        raise SystemExit(1)
 
-    raise SystemExit(main("selfcheck"))
+
+if __name__ == "__main__":
+    raise SystemExit(commandline.run("selfcheck", command))

@@ -60,7 +60,7 @@ def patiently(call: Callable[[], T], what: str) -> T:
 _away_since: float | None = None
 
 
-def whole(target: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(target: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file under another name and rename it: it is there whole or not at all, also after a power cut."""
     partial = partial_name(target)
     try:

@@ -1,7 +1,9 @@
 """Training, from a configuration to an exported encoder: `accelerate launch -m sslcells.train`."""
 
+import argparse
 import math
 import signal
+import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,20 +14,23 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sslcells import __version__, checkpoint, launcher, methods, models, optim, ranks
+from sslcells import __version__, commandline, launcher, methods, models, optim, ranks
 from sslcells.augment import Augment
-from sslcells.claim import claimed, settled
-from sslcells.config import ConfigError, Run
+from sslcells.commandline import one_process
+from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import Batch, ImageSet, holdout, reading, sampler
 from sslcells.data.describe import brief
 from sslcells.data.loader import attended, read_in_parts
 from sslcells.evaluation import Evaluation
 from sslcells.evaluation.features import NotFinite
-from sslcells.interrupt import Awaited, Interrupt, Stopped
-from sslcells.metrics import read_metrics
 from sslcells.models import files
-from sslcells.plan import Meter, Plan, Start, check_rows, open_run
-from sslcells.tracking import Log
+from sslcells.plan import Plan, check_rows, consequences, open_run
+from sslcells.run import checkpoint
+from sslcells.run.folder import claimed, settled
+from sslcells.run.interrupt import Awaited, Interrupt, Stopped
+from sslcells.run.meter import Meter, Start
+from sslcells.run.metrics import read_metrics
+from sslcells.run.tracking import Log
 
 T = TypeVar("T")
 Watch = Callable[[str, Tensor], None]
@@ -148,14 +153,14 @@ class Training:
             self._log.say(self._start.first_step(self._splits))
             self._start = None
         self._log.advance(step)
-        if plan.due(step, run.log.every):
+        if plan.due(step, run.log.every_steps):
             held = sampler.composition(batch, self._device)
             self._log.metrics(step, step / plan.per_epoch, {**meter.read(step), **held, "lr": rate})
         if plan.due(step, plan.evaluate):
             seen = self._measured(lambda: self._evaluation.figures(self._learner))
             self._log.metrics(step, step / plan.per_epoch, seen)
             meter.start()
-        if plan.due(step, run.checkpoint.every):
+        if plan.due(step, run.checkpoint.every_steps):
             self._save()
 
     def stop(self, number: int) -> NoReturn:
@@ -347,7 +352,48 @@ def stream(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-if __name__ == "__main__":
-    from sslcells.cli import main
+DEBUG = {
+    "name": "debug",
+    "train": {"total_steps": 5, "workers": 0, "compile": False, "deterministic": "warn"},
+    "log": {"every_steps": 1, "tracker": "none"},
+}
+"""What --debug changes: few steps, one process, nothing in the background."""
 
-    raise SystemExit(main("train"))
+
+def command(args: argparse.Namespace) -> None:
+    """`sslcells train`."""
+    overrides = list(args.overrides)
+    if args.debug:
+        overrides = [*_dotted(DEBUG), f"out={tempfile.mkdtemp(prefix='sslcells-')}", *overrides]
+    run = load(args.config, overrides)
+    if args.check:
+        launcher.check_numerics()
+        report = f"{dump(run)}\n{consequences(run, launcher.launched_world())}"
+        print(report if launcher.launched_rank() == 0 else "", end="")
+    elif args.debug:
+        _debug(run)
+    else:
+        train(run)
+
+
+def _debug(run: Run) -> None:
+    """One process, deterministic, with anomaly detection, saying the shape of what passes each station."""
+    one_process("--debug")
+
+    def watch(station: str, x: Tensor) -> None:
+        low, high = x.min().item(), x.max().item()
+        print(f"  {station:8} {tuple(x.shape)!s:22} {x.dtype} on {x.device}, {low:.4g} to {high:.4g}")
+
+    with torch.autograd.set_detect_anomaly(True):
+        train(run, watch)
+
+
+def _dotted(tree: Mapping[str, object], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for key, value in tree.items():
+        lines += _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}={value}"]
+    return lines
+
+
+if __name__ == "__main__":
+    raise SystemExit(commandline.run("train", command))

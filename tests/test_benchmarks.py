@@ -96,7 +96,7 @@ def test_variants(tmp_path):
         "augment.size=32",
         "model.backbone=small_cnn",
     ]
-    tiny += ["train.steps=2", "train.global_batch=16", "train.workers=0", "evaluate.bootstrap=100"]
+    tiny += ["train.total_steps=2", "train.global_batch=16", "train.workers=0", "evaluate.bootstrap=100"]
     common = [*tiny, "--seeds", "0", "1", "--folder", str(tmp_path), "--names", "1a", "1b", "--variants"]
     text = printed("variants.py", *common, "method.temperature=0.1", "method.temperature=0.5")
     rows = table(text)

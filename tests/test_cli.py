@@ -13,27 +13,26 @@ from PIL import Image
 from test_tracking import handmade, no_credentials, standin  # noqa: F401 (fixtures; the second is for every test)
 
 from sslcells import shipped
-from sslcells.checkpoint import CheckpointError
 from sslcells.cli import main
 from sslcells.config import load
 from sslcells.data import DataError
 from sslcells.delivery import DeliveryError
-from sslcells.errors import ConfigError, UserError
-from sslcells.interrupt import Stopped
-from sslcells.plan import TrainingError
+from sslcells.errors import ConfigError, TrainingError, UserError
 from sslcells.ranks import Lost
-from sslcells.tracking import LogError
-from sslcells.wandb_sync import TrackingError
+from sslcells.run.checkpoint import CheckpointError
+from sslcells.run.interrupt import Stopped
+from sslcells.run.tracking import LogError
+from sslcells.run.wandb_sync import TrackingError
 
 SMALL = ["data.train=40", "data.val=10", "data.test=0", "data.size=32", "augment.size=32", "train.global_batch=8"]
 
 
 def test_check_prints_a_tree_that_reads_back_and_what_follows(capsys, tmp_path):
-    assert main("train", ["--check", *SMALL, "train.epochs=3"]) == 0
+    assert main("train", ["--check", *SMALL, "train.total_epochs=3"]) == 0
     out = capsys.readouterr().out
     tree, consequences = out.split("\n\n")
     (tmp_path / "config.yaml").write_text(tree)
-    assert load(str(tmp_path / "config.yaml")) == load(None, [*SMALL, "train.epochs=3"])
+    assert load(str(tmp_path / "config.yaml")) == load(None, [*SMALL, "train.total_epochs=3"])
     assert "negatives per anchor: 14, of 16 rows" in consequences
     assert "sampler: shuffle: every image once an epoch, but for 0 that fill no global batch" in consequences
     assert "steps: 15, 5 an epoch, warm-up 5" in consequences
@@ -142,7 +141,7 @@ def test_check_counts_the_ranks_of_the_launch(capsys, monkeypatch):
 
 
 def test_debug_shows_every_station(capsys):
-    assert main("train", ["--debug", *SMALL, "model.backbone=small_cnn", "train.steps=1"]) == 0
+    assert main("train", ["--debug", *SMALL, "model.backbone=small_cnn", "train.total_steps=1"]) == 0
     out = capsys.readouterr().out
     for station, shape in (
         ("pixels", "(8, 3, 32, 32)"),
@@ -171,7 +170,8 @@ LIGHT = """
 import sys
 from sslcells.cli import _COMMANDS, main
 helps = [[name, "--help"] for name in _COMMANDS]
-wrong = [["trian"], ["train", "--chek"], ["train", "--config", "nothing"], ["compare", "train.steps"], ["recipes", "x"]]
+wrong = [["trian"], ["train", "--chek"], ["train", "--config", "nothing"], ["recipes", "x"]]
+wrong += [["compare", "train.total_steps"]]
 for argv in [["--help"], ["--version"], *helps, *wrong, ["recipes"], ["recipes", "folder"], ["init", sys.argv[1]]]:
     try:
         status = main(None, argv)

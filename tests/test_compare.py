@@ -17,14 +17,14 @@ TINY = [
     *SMALL,
     "method.hidden=16",
     "train.global_batch=16",
-    "train.steps=4",
+    "train.total_steps=4",
     "train.workers=0",
     "evaluate.k=5",
     "evaluate.pictures=false",
     "compare.fractions=[0.5,1]",
     "compare.seeds=2",
     "compare.min_steps=2",
-    "compare.epochs=1",
+    "compare.total_epochs=1",
     "compare.global_batch=16",
 ]
 
@@ -88,7 +88,7 @@ def test_sections_reach_the_models_they_are_for(tmp_path):
     assert [r.method.standardise for r in parts.values()] == [False, True, False]
     assert [r.augment.recipe for r in parts.values()] == ["cells", "none", "cells"]
     assert {r.augment.size for r in parts.values()} == {32}
-    assert len({r.train.steps for r in parts.values()}) == 1
+    assert len({r.train.total_steps for r in parts.values()}) == 1
 
 
 @pytest.mark.parametrize(

@@ -162,15 +162,15 @@ def test_plugins_on_the_same_line_decide_what_a_word_is(tmp_path):
     assert (run.data.path, run.data.class_names, run.data.long_tail) == ("2024_01", ("no", "1_0"), 10)
     run = load(None, ["data={kind: folder, path: 2024_01}", "data.sources=1e3", "data.size=[1_0, 20]"])
     assert (run.data.path, run.data.sources, run.data.size) == ("2024_01", "1e3", (10, 20))
-    run = load(None, ["compare.supervised={data: {path: 2024_01}, train: {precision: no, steps: 5}}"])
-    assert run.compare.supervised == {"data": {"path": "2024_01"}, "train": {"precision": "no", "steps": 5}}
+    run = load(None, ["compare.supervised={data: {path: 2024_01}, train: {precision: no, total_steps: 5}}"])
+    assert run.compare.supervised == {"data": {"path": "2024_01"}, "train": {"precision": "no", "total_steps": 5}}
 
 
 def test_a_number_is_what_it_looks_like():
-    run = load(None, ["train.global_batch=010", "optim.lr=1e-3", "train.steps=1e3", "train.workers=0x2"])
-    assert (run.train.global_batch, run.optim.lr, run.train.steps, run.train.workers) == (10, 1e-3, 1000, 2)
-    with pytest.raises(ConfigError, match=r"train\.steps='1:30'"):
-        load(None, ["train.steps=1:30"])
+    run = load(None, ["train.global_batch=010", "optim.lr=1e-3", "train.total_steps=1e3", "train.workers=0x2"])
+    assert (run.train.global_batch, run.optim.lr, run.train.total_steps, run.train.workers) == (10, 1e-3, 1000, 2)
+    with pytest.raises(ConfigError, match=r"train\.total_steps='1:30'"):
+        load(None, ["train.total_steps=1:30"])
 
 
 def optional_fields():

@@ -14,7 +14,7 @@ from test_train import tiny
 from sslcells.cli import main
 from sslcells.config import load
 from sslcells.evaluate import RESULTS, measured
-from sslcells.metrics import pictures_of, read_metrics
+from sslcells.run.metrics import pictures_of, read_metrics
 from sslcells.train import train
 
 QUICK = ["evaluate.bootstrap=100", "evaluate.batch=16", "train.workers=0"]
@@ -22,7 +22,7 @@ QUICK = ["evaluate.bootstrap=100", "evaluate.batch=16", "train.workers=0"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return train(tiny(tmp_path_factory.mktemp("evaluated"), "train.steps=4", "data.val=30", "data.test=40"))
+    return train(tiny(tmp_path_factory.mktemp("evaluated"), "train.total_steps=4", "data.val=30", "data.test=40"))
 
 
 @pytest.fixture

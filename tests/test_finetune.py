@@ -8,17 +8,17 @@ from trained import SMALL
 
 from sslcells.config import ConfigError, load
 from sslcells.evaluation.classifier import read_predictions
-from sslcells.metrics import read_metrics
+from sslcells.run.metrics import read_metrics
 from sslcells.train import train
 
 TINY = [
     *SMALL,
     "method.name=supervised",
     "train.global_batch=16",
-    "train.steps=4",
+    "train.total_steps=4",
     "train.workers=0",
-    "log.every=2",
-    "evaluate.every=1",
+    "log.every_steps=2",
+    "evaluate.every_epochs=1",
     "evaluate.pictures=false",
 ]
 
@@ -66,7 +66,9 @@ def test_a_frozen_encoder_stays_as_it_is_to_the_last_bit(pretrained, tmp_path):
 
 
 def test_part_of_the_labels_is_all_that_is_seen(tmp_path):
-    folder, _ = trained(tmp_path, "name=few", "train.label_fraction=0.5", "train.global_batch=30", "train.epochs=1")
+    folder, _ = trained(
+        tmp_path, "name=few", "train.label_fraction=0.5", "train.global_batch=30", "train.total_epochs=1"
+    )
     assert read_metrics(folder)[-1]["epoch"] == 4
 
 
@@ -100,7 +102,7 @@ def test_several_classes_an_image(tmp_path):
     np.savez(tmp_path / "chest.npz", **arrays)
     data = ["data={kind: medmnist, path: " + str(tmp_path / "chest.npz") + "}", "augment={recipe: none, size: 16}"]
     rest = [change for change in TINY if not change.startswith(("data.", "augment."))]
-    changes = [*rest, *data, "method.loss=bce", "train.steps=60", f"out={tmp_path}", "optim.lr=1e-2"]
+    changes = [*rest, *data, "method.loss=bce", "train.total_steps=60", f"out={tmp_path}", "optim.lr=1e-2"]
     folder = train(load(None, changes))
     rows = [row for row in read_metrics(folder) if "val/auroc" in row]
     assert rows[-1]["val/auroc"] > 0.8 > rows[0]["val/auroc"]  # three of four can be seen

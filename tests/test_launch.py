@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_train import TINY, untimed
 
-from sslcells.metrics import read_metrics
+from sslcells.run.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "cpu2.yaml")]
@@ -32,7 +32,7 @@ def finish(process, seconds=240):
 
 @pytest.mark.slow
 def test_two_ranks_train_like_one(tmp_path):
-    arguments = [*TINY, *NO_BATCHNORM, f"out={tmp_path}", "train.steps=6", "log.every=1"]
+    arguments = [*TINY, *NO_BATCHNORM, f"out={tmp_path}", "train.total_steps=6", "log.every_steps=1"]
     two = start(*LAUNCH, "-m", "sslcells.train", *arguments, "name=two")
     assert "world size 2" in finish(two)
     assert "world size 1" in finish(start(sys.executable, "-m", "sslcells.train", *arguments, "name=one"))
@@ -54,7 +54,15 @@ def test_selfcheck_passes_on_two_ranks():
 
 @pytest.mark.slow
 def test_killed_in_the_second_epoch_it_ends_at_the_same_step(tmp_path):
-    arguments = ["-m", "sslcells.train", *TINY, "train.epochs=2", "data.train=480", "log.every=1", f"out={tmp_path}"]
+    arguments = [
+        "-m",
+        "sslcells.train",
+        *TINY,
+        "train.total_epochs=2",
+        "data.train=480",
+        "log.every_steps=1",
+        f"out={tmp_path}",
+    ]
     metrics = tmp_path / "killed" / "metrics.jsonl"
     killed = start(sys.executable, *arguments, "name=killed", start_new_session=True)
     while not metrics.exists() or read_metrics(metrics.parent)[-1]["step"] < 41:

@@ -231,7 +231,7 @@ def test_cores_that_a_cgroup_pays_for(own, file, text, expected, tmp_path):
 
 @pytest.mark.slow
 def test_results_do_not_depend_on_threads(tmp_path):
-    few = ["train.steps=2", "optim.name=sgd", "optim.lr=0.01", "evaluate.pictures=false"]
+    few = ["train.total_steps=2", "optim.name=sgd", "optim.lr=0.01", "evaluate.pictures=false"]
     one, two = (train(tiny(tmp_path, *few, f"name=t{n}", f"train.threads={n}")) for n in (1, 2))
     a, b = (load_file(folder / "encoder.safetensors") for folder in (one, two))
     for key, value in a.items():
@@ -293,7 +293,7 @@ def test_an_operation_that_depends_on_chance_is_named(tmp_path, monkeypatch, cap
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.usefixtures("as_before")
 def test_equal_runs_are_equal_to_the_last_bit_on_cuda(tmp_path):
-    few = ["train.deterministic=true", "train.precision=bf16", "train.steps=6", "model.backbone=test_resnet"]
+    few = ["train.deterministic=true", "train.precision=bf16", "train.total_steps=6", "model.backbone=test_resnet"]
     one, two = (train(tiny(tmp_path, *few, f"name={name}")) for name in ("one", "two"))
     a, b = (load_file(folder / "encoder.safetensors") for folder in (one, two))
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -305,7 +305,15 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 def launched(tmp_path, configuration, *changes, **variables):
     """`accelerate launch` with a user's own configuration."""
     (tmp_path / "user.yaml").write_text(f"compute_environment: LOCAL_MACHINE\nuse_cpu: true\n{configuration}")
-    command = [*LAUNCH, str(tmp_path / "user.yaml"), "-m", "sslcells.train", *TINY, "train.steps=2", f"out={tmp_path}"]
+    command = [
+        *LAUNCH,
+        str(tmp_path / "user.yaml"),
+        "-m",
+        "sslcells.train",
+        *TINY,
+        "train.total_steps=2",
+        f"out={tmp_path}",
+    ]
     return subprocess.run(
         [*command, *changes], env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, check=False
     )

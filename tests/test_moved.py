@@ -11,11 +11,17 @@ from trained import make_cells
 
 from sslcells.config import ConfigError, load
 from sslcells.data import listing
-from sslcells.interrupt import Stopped
+from sslcells.run.interrupt import Stopped
 from sslcells.train import train
 
-SMALL = [word for word in TINY if not word.startswith(("data.", "train.epochs"))]
-SMALL += ["data.kind=folder", "data.size=32", "evaluate.pictures=false", "evaluate.every=100", "train.steps=4"]
+SMALL = [word for word in TINY if not word.startswith(("data.", "train.total_epochs"))]
+SMALL += [
+    "data.kind=folder",
+    "data.size=32",
+    "evaluate.pictures=false",
+    "evaluate.every_epochs=100",
+    "train.total_steps=4",
+]
 SMALL += ["evaluate.holdout=0"]
 
 

@@ -12,19 +12,22 @@ from test_train import tiny
 from torch import nn
 from trained import make_cells, make_run
 
-from sslcells import checkpoint, methods
+from sslcells import methods
 from sslcells.cli import main
 from sslcells.config import PLUGINS, ConfigError, Model, load
 from sslcells.data import DataError
 from sslcells.delivery.embedding import embed_folder
 from sslcells.delivery.encoder import embed, load_encoder
 from sslcells.delivery.shards import Embeddings
+from sslcells.errors import TrainingError
 from sslcells.evaluation.features import NotFinite, check_finite
 from sslcells.models import files
-from sslcells.plan import SKIPPED, Meter, Plan, TrainingError
+from sslcells.plan import Plan
+from sslcells.run import checkpoint
+from sslcells.run.meter import SKIPPED, Meter
 from sslcells.train import train
 
-PLAIN = ["evaluate.pictures=false", "evaluate.every=100"]
+PLAIN = ["evaluate.pictures=false", "evaluate.every_epochs=100"]
 """Quicker."""
 METHODS = [[f"method.name={name}"] for name in PLUGINS["method"].names()]
 TRIPLETS = [["method.name=triplet", *more] for more in (["method.soft=true"], ["method.negative=semi-hard"])]
@@ -81,15 +84,21 @@ CASES = [
 @pytest.mark.parametrize("method", CASES)
 def test_nan_rows_end_every_method(tmp_path, monkeypatch, method):
     after_step(monkeypatch, 5, poison_weight)
-    small = ["evaluate.pictures=false", "checkpoint.every=2", "checkpoint.keep=1", "train.steps=8", "log.every=8"]
-    small += ["evaluate.every=100", "data.train=32", "data.test=0"]
+    small = [
+        "evaluate.pictures=false",
+        "checkpoint.every_steps=2",
+        "checkpoint.keep=1",
+        "train.total_steps=8",
+        "log.every_steps=8",
+    ]
+    small += ["evaluate.every_epochs=100", "data.train=32", "data.test=0"]
     options = [o for o in ("method.hidden=16", "method.dimension=8", "method.prototypes=32") if known(method, o)]
     with pytest.raises(TrainingError, match=r"(loss became|norm of the gradient|weights are no longer).*step_00000004"):
         train(load(None, [*TINY_DATA, *small, *method, *options, f"out={tmp_path}"]))
     assert_left_as_it_was(tmp_path / "quickstart", 4)
 
 
-TINY_DATA = [word for word in __import__("test_train").TINY if not word.startswith(("method.", "train.epochs"))]
+TINY_DATA = [word for word in __import__("test_train").TINY if not word.startswith(("method.", "train.total_epochs"))]
 
 
 def known(method, option):
@@ -142,7 +151,7 @@ def test_state_of_the_optimizer(tmp_path, monkeypatch):
 
 def test_a_run_goes_on_from_before_a_checkpoint_that_is_not_finite(tmp_path):
     """As an earlier version may have left one."""
-    run = tiny(tmp_path, "checkpoint.every=5", *PLAIN)
+    run = tiny(tmp_path, "checkpoint.every_steps=5", *PLAIN)
     folder = train(run)
     newest = checkpoint.newest(folder / "checkpoints")
     weights = load_file(newest / "model.safetensors")
@@ -199,7 +208,13 @@ def test_fp16_with_steps_left_out_trains(tmp_path, monkeypatch):
     """The scaler begins so high that the first gradients overflow, as it does by design."""
     plain = torch.amp.GradScaler.__init__
     monkeypatch.setattr(torch.amp.GradScaler, "__init__", functools.partialmethod(plain, init_scale=2.0**140))
-    small = ["evaluate.pictures=false", "data.test=0", "train.precision=fp16", "log.every=1", "train.steps=14"]
+    small = [
+        "evaluate.pictures=false",
+        "data.test=0",
+        "train.precision=fp16",
+        "log.every_steps=1",
+        "train.total_steps=14",
+    ]
     folder = train(tiny(tmp_path, *small))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     norms = [row["gradient_norm"] for row in rows if "loss" in row]

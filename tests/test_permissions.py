@@ -54,7 +54,14 @@ def test_an_encoder_follows_the_umask(tmp_path, mask):
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [0o002, 0o027])
 def test_everything_that_is_written_follows_the_umask(tmp_path, mask):
-    small = ["data.size=32", "data.train=40", "data.val=0", "data.test=20", "train.global_batch=16", "train.steps=2"]
+    small = [
+        "data.size=32",
+        "data.train=40",
+        "data.val=0",
+        "data.test=20",
+        "train.global_batch=16",
+        "train.total_steps=2",
+    ]
     small += ["model.backbone=small_cnn", "model.args={width: 8}", "augment.size=32", "train.workers=0", "evaluate.k=5"]
     with umask(mask):
         run = train(load(None, [*small, f"out={tmp_path / 'runs'}", "log.tracker=tensorboard"]))

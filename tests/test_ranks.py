@@ -5,7 +5,7 @@ from gloo import on_ranks
 
 from sslcells import ranks
 from sslcells.data import DataError
-from sslcells.interrupt import Interrupt
+from sslcells.run.interrupt import Interrupt
 from sslcells.train import in_step
 
 

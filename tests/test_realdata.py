@@ -10,12 +10,12 @@ from trained import make_run
 from sslcells.config import load
 from sslcells.delivery.sources import sources
 from sslcells.evaluate import evaluate
-from sslcells.metrics import read_metrics
+from sslcells.run.metrics import read_metrics
 from sslcells.train import train
 
 pytestmark = pytest.mark.realdata
 
-SHORT = ["train.steps=6", "log.every=1", "evaluate.max_images=300", "train.workers=0", "train.precision=no"]
+SHORT = ["train.total_steps=6", "log.every_steps=1", "evaluate.max_images=300", "train.workers=0", "train.precision=no"]
 SMALL = ["model.backbone=test_resnet", "augment.size=40", "train.global_batch=64"]
 BLOOD = ["data.kind=folder", "data.size=[48,64]", "data.verify=none", "method.same_source=ignore"]
 

@@ -153,7 +153,11 @@ def test_a_step_of_training_with_a_repeated_image(tmp_path):
     np.savez(tmp_path / "cells.npz", **parts)
     told = []
     data = ["data.kind=medmnist", f"data.path={tmp_path / 'cells.npz'}", "sampler.kind=balanced", "augment.size=16"]
-    small = ["method={name: dino, prototypes: 16, hidden: 8, local_size: 8}", "train.global_batch=12", "train.steps=1"]
+    small = [
+        "method={name: dino, prototypes: 16, hidden: 8, local_size: 8}",
+        "train.global_batch=12",
+        "train.total_steps=1",
+    ]
     quiet = ["evaluate.pictures=false", "train.workers=0", f"out={tmp_path}"]
     train(load(None, [*data, *small, *quiet]), lambda station, x: told.append(x) if station == "views" else None)
     assert [len(x) for x in told] == [24, 48]

@@ -127,7 +127,7 @@ def test_the_wheel_by_itself_in_an_empty_folder(installed, tmp_path):
     np.savez(tmp_path / "cells.npz", **arrays)
     recipe = ["--config", "simclr_pbc28", "data.path=cells.npz"]
     assert "8 classes" in installed("sslcells", "train", "--check", *recipe, cwd=tmp_path)
-    installed("sslcells", "train", *SMALL, "train.steps=2", "name=short", "evaluate.pictures=false", cwd=tmp_path)
+    installed("sslcells", "train", *SMALL, "train.total_steps=2", "name=short", "evaluate.pictures=false", cwd=tmp_path)
     said = installed("sslcells", "export", "runs/short", cwd=tmp_path)
     assert "encoder.pt2" in said
     assert (tmp_path / "runs" / "short" / "export" / "load.py").is_file()

@@ -14,12 +14,12 @@ from sslcells.compare import compare
 from sslcells.config import ConfigError, load
 from sslcells.data import DataError, holdout, synthetic
 from sslcells.evaluation.classifier import read_predictions
-from sslcells.interrupt import Stopped
-from sslcells.metrics import read_metrics
+from sslcells.run.interrupt import Stopped
+from sslcells.run.metrics import read_metrics
 from sslcells.train import train
 
 QUICK = ["evaluate.bootstrap=100", "train.workers=0"]
-NO_VAL = ["data.val=0", "data.test=20", "train.steps=6", "evaluate.pictures=false"]
+NO_VAL = ["data.val=0", "data.test=20", "train.total_steps=6", "evaluate.pictures=false"]
 
 
 def supervised(folder, *changes):
@@ -47,7 +47,7 @@ def read(monkeypatch):
     ("kind", "changes", "key"),
     [
         (tiny, [*NO_VAL, "evaluate.pictures=true"], "knn/top1"),
-        pytest.param(tiny, ["data.val=20", "data.test=20", "train.steps=4"], "knn/top1", marks=pytest.mark.slow),
+        pytest.param(tiny, ["data.val=20", "data.test=20", "train.total_steps=4"], "knn/top1", marks=pytest.mark.slow),
         pytest.param(supervised, [*NO_VAL, "evaluate.pictures=true"], "val/top1", marks=pytest.mark.slow),
     ],
 )
@@ -120,7 +120,7 @@ def test_who_asks_for_val_is_never_given_test(tmp_path):
 
 @pytest.mark.slow
 def test_a_classifier_is_asked_about_test_by_evaluate(tmp_path):
-    folder = train(supervised(tmp_path, "data.val=20", "data.test=25", "train.steps=4"))
+    folder = train(supervised(tmp_path, "data.val=20", "data.test=25", "train.total_steps=4"))
     assert len(read_predictions(folder, "val").names) == 20
     assert not (folder / "predictions_test.npz").exists()
     assert main(None, ["evaluate", str(folder), *QUICK]) == 0
@@ -144,7 +144,7 @@ def test_compare_reads_test_when_all_is_trained(read, tmp_path, monkeypatch):
         return plain(*arguments)
 
     monkeypatch.setattr(comparison, "finished", finished)
-    small = ["compare.fractions=[1]", "compare.seeds=1", "compare.min_steps=2", "compare.epochs=1"]
+    small = ["compare.fractions=[1]", "compare.seeds=1", "compare.min_steps=2", "compare.total_epochs=1"]
     run = tiny(tmp_path, *NO_VAL, *small, "compare.global_batch=16", "evaluate.pictures=false")
     result = compare(run)
     assert result["asked"] == "test"

@@ -27,7 +27,13 @@ def test_the_first_figures_are_of_few_images_and_the_log_says_where_the_time_wen
     monkeypatch.setattr(evaluation, "START", 10)
     out, rows = {}, {}
     for name, most in (("one", "none"), ("two", "8")):
-        given = [f"data.path={cells}", "data.kind=folder", "augment.size=16", "train.steps=1", "train.global_batch=8"]
+        given = [
+            f"data.path={cells}",
+            "data.kind=folder",
+            "augment.size=16",
+            "train.total_steps=1",
+            "train.global_batch=8",
+        ]
         given += ["train.workers=0", "evaluate.pictures=false", "evaluate.k=2", f"evaluate.max_images={most}"]
         train(load(None, [*given, f"out={tmp_path}", f"name={name}"]))
         out[name] = capsys.readouterr().out

@@ -13,16 +13,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sslcells import checkpoint, launcher, losses
+from sslcells import launcher, losses
 from sslcells import train as train_module
-from sslcells.claim import changed, settled
 from sslcells.config import ConfigError, load
 from sslcells.data import Batch
-from sslcells.interrupt import Stopped
-from sslcells.lock import TAKING, Lock
-from sslcells.metrics import read_metrics
+from sslcells.errors import TrainingError
 from sslcells.models import files
-from sslcells.plan import TrainingError
+from sslcells.run import checkpoint
+from sslcells.run.folder import changed, settled
+from sslcells.run.interrupt import Stopped
+from sslcells.run.lock import TAKING, Lock
+from sslcells.run.metrics import read_metrics
 from sslcells.train import train
 
 TINY = [
@@ -36,11 +37,11 @@ TINY = [
     "method.hidden=16",
     "method.dimension=8",
     "train.global_batch=16",
-    "train.epochs=3",
+    "train.total_epochs=3",
     "train.workers=0",
-    "log.every=2",
-    "checkpoint.every=4",
-    "evaluate.every=2",
+    "log.every_steps=2",
+    "checkpoint.every_steps=4",
+    "evaluate.every_epochs=2",
     "evaluate.k=5",
 ]
 
@@ -120,7 +121,7 @@ def signalled_in(step, number):
         ([], (3, 9)),
         pytest.param(["train.micro_batch=4", "train.workers=1"], (6,), marks=pytest.mark.slow),
         pytest.param(["optim.warmup_epochs=2", "method.name=triplet"], (7,), marks=pytest.mark.slow),
-        (["sampler.kind=balanced", "train.epochs=2"], (7,)),
+        (["sampler.kind=balanced", "train.total_epochs=2"], (7,)),
         pytest.param(["sampler.kind=classes", "sampler.per_class=4"], (8,), marks=pytest.mark.slow),
     ],
 )
@@ -199,13 +200,13 @@ def test_another_configuration_does_not_go_on(finished):
 
 def test_what_does_not_change_the_training_may_change(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "quickstart")
-    train(tiny(tmp_path, "log.every=1", "checkpoint.keep=5"))
+    train(tiny(tmp_path, "log.every_steps=1", "checkpoint.keep=5"))
 
 
 def test_what_auto_stood_for_stays_with_the_run(tmp_path, monkeypatch, capsys):
     """Begun where bf16 is fast, gone on with where it is not: in bf16, as the folder says."""
     monkeypatch.setattr(launcher, "precision_for", lambda device: "bf16")
-    few = ["train.precision=auto", "evaluate.pictures=false", "train.steps=2", "checkpoint.every=1"]
+    few = ["train.precision=auto", "evaluate.pictures=false", "train.total_steps=2", "checkpoint.every_steps=1"]
     with pytest.raises(Stopped):
         train(tiny(tmp_path, *few), signalled_in(1, signal.SIGUSR1))
     begun = load(str(tmp_path / "quickstart" / "config.yaml")).train
@@ -220,7 +221,7 @@ def test_what_auto_stood_for_stays_with_the_run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_mixed_precision(tmp_path):
-    rows = read_metrics(train(tiny(tmp_path, "train.precision=bf16", "train.steps=4")))
+    rows = read_metrics(train(tiny(tmp_path, "train.precision=bf16", "train.total_steps=4")))
     assert all(r["loss"] < 5 for r in rows if "loss" in r)
 
 
@@ -233,7 +234,7 @@ def test_a_precision_that_the_device_lacks_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["triplet", "simclr"])
 @pytest.mark.parametrize("recipe", ["simclr", pytest.param("none", marks=pytest.mark.slow)])
 def test_other_methods_and_recipes(tmp_path, name, recipe):
-    rows = read_metrics(train(tiny(tmp_path, f"method.name={name}", f"augment.recipe={recipe}", "train.steps=2")))
+    rows = read_metrics(train(tiny(tmp_path, f"method.name={name}", f"augment.recipe={recipe}", "train.total_steps=2")))
     assert "loss" in rows[1]
     assert ("active" in rows[1]) == (name == "triplet")
 
@@ -276,7 +277,7 @@ def test_metrics_are_json_lines(finished):
     assert all(json.loads(line)["step"] >= 0 for line in lines)
 
 
-NO_BATCHNORM = ["model.backbone=test_vit", "model.args={img_size: 32}", "method.norm=layer", "train.steps=10"]
+NO_BATCHNORM = ["model.backbone=test_vit", "model.args={img_size: 32}", "method.norm=layer", "train.total_steps=10"]
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_the_device_is_sent_one_micro_batch_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(Batch, "to", lambda batch, device: (sent.append(len(batch.pixels)), plain(batch, device))[1])
     seen = []
     watch = lambda station, x: seen.append(len(x)) if station == "pixels" else None  # noqa: E731
-    train(tiny(tmp_path, *NO_BATCHNORM[:3], "train.micro_batch=4", "train.steps=1"), watch)
+    train(tiny(tmp_path, *NO_BATCHNORM[:3], "train.micro_batch=4", "train.total_steps=1"), watch)
     assert seen == [4] * 4
     assert max(sent) == 0
 

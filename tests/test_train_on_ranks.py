@@ -12,8 +12,8 @@ from test_train import NO_BATCHNORM, in_step, tiny, untimed
 
 from sslcells import ranks
 from sslcells.evaluation import Evaluation
-from sslcells.interrupt import Stopped
 from sslcells.models import files
+from sslcells.run.interrupt import Stopped
 from sslcells.train import train
 
 
@@ -32,12 +32,18 @@ def launched():
         GradientState._reset_state()
 
 
-SMALL = ["evaluate.pictures=false", "train.epochs=2", "log.every=6", "checkpoint.every=4", "train.device=cpu"]
+SMALL = [
+    "evaluate.pictures=false",
+    "train.total_epochs=2",
+    "log.every_steps=6",
+    "checkpoint.every_steps=4",
+    "train.device=cpu",
+]
 
 
 def trained(folder, stop_after):
     """A start, to its end or until a signal in the middle of a step; without BatchNorm, so that ranks do not matter."""
-    run = tiny(folder, *SMALL, *NO_BATCHNORM, "train.steps=8")
+    run = tiny(folder, *SMALL, *NO_BATCHNORM, "train.total_steps=8")
     with launched():
         if stop_after:
             with pytest.raises(Stopped):
@@ -59,7 +65,7 @@ def test_a_resume_between_two_lines_shows_the_loss_of_every_rank(tmp_path):
     whole = lines(tmp_path / "whole" / "quickstart")
     assert lines(tmp_path / "two" / "quickstart") == whole
     on_ranks(2, trained, tmp_path / "one", 4)
-    train(tiny(tmp_path / "one", *SMALL, *NO_BATCHNORM, "train.steps=8"))
+    train(tiny(tmp_path / "one", *SMALL, *NO_BATCHNORM, "train.total_steps=8"))
     (first, *_), (expected, *_) = lines(tmp_path / "one" / "quickstart"), whole
     assert first["step"] == expected["step"] == 6
     assert first["loss"] == pytest.approx(

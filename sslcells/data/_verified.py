@@ -26,7 +26,7 @@ import tifffile
 from sslcells import values
 from sslcells.data._decode import READER, Decoder, Header, Unreadable
 from sslcells.data._scan import OURS, Listing
-from sslcells.storage import whole
+from sslcells.storage import write_atomically
 
 _THREADS = 16
 """that look at images; at most one per core"""
@@ -159,7 +159,7 @@ class _Memory:
         for place in self._places:
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                whole(place, lambda file: pq.write_table(table, file, compression="zstd"))
+                write_atomically(place, lambda file: pq.write_table(table, file, compression="zstd"))
             except OSError as error:
                 _log.debug("%s cannot be written: %s", place, error)
                 continue

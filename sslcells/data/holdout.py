@@ -13,7 +13,7 @@ from sslcells.config import ConfigError
 from sslcells.data import ImageSet
 from sslcells.data.sampler import permutation
 from sslcells.data.subset import Subset
-from sslcells.storage import is_file, json_text, whole
+from sslcells.storage import is_file, json_text, write_atomically
 
 FILE = "held_out.json"
 """In a run's folder: the names of the images that it held out."""
@@ -100,7 +100,7 @@ def note(folder: Path, splits: Mapping[str, ImageSet], goes_on: bool) -> None:
             f"are not the same ones: evaluate.holdout, labels or sources changed; choose another name="
         )
     if not goes_on:
-        whole(folder / FILE, lambda opened: opened.write(json_text(names).encode()))
+        write_atomically(folder / FILE, lambda opened: opened.write(json_text(names).encode()))
 
 
 def held_out_by(folder: Path) -> list[str]:

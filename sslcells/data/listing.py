@@ -9,7 +9,7 @@ from typing import Any
 
 from sslcells.config import ConfigError
 from sslcells.data import ImageSet
-from sslcells.storage import is_file, json_text, whole
+from sslcells.storage import is_file, json_text, write_atomically
 
 FILE = "trained_on.json.gz"
 """In a run's folder: names, labels and sources of the images that it learns from, and the names of the classes."""
@@ -20,7 +20,7 @@ PATHS = {"data.path", "data.root", "data.sources"}
 def note(folder: Path, images: ImageSet) -> None:
     """Write down the images of a run's train split."""
     content = gzip.compress(json_text(_listed(images)).encode(), compresslevel=1, mtime=0)
-    whole(folder / FILE, lambda file: file.write(content))
+    write_atomically(folder / FILE, lambda file: file.write(content))
 
 
 def noted(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from sslcells import __version__, values
 from sslcells.config import Run, load
 from sslcells.data.holdout import held_out_by
 from sslcells.delivery.encoder import Encoder
-from sslcells.metrics import METRICS, read_metrics
+from sslcells.run.metrics import METRICS, read_metrics
 
 EVALUATION = "evaluation.json"
 _MOST = 60

@@ -22,8 +22,8 @@ from sslcells.data.loader import Readable, attended, read_readable
 from sslcells.delivery import DeliveryError
 from sslcells.delivery.encoder import Encoder, find_run, finite, load_encoder
 from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, list_digest, spelt
-from sslcells.interrupt import Awaited, Interrupt, Stopped
-from sslcells.lock import Lock
+from sslcells.run.interrupt import Awaited, Interrupt, Stopped
+from sslcells.run.lock import Lock
 from sslcells.storage import is_file
 from sslcells.values import place
 

@@ -23,7 +23,7 @@ from sslcells.delivery.shards import MANIFEST, Embeddings, Shard, spelt
 from sslcells.evaluation.knn import neighbours
 from sslcells.evaluation.sheets import Image, found_sheet
 from sslcells.models import files
-from sslcells.storage import is_file, is_folder, whole
+from sslcells.storage import is_file, is_folder, write_atomically
 from sslcells.values import place
 
 _MOST_SHOWN = 20
@@ -223,8 +223,8 @@ def _index(embeddings: Embeddings) -> tuple[Any, NDArray[np.int64]]:
     for shard in embeddings.read_all():
         index.add(_unit(shard.vector))
     starts = np.cumsum([0, *counts]).astype(np.int64)
-    whole(file, lambda opened: opened.write(library.serialize_index(index).tobytes()))
-    whole(starts_file, lambda opened: np.save(opened, starts))
+    write_atomically(file, lambda opened: opened.write(library.serialize_index(index).tobytes()))
+    write_atomically(starts_file, lambda opened: np.save(opened, starts))
     return _probing(library, index), starts
 
 
@@ -297,7 +297,7 @@ def _write_csv(file: Path, queries: Sequence[str], found: Sequence[Sequence[Foun
     for query, near in zip(queries, found, strict=True):
         for rank, one in enumerate(near, 1):
             writer.writerow([spelt(query), rank, f"{one.distance:.6f}", one.path, one.label or ""])
-    whole(file, lambda opened: opened.write(text.getvalue().encode()))
+    write_atomically(file, lambda opened: opened.write(text.getvalue().encode()))
 
 
 def _draw(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sslcells.config import ConfigError, extra
 from sslcells.data import DataError
-from sslcells.storage import json_text, partial_name, patiently, whole
+from sslcells.storage import json_text, partial_name, patiently, write_atomically
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ class Embeddings:
             with suppress(OSError):
                 left.unlink()
         text = json_text(self._manifest, indent=2) + "\n"
-        whole(self.folder / MANIFEST, lambda file: file.write(text.encode()))
+        write_atomically(self.folder / MANIFEST, lambda file: file.write(text.encode()))
 
     @property
     def shards(self) -> int:
@@ -113,7 +113,7 @@ class Embeddings:
         write = _write_parquet if self.format == "parquet" else _write_npz
         target = self.file(number)
         try:
-            patiently(lambda: whole(target, lambda file: write(file, shard)), str(target))
+            patiently(lambda: write_atomically(target, lambda file: write(file, shard)), str(target))
         except OSError as error:
             raise DataError(f"{target} cannot be written: {error.strerror or error}") from None
 
@@ -182,7 +182,7 @@ class Embeddings:
         target = self.folder / UNREADABLE
         if lines:
             text = "path,reason\n" + "".join(lines)
-            whole(target, lambda file: file.write(text.encode()))
+            write_atomically(target, lambda file: file.write(text.encode()))
         else:
             target.unlink(missing_ok=True)
         return len(lines)

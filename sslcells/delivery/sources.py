@@ -27,7 +27,7 @@ from sslcells.config import ConfigError, extra
 from sslcells.data import DataError, Decoder, Unreadable, read_table
 from sslcells.data.folder import list_images
 from sslcells.evaluation.sheets import Image, pair_sheet
-from sslcells.storage import whole
+from sslcells.storage import write_atomically
 from sslcells.values import place
 
 TABLE, PICTURE = "sources.csv", "sources.png"
@@ -110,7 +110,7 @@ def sources(
     target = place(out or ".")
     try:
         target.mkdir(parents=True, exist_ok=True)
-        whole(target / TABLE, lambda opened: opened.write(_csv(found).encode("utf-8", "surrogateescape")))
+        write_atomically(target / TABLE, lambda opened: opened.write(_csv(found).encode("utf-8", "surrogateescape")))
         _picture(found, root, target / PICTURE)
     except OSError as error:
         raise ConfigError(f"--out {target}: cannot be written: {error}") from None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslcells.evaluation.scores import of_classes, of_ranking
-from sslcells.storage import whole
+from sslcells.storage import write_atomically
 
 
 def predictions_file(split: str) -> str:
@@ -55,7 +55,7 @@ class Said(NamedTuple):
     def write(self, folder: Path, split: str) -> None:
         """Write predictions_<split>.npz: names, classes, labels, sources, probabilities."""
         arrays = {key: np.asarray(value) for key, value in self._asdict().items()}
-        whole(folder / predictions_file(split), lambda opened: np.savez_compressed(opened, **arrays))  # type: ignore[arg-type]
+        write_atomically(folder / predictions_file(split), lambda opened: np.savez_compressed(opened, **arrays))  # type: ignore[arg-type]
 
 
 def read_predictions(folder: Path, split: str) -> Said:

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 
 from sslcells.config import ConfigError
 from sslcells.evaluation.gallery import Picture
-from sslcells.storage import whole
+from sslcells.storage import write_atomically
 
 CLASSIFIERS = ("the run's classifier", "kNN", "linear probe", "fine-tuning", "few-shot")
 
@@ -197,7 +197,7 @@ def write(file: Path, text: str) -> None:
         ConfigError: where it cannot be written.
     """
     try:
-        whole(file, lambda opened: opened.write(text.encode()))
+        write_atomically(file, lambda opened: opened.write(text.encode()))
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error}") from None
 

@@ -2,11 +2,11 @@
 
 from sslcells.losses._rows import row_std, sound, unit
 from sslcells.losses.contrastive import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
+from sslcells.losses.gather import gather_ids, gather_with_grad
 from sslcells.losses.moco import MoCoLoss
 from sslcells.losses.pairs import BatchAllTripletLoss, PairLoss
 from sslcells.losses.redundancy import BarlowTwinsLoss, VICRegLoss
 from sslcells.losses.triplet import BatchHardTripletLoss
-from sslcells.losses.whole import whole_ids, whole_rows
 
 __all__ = [
     "BarlowTwinsLoss",
@@ -19,9 +19,9 @@ __all__ = [
     "PairLoss",
     "SupConLoss",
     "VICRegLoss",
+    "gather_ids",
+    "gather_with_grad",
     "row_std",
     "sound",
     "unit",
-    "whole_ids",
-    "whole_rows",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslcells import ranks
 from sslcells.data import Batch, ImageSet
-from sslcells.losses import sound, whole_ids, whole_rows
+from sslcells.losses import gather_ids, gather_with_grad, sound
 from sslcells.methods._embedding import Embedding, Head, check_labels
 
 
@@ -45,12 +45,12 @@ class CentreMethod(Embedding):
 
 
 def whole_batch(rows: Tensor, batch: Batch, views: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labelled rows (N, D) of the global batch, with the gradient of `whole_rows`, and their labels (N,).
+    """Labelled rows (N, D) of the global batch, with the gradient of `gather_with_grad`, and their labels (N,).
 
     The third is a factor of the loss: NaN where any row is not finite, labelled or not, else 1.
     """
-    known, label = _known(whole_ids(batch.label, views))
-    z = whole_rows(rows.float(), views)
+    known, label = _known(gather_ids(batch.label, views))
+    z = gather_with_grad(rows.float(), views)
     return z[known], label, sound(z)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sslcells.data import Batch, ImageSet
-from sslcells.losses import sound, whole_ids, whole_rows
+from sslcells.losses import gather_ids, gather_with_grad, sound
 from sslcells.methods._embedding import Embedding, Head, Positive, check_positives, drawn_by, positives
 
 
@@ -56,8 +56,8 @@ class Method(Embedding):
 
     def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the pairs of the global batch, which every rank judges; and how many are judged rightly."""
-        z = whole_rows(rows.float(), self.views)  # (R, D)
-        whole = Batch(z, *(whole_ids(ids) for ids in batch[1:]))
+        z = gather_with_grad(rows.float(), self.views)  # (R, D)
+        whole = Batch(z, *(gather_ids(ids) for ids in batch[1:]))
         source = whole.source.repeat(self.views) if self._config.same_source == "ignore" else None
         generator = torch.Generator().manual_seed(drawn_by(batch))
         chosen, exists = partners(positives(self._config.positive, whole, self.views), source, generator)

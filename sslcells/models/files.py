@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sslcells.config import ConfigError, Model
 from sslcells.models import create, normalisation, small_stem
-from sslcells.storage import denied, is_file, json_text, whole
+from sslcells.storage import denied, is_file, json_text, write_atomically
 from sslcells.values import place
 
 WEIGHTS, SPEC = "encoder.safetensors", "encoder.json"
@@ -53,8 +53,8 @@ def export(
     if bad := not_finite(weights.items()):
         raise ConfigError(f"the encoder is not exported to {folder}: {said_of(bad)}")
     content = save(weights, metadata={"format": "pt"})
-    whole(folder / WEIGHTS, lambda file: file.write(content))
-    whole(folder / SPEC, lambda file: file.write(f"{json_text(spec, indent=2)}\n".encode()))
+    write_atomically(folder / WEIGHTS, lambda file: file.write(content))
+    write_atomically(folder / SPEC, lambda file: file.write(f"{json_text(spec, indent=2)}\n".encode()))
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:

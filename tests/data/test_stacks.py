@@ -16,7 +16,7 @@ from sslcells.data import folder
 from sslcells.data._decode import Decoder, Unreadable
 from sslcells.delivery.embedding import embed_folder
 from sslcells.delivery.shards import Embeddings
-from sslcells.metrics import read_metrics
+from sslcells.run.metrics import read_metrics
 from sslcells.train import train
 
 
@@ -170,7 +170,7 @@ def test_from_a_folder_of_five_channels_to_embeddings(tmp_path, tiffs, capsys):
         [
             *(f"data.path={tiffs}", "data.size=32", "augment.size=32", f"out={tmp_path}", "name=five"),
             *("model.backbone=test_resnet", "method.hidden=16", "method.dimension=8", "train.global_batch=8"),
-            *("train.steps=2", "train.workers=0", "evaluate.k=3", "log.every=1"),
+            *("train.total_steps=2", "train.workers=0", "evaluate.k=3", "log.every_steps=1"),
         ],
     )
     made = train(run)

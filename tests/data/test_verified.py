@@ -131,20 +131,22 @@ def test_a_damaged_memory_is_ignored(cells, seen, damage, caplog):
 
 def test_a_folder_that_cannot_be_written_is_remembered_in_the_cache(cells, seen, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    whole = _verified.whole
+    plain = _verified.write_atomically
 
     def read_only(target, write):
         if target.is_relative_to(cells):
             raise PermissionError(13, "Permission denied")
-        whole(target, write)
+        plain(target, write)
 
-    monkeypatch.setattr(_verified, "whole", read_only)
+    monkeypatch.setattr(_verified, "write_atomically", read_only)
     opened(cells)
     seen.clear()
     opened(cells)
     assert not seen
     assert not memory(cells)
-    monkeypatch.setattr(_verified, "whole", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        _verified, "write_atomically", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     written(cells / "b/9.png", 9)
     assert len(opened(cells)) == 7  # nowhere to write: looked at, and not remembered
 

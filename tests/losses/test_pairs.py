@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sslcells import ranks
-from sslcells.losses import BatchAllTripletLoss, PairLoss, pairs, whole_ids, whole_rows
+from sslcells.losses import BatchAllTripletLoss, PairLoss, gather_ids, gather_with_grad, pairs
 
 LABELS = [0, 0, 0, 1, 1, 2, 2, 2, 2, 3, -1, -1]
 SOURCES = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
@@ -94,8 +94,8 @@ def on_a_rank(name, dtype=torch.float64):
     own = slice(ranks.rank() * part, (ranks.rank() + 1) * part)
     wrapped = DistributedDataParallel(network) if ranks.world() > 1 else network
     if name == "whole":  # two views, a loss that mixes all rows and looks at their order
-        z = whole_rows(wrapped(torch.cat([x[own], 2 * x[own]])), views=2)
-        weight = torch.linspace(0, 1, 24, dtype=dtype)[:, None] * whole_ids(torch.arange(12)[own], 2)[:, None]
+        z = gather_with_grad(wrapped(torch.cat([x[own], 2 * x[own]])), views=2)
+        weight = torch.linspace(0, 1, 24, dtype=dtype)[:, None] * gather_ids(torch.arange(12)[own], 2)[:, None]
         loss = (z * weight).sum().sin() + (z @ z.T).square().mean()
     else:
         loss = LOSSES[name]()(wrapped(x[own]), torch.tensor(LABELS)[own], torch.tensor(SOURCES)[own])

@@ -8,9 +8,10 @@ from gloo import on_ranks
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from sslcells import checkpoint, methods, models, ranks
+from sslcells import methods, models, ranks
 from sslcells.config import PLUGINS, Model, load
 from sslcells.data import Batch, ImageSet
+from sslcells.run import checkpoint
 from sslcells.train import cached_backward
 
 NAMES = PLUGINS["method"].names()

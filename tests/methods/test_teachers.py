@@ -6,17 +6,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sslcells import checkpoint, methods, models, optim
+from sslcells import methods, models, optim
 from sslcells.config import ConfigError, Model, Optim, load
 from sslcells.data import Batch, synthetic
 from sslcells.models import files
 from sslcells.plan import consequences
+from sslcells.run import checkpoint
 from sslcells.train import build, train
 
 TINY = [
     *("data.size=32", "data.train=48", "data.val=16", "data.test=0", "augment.size=32", "evaluate.k=5"),
     *("model.backbone=small_cnn", "model.args={width: 8}", "method.hidden=16", "method.dimension=8"),
-    *("train.global_batch=16", "train.epochs=2", "train.workers=0", "log.every=2", "checkpoint.every=3"),
+    *(
+        "train.global_batch=16",
+        "train.total_epochs=2",
+        "train.workers=0",
+        "log.every_steps=2",
+        "checkpoint.every_steps=3",
+    ),
 ]
 DINO = ["method.name=dino", "method.local_size=16", "method.local_views=2", "method.prototypes=32"]
 

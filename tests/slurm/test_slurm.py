@@ -13,7 +13,7 @@ import pytest
 from cluster import Cluster, missing, wait_for
 from trained import make_run
 
-from sslcells.metrics import read_metrics
+from sslcells.run.metrics import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -29,9 +29,9 @@ augment: {{size: 32}}
 model: {{backbone: small_cnn, args: {{width: 8}}}}
 method: {{hidden: 16, dimension: 8}}
 train: {{global_batch: 16, workers: 1}}
-checkpoint: {{every: 100000}}
-log: {{every: 1}}
-evaluate: {{every: 1000, k: 5}}
+checkpoint: {{every_steps: 100000}}
+log: {{every_steps: 1}}
+evaluate: {{every_epochs: 1000, k: 5}}
 """
 
 
@@ -107,7 +107,7 @@ def processes(*words):
 
 
 def test_two_nodes(cluster, tmp_path, tiny):
-    arguments = [*tiny, "name=triplet", "train.steps=40"]
+    arguments = [*tiny, "name=triplet", "train.total_steps=40"]
     number, log = submit(cluster, tmp_path, "sbatch", "--nodes=2", "slurm/triplet.sh", *arguments)
     job = cluster.wait(number, "COMPLETED", PATIENCE, log)
     text = log.read_text()
@@ -124,7 +124,7 @@ def test_fine_tuning_and_evaluation(cluster, tmp_path):
     encoder = make_run(tmp_path / "encoder")
     recipe = tmp_path / "classifier.yaml"
     recipe.write_text(TINY.format(folder=tmp_path).replace("{hidden: 16, dimension: 8}", "{name: supervised}"))
-    arguments = ["--config", str(recipe), f"model.encoder={encoder}", "name=tuned", "train.steps=20"]
+    arguments = ["--config", str(recipe), f"model.encoder={encoder}", "name=tuned", "train.total_steps=20"]
     number, log = submit(cluster, tmp_path, "bash", "slurm/finetune.sh", *arguments)
     cluster.wait(number, "COMPLETED", PATIENCE, log)
     assert (tmp_path / "tuned" / "predictions_val.npz").is_file()
@@ -142,7 +142,7 @@ def test_only_a_finished_run_is_evaluated(cluster, tmp_path):
 
 def test_the_signal_of_the_time_limit(cluster, tmp_path, tiny):
     run = tmp_path / "signalled"
-    arguments = [*tiny, "name=signalled", "train.steps=600"]
+    arguments = [*tiny, "name=signalled", "train.total_steps=600"]
     number, log = submit(cluster, tmp_path, "bash", "slurm/simclr.sh", *arguments)
     reach(30, run, log)
     cluster.call("scancel", "--batch", "--signal=USR1", str(number))
@@ -169,7 +169,7 @@ def test_a_time_limit_and_scancel(cluster, tmp_path, tiny):
     run = tmp_path / "limited"
     limits = ["--nodes=2", "--time=60", "--signal=B:USR1@60"]
     number, log = submit(
-        cluster, tmp_path, "sbatch", *limits, "slurm/simclr.sh", *tiny, "name=limited", "train.steps=100000"
+        cluster, tmp_path, "sbatch", *limits, "slurm/simclr.sh", *tiny, "name=limited", "train.total_steps=100000"
     )
     reach(30, run, log)
     _, minutes, _ = cluster.job(number)["RunTime"].split(":")  # a limit of one or two minutes from now
@@ -192,7 +192,7 @@ def test_a_time_limit_and_scancel(cluster, tmp_path, tiny):
 
 def test_preemption(cluster, tmp_path, tiny):
     run = tmp_path / "preempted"
-    number, log = submit(cluster, tmp_path, "bash", "slurm/simclr.sh", *tiny, "name=preempted", "train.steps=300")
+    number, log = submit(cluster, tmp_path, "bash", "slurm/simclr.sh", *tiny, "name=preempted", "train.total_steps=300")
     reach(30, run, log)
     urgent, other = submit(cluster, tmp_path, "sbatch", "--partition=urgent", "--nodes=2", "--wrap=sleep 1")
     cluster.wait(urgent, "COMPLETED", PATIENCE, other)
@@ -206,7 +206,7 @@ def test_preemption(cluster, tmp_path, tiny):
 
 def test_a_killed_rank(cluster, tmp_path, tiny):
     run = tmp_path / "killed"
-    arguments = [*tiny, "name=killed", "train.steps=300", "checkpoint.every=20"]
+    arguments = [*tiny, "name=killed", "train.total_steps=300", "checkpoint.every_steps=20"]
     number, log = submit(cluster, tmp_path, "bash", "slurm/simclr.sh", *arguments)
     reach(50, run, log)
     rank = min(processes("name=killed", "RANK=1"))  # its data loader was started later
@@ -225,7 +225,7 @@ def test_a_killed_rank(cluster, tmp_path, tiny):
 
 def test_a_lost_node(cluster, tmp_path, tiny):
     run = tmp_path / "lost"
-    arguments = [*tiny, "name=lost", "train.steps=300", "checkpoint.every=20"]
+    arguments = [*tiny, "name=lost", "train.total_steps=300", "checkpoint.every_steps=20"]
     number, log = submit(cluster, tmp_path, "bash", "slurm/simclr.sh", *arguments)
     reach(50, run, log)
     cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
@@ -236,7 +236,7 @@ def test_a_lost_node(cluster, tmp_path, tiny):
 
 
 def test_what_would_come_again(cluster, tmp_path, tiny):
-    arguments = [*tiny, "name=nan", "train.steps=100", "optim.lr=1e30"]
+    arguments = [*tiny, "name=nan", "train.total_steps=100", "optim.lr=1e30"]
     number, log = submit(cluster, tmp_path, "bash", "slurm/simclr.sh", *arguments)
     job = cluster.wait(number, "FAILED", PATIENCE, log)
     reason = (tmp_path / "nan" / "stopped.txt").read_text().strip()
@@ -263,10 +263,10 @@ def test_starts_that_come_no_further(cluster, tmp_path, tiny):
 
 def test_a_sweep(cluster, tmp_path, tiny):
     (tmp_path / "three.txt").write_text(
-        "# a comment\nmethod.temperature=0.1 train.steps=5\n\n"
+        "# a comment\nmethod.temperature=0.1 train.total_steps=5\n\n"
         "name=warm 'model.args={width: 4}'\n  name=warmer method.temperature=0.5\n"
     )
-    command = ["bash", "slurm/sweep.sh", str(tmp_path / "three.txt"), *tiny, "train.steps=300"]
+    command = ["bash", "slurm/sweep.sh", str(tmp_path / "three.txt"), *tiny, "train.total_steps=300"]
     logs = f"{tmp_path}/%A_%a.log"
     number, _ = submit(cluster, tmp_path, *command, SBATCH_OUTPUT=logs, NODES="1", SWEEP_AT_ONCE="2")
     log = tmp_path / f"{number}_2.log"

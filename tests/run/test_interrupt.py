@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from sslcells import interrupt
-from sslcells.interrupt import Awaited, Ended, Interrupt, Stopped
+from sslcells.run import interrupt
+from sslcells.run.interrupt import Awaited, Ended, Interrupt, Stopped
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,4 +1,4 @@
-"""The process that sends a run to W&B: `python -m sslcells.wandb_sync`, started by training or by `sslcells sync`.
+"""The process that sends a run to W&B: `python -m sslcells.run.wandb_sync`, started by training or by `sslcells sync`.
 
 It reads metrics.jsonl and plots/, and sends the steps that W&B's run does not hold yet. So training never waits for the
 network, keeps its signals, and goes on whatever becomes of W&B; and `sslcells sync` does later what could not be done
@@ -28,7 +28,7 @@ import psutil
 
 from sslcells import values
 from sslcells.errors import ConfigError, UserError
-from sslcells.metrics import METRICS, flat, pictures_of, row_of
+from sslcells.run.metrics import METRICS, flat, pictures_of, row_of
 from sslcells.storage import json_text
 
 WANDB_ID = "wandb_id.txt"
@@ -344,7 +344,7 @@ def _alone(path: Path) -> Iterator[str]:
 def _start(folder: Path, mode: str, after: int, how: str, stdin: int) -> "subprocess.Popen[bytes]":
     """The process that sends, in a session of its own: the signals of training's are not for it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "sslcells.wandb_sync", str(folder.resolve()), mode, str(after), how, *sys.argv],
+        [sys.executable, "-m", "sslcells.run.wandb_sync", str(folder.resolve()), mode, str(after), how, *sys.argv],
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from sslcells import checkpoint, launcher, ranks
+from sslcells import launcher, ranks
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import ImageSet, listing
-from sslcells.interrupt import Stopped
-from sslcells.lock import Lock
-from sslcells.plan import TrainingError
+from sslcells.errors import TrainingError
+from sslcells.run import checkpoint
+from sslcells.run.interrupt import Stopped
+from sslcells.run.lock import Lock
 
 STOPPED = "stopped.txt"
 """In a run's folder: why its last start ended, where the same would come again."""
@@ -86,7 +87,7 @@ def _take(run: Run, images: ImageSet, claim: Claim) -> Path | None:
 
 
 FREE = {
-    *("train.workers", "train.threads", "train.device", "train.timeout"),
+    *("train.workers", "train.threads", "train.device", "train.timeout_minutes"),
     *("log", "evaluate", "compare", "checkpoint", "resume", "out"),
 }
 """What may change when a run goes on: nothing of it changes what is learned."""

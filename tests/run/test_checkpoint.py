@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sslcells import checkpoint
+from sslcells.run import checkpoint
 
 
 def network(value=0.0):

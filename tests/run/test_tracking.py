@@ -22,11 +22,11 @@ import pytest
 from PIL import Image
 from test_train import TINY, Killed, in_step, killed_after, tiny, untimed
 
-from sslcells import metrics, tracking, wandb_sync
 from sslcells.config import ConfigError, dump
 from sslcells.evaluation.pictures import curves
+from sslcells.run import metrics, tracking, wandb_sync
+from sslcells.run.wandb_sync import TrackingError
 from sslcells.train import train
-from sslcells.wandb_sync import TrackingError
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,7 +142,7 @@ def test_a_step_is_read_once_it_is_whole(tmp_path):
 @pytest.mark.slow
 def test_tensorboard_writes_events(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    folder = train(tiny(tmp_path, "log.tracker=tensorboard", "train.steps=2"))
+    folder = train(tiny(tmp_path, "log.tracker=tensorboard", "train.total_steps=2"))
     assert list(folder.rglob("events.out.tfevents.*"))
 
 
@@ -151,7 +151,7 @@ def test_a_failing_tracker_does_not_stop_training(tmp_path, monkeypatch, capsys)
         raise OSError("no space left")
 
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
-    folder = train(tiny(tmp_path, "log.tracker=tensorboard", "train.steps=2"))
+    folder = train(tiny(tmp_path, "log.tracker=tensorboard", "train.total_steps=2"))
     assert (folder / "encoder.json").exists()
     assert capsys.readouterr().out.count("no space left") == 1
 
@@ -160,7 +160,7 @@ def test_a_failing_tracker_does_not_stop_training(tmp_path, monkeypatch, capsys)
 def test_tensorboard_on_two_ranks(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     launch = ["accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "cpu2.yaml"), "-m", "sslcells.train"]
-    done = run_python("-m", *launch, *TINY, f"out={tmp_path}", "train.steps=2", "log.tracker=tensorboard")
+    done = run_python("-m", *launch, *TINY, f"out={tmp_path}", "train.total_steps=2", "log.tracker=tensorboard")
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
@@ -552,7 +552,7 @@ def wait_for(condition, seconds=30):
 @pytest.mark.slow
 def test_wandb_offline_keeps_one_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    folder = train(tiny(tmp_path, "log.tracker=wandb", "train.steps=4"))
+    folder = train(tiny(tmp_path, "log.tracker=wandb", "train.total_steps=4"))
     name = (folder / "wandb_id.txt").read_text()
     assert list(Path(folder / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
     assert f"W&B: offline; later: sslcells sync {folder}" in capsys.readouterr().out
@@ -577,7 +577,7 @@ def test_a_killed_run_goes_on_as_one_run_at_wandb(tmp_path, server, monkeypatch)
 @pytest.mark.slow
 def test_asked_to_stop_it_sends_what_it_has(tmp_path, server):
     """SIGTERM goes to the whole process group; the sender is no part of it, and ends when training has stopped."""
-    arguments = ["-m", "sslcells.train", *TINY, "log.tracker=wandb", f"out={tmp_path}", "train.epochs=4000"]
+    arguments = ["-m", "sslcells.train", *TINY, "log.tracker=wandb", f"out={tmp_path}", "train.total_epochs=4000"]
     folder = tmp_path / "quickstart"
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, start_new_session=True)
     wait_for(lambda: server.runs and len(server.history()) > 3, 60)
@@ -633,7 +633,7 @@ def test_a_network_that_goes_away(tmp_path, server, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", ["sslcells.wandb_sync", "wandb-core"])
+@pytest.mark.parametrize("who", ["sslcells.run.wandb_sync", "wandb-core"])
 def test_a_killed_sender(tmp_path, server, capsys, who):
     def kill():
         wait_for(lambda: server.runs)

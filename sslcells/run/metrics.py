@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sslcells.storage import json_text, whole
+from sslcells.storage import json_text, write_atomically
 
 METRICS = "metrics.jsonl"
 
@@ -37,7 +37,7 @@ def forget_after(path: Path, step: int) -> None:
         return
     rows = ((line, row_of(line)) for line in path.read_bytes().splitlines())
     kept = [line + b"\n" for line, row in rows if row is not None and row["step"] <= step and step > 0]
-    whole(path, lambda file: file.write(b"".join(kept)))
+    write_atomically(path, lambda file: file.write(b"".join(kept)))
 
 
 def note_steps(paths: Mapping[str, Path], step: int) -> None:

@@ -22,7 +22,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from sslcells.config import ConfigError
-from sslcells.storage import json_text, partial_name, whole
+from sslcells.storage import json_text, partial_name, write_atomically
 
 FILE = "lock.json"
 TAKING = ".taking"
@@ -146,7 +146,7 @@ class Lock:
 
     def _write(self, beat: int) -> None:
         text = json_text(self._owner | {"beat": beat})
-        whole(self._path, lambda file: file.write(text.encode()))
+        write_atomically(self._path, lambda file: file.write(text.encode()))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Where figures go: the console and metrics.jsonl; from there to W&B, and to TensorBoard through Accelerate.
 
-metrics.jsonl and plots/ are the truth; W&B is sent them by a process of its own, `sslcells.wandb_sync`.
+metrics.jsonl and plots/ are the truth; W&B is sent them by a process of its own, `sslcells.run.wandb_sync`.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sslcells import wandb_sync
 from sslcells.config import Run
 from sslcells.errors import UserError
-from sslcells.metrics import METRICS, flat, forget_after, note_steps
+from sslcells.run import wandb_sync
+from sslcells.run.metrics import METRICS, flat, forget_after, note_steps
 from sslcells.storage import json_text, patiently
 
 

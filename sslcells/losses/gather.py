@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from sslcells import ranks
 
 
-def whole_rows(z: Tensor, views: int = 1) -> Tensor:
+def gather_with_grad(z: Tensor, views: int = 1) -> Tensor:
     """The rows that one process would have: (V·B, D), view-major, on every rank → (V·B·world, D), view-major.
 
     For a loss that every rank computes on all of them, with the same value everywhere. Its gradient by this rank's rows
@@ -24,8 +24,8 @@ def whole_rows(z: Tensor, views: int = 1) -> Tensor:
     return rows
 
 
-def whole_ids(ids: Tensor, views: int = 1) -> Tensor:
-    """(B,) ids of this rank's images → (V·B·world,) of the rows of `whole_rows`."""
+def gather_ids(ids: Tensor, views: int = 1) -> Tensor:
+    """(B,) ids of this rank's images → (V·B·world,) of the rows of `gather_with_grad`."""
     return ranks.gather(ids).repeat(views)
 
 

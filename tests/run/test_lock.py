@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from sslcells import lock
 from sslcells.config import ConfigError
-from sslcells.lock import FILE, Lock
+from sslcells.run import lock
+from sslcells.run.lock import FILE, Lock
 
 
 def owner(folder, **changes):
@@ -32,7 +32,7 @@ def test_one_at_a_time(tmp_path):
 
 def test_a_dead_process_here_has_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 100)
-    code = f"import os, pathlib; from sslcells.lock import Lock; Lock(pathlib.Path({str(tmp_path)!r})); os._exit(0)"
+    code = f"import os, pathlib; from sslcells.run.lock import Lock; Lock(pathlib.Path({str(tmp_path)!r})); os._exit(0)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert (tmp_path / FILE).exists()
     Lock(tmp_path).release()
