@@ -21,6 +21,7 @@ from sslcells.cli import main
 from sslcells.data.folder import list_images
 from sslcells.delivery import embedding
 from sslcells.delivery.shards import Embeddings
+from sslcells.run.lock import TAKING
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "cpu2.yaml")]
@@ -69,7 +70,9 @@ def test_every_image_is_there_once_with_its_vector_and_label(run, cells, tmp_pat
     z = sslcells.embed(cells, run)
     np.testing.assert_allclose(np.stack([vector for _, vector, _ in found.values()]), z, rtol=1e-5, atol=1e-6)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "embeddings.json", *(f"part-00000{i}.{form}" for i in range(3))
+        TAKING,
+        "embeddings.json",
+        *(f"part-00000{i}.{form}" for i in range(3))
     }  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def test_a_second_sigterm_ends_it(monkeypatch):
 
 HANGS = """
 import ctypes, threading, sys
-from sslcells import interrupt
+from sslcells.run import interrupt
 interrupt.BURST, interrupt.GRACE = 0.2, 0.5
 mutex, library = (ctypes.c_char * 64)(), ctypes.CDLL(None)
 with interrupt.Interrupt():
