@@ -1,4 +1,4 @@
-"""What recipes share: a random crop's bounds, and how cells are cropped, turned and blurred."""
+"""What recipes share: how crops are drawn, and how cells are cropped, turned and blurred."""
 
 import math
 from typing import Self
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sslcells.augment._draws import Draws
-from sslcells.augment._operations import blur, odd, on_some, warp
+from sslcells.augment._operations import blur, on_some, warp
 from sslcells.config import Recipe
 
 
@@ -27,17 +27,49 @@ class Crops(Recipe):
         return self
 
 
+_TRIES = 10
+_RATIO = 3 / 4, 4 / 3
+"""narrowest and widest crop, width by height"""
+
+
+def random_resized_crop(config: Crops, height: int, width: int, draws: Draws) -> Tensor:
+    """Crops as torchvision's RandomResizedCrop draws them: (N, 4) left, top, width and height, in whole pixels.
+
+    Area and ratio are drawn until a crop fits into the image, ten times at most; then it is the largest crop in the
+    middle whose ratio is allowed. Cutting what does not fit would make large crops frequent, and wide images square.
+    """
+    low, high = map(math.log, _RATIO)
+    found = torch.zeros(len(draws), dtype=torch.bool)
+    ratio = min(max(width / height, _RATIO[0]), _RATIO[1])
+    whole = (width, round(width / ratio)) if width / height < ratio else (round(height * ratio), height)
+    size = torch.tensor([whole], dtype=torch.float32).repeat(len(draws), 1)  # (N, 2) width and height
+    for _ in range(_TRIES):
+        area = height * width * draws.uniform(config.min_scale, config.max_scale)
+        ratios = draws.uniform(low, high).exp()
+        tried = torch.stack([(area * ratios).sqrt(), (area / ratios).sqrt()], 1).round()
+        fits = ((tried >= 1) & (tried <= torch.tensor([width, height]))).all(1)
+        size = torch.where((fits & ~found)[:, None], tried, size)
+        found |= fits
+    room = torch.tensor([width, height]) - size
+    at = (torch.stack([draws.uniform(), draws.uniform()], 1) * (room + 1)).floor().minimum(room)
+    return torch.cat([torch.where(found[:, None], at, (room / 2).floor()), size], 1)
+
+
 class CellCrops(Crops):
     """A recipe for cells: the middle of the image stays in the crop's middle half, and there is no up or down."""
 
     rotate: bool = True
     """Turn by any angle."""
     blur: float = Field(0.3, ge=0, le=1)
-    """Probability of a blur, sigma up to 2 % of the size."""
+    """Probability of a blur, sigma up to 2 % of the size, or 0.6 pixels."""
 
 
 def cropped(config: CellCrops, x: Tensor, draws: Draws) -> Tensor:
-    """A crop of each image, turned and mirrored: (N, C, H, W) → (N, C, S, S)."""
+    """A crop of each image, turned and mirrored: (N, C, H, W) → (N, C, S, S).
+
+    A crop has the image's own ratio, changed by up to a tenth on either side, and the area that was drawn: none is cut
+    to fit. Where one is wider than the image, its ends are reflections.
+    """
     side = draws.uniform(config.min_scale, config.max_scale).sqrt()
     ratio = draws.uniform(-0.1, 0.1).exp()
     half = torch.stack([side * ratio, side / ratio], 1)
@@ -50,5 +82,6 @@ def cropped(config: CellCrops, x: Tensor, draws: Draws) -> Tensor:
 
 def blurred(config: CellCrops, x: Tensor, draws: Draws) -> Tensor:
     """Some of the images blurred: (N, C, S, S) → the same."""
-    sigma = draws.uniform(0.3, max(0.6, 0.02 * config.size))
-    return on_some(x, draws.chance(config.blur), lambda y, s: blur(y, s, odd(0.08 * config.size)), sigma)
+    most = max(0.6, 0.02 * config.size)
+    sigma = draws.uniform(0.3, most)
+    return on_some(x, draws.chance(config.blur), lambda y, s: blur(y, s, most), sigma)

@@ -3,6 +3,7 @@
 Parameters come as (N,) CPU tensors, so that choosing the rows an operation applies to never waits for the device.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import kornia
@@ -213,11 +214,10 @@ def grey(x: Tensor) -> Tensor:
     return kornia.color.rgb_to_grayscale(x).expand_as(x)
 
 
-def blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """Gaussian blur, sigma (N,) in pixels, with a kernel of this many pixels."""
+def blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
+    """Gaussian blur, sigma (N,) in pixels and none above `largest`, which the kernel is made for: ±3 of it.
+
+    So every sigma acts as it is, but for 1.4 % of the largest. A view is wider than ±3 sigma of any recipe.
+    """
+    kernel = 2 * math.ceil(3 * largest) + 1
     return kornia.filters.gaussian_blur2d(x, (kernel, kernel), sigma[:, None].expand(-1, 2))
-
-
-def odd(pixels: float) -> int:
-    """The odd number next to `pixels`, at least 3."""
-    return max(3, int(pixels) // 2 * 2 + 1)

@@ -7,9 +7,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sslcells.augment._crops import Crops
+from sslcells.augment._crops import Crops, random_resized_crop
 from sslcells.augment._draws import Draws
-from sslcells.augment._operations import blur, colour_jitter, grey, odd, on_some, warp
+from sslcells.augment._operations import blur, colour_jitter, grey, on_some, warp
 
 
 class Config(Crops):
@@ -21,7 +21,7 @@ class Config(Crops):
     strength: float = Field(1.0, ge=0, le=1.25)
     """Of the colour distortion, s in the paper; it uses 0.5 on CIFAR-10."""
     blur: float = Field(0.5, ge=0, le=1)
-    """Probability of the blur; the paper leaves it out on CIFAR-10."""
+    """Probability of the blur, sigma up to 0.9 % of the size; the paper leaves it out on CIFAR-10."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of the mirror image."""
 
@@ -29,17 +29,25 @@ class Config(Crops):
 def views(config: Config, x: Tensor, draws: Draws) -> Tensor:
     """(N, C, H, W) in 0..1 → (N, C, S, S)."""
     height, width = x.shape[-2:]
-    area = height * width * draws.uniform(config.min_scale, config.max_scale)
-    ratio = draws.uniform(math.log(3 / 4), math.log(4 / 3)).exp()
-    side = torch.stack([(area * ratio).sqrt() / width, (area / ratio).sqrt() / height], 1).clamp_max(1)
-    centre = (1 - side) * torch.stack([draws.uniform(-1, 1), draws.uniform(-1, 1)], 1)
+    crop, whole = random_resized_crop(config, height, width, draws), torch.tensor([width, height])
+    half, centre = crop[:, 2:] / whole, (2 * crop[:, :2] + crop[:, 2:]) / whole - 1
     mirrored = torch.stack([draws.chance(config.flip), torch.zeros(len(draws), dtype=torch.bool)], 1)
-    x = warp(x, config.size, centre, side, torch.zeros(len(draws)), mirrored)
+    x = warp(x, config.size, centre, half, torch.zeros(len(draws)), mirrored)
     s = config.strength
     factors = [draws.uniform(1 - 0.8 * s, 1 + 0.8 * s).clamp_min(0) for _ in range(3)]
     factors.append(draws.uniform(-0.2 * s, 0.2 * s) * 2 * math.pi)
     x = colour_jitter(x, draws.chance(0.8), draws.order(4), factors)
     if x.shape[1] == 3:
         x = on_some(x, draws.chance(0.2), grey)
-    sigma = draws.uniform(0.1, 2.0)
-    return on_some(x, draws.chance(config.blur), lambda y, s: blur(y, s, odd(config.size / 10)), sigma)
+    return blurred(config, x, draws)
+
+
+def blurred(config: Config, x: Tensor, draws: Draws) -> Tensor:
+    """Some of the views blurred: (N, C, S, S) → the same.
+
+    The paper's sigma is 0.1 to 2.0 pixels of its views of 224, and its kernel a tenth of the view: sigma is a part of
+    the view here too, or one of 28 pixels would be blurred eight times as much; a tenth of it is ±5.6 of the largest.
+    """
+    sigma = draws.uniform(0.1, 2.0) * config.size / 224
+    most = 2.0 * config.size / 224
+    return on_some(x, draws.chance(config.blur), lambda y, s: blur(y, s, most), sigma)

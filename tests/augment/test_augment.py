@@ -7,9 +7,11 @@ import torch
 from kornia.augmentation import AugmentationSequential, RandomHorizontalFlip
 from kornia.enhance import adjust_hue
 from torch.nn import functional
+from torchvision.transforms import RandomResizedCrop
 
-from sslcells.augment import Augment, StainJitter, cells, channels, none, resized, simclr
+from sslcells.augment import Augment, StainJitter, _crops, cells, channels, none, resized, simclr
 from sslcells.augment import _operations as op
+from sslcells.augment._draws import Draws
 from sslcells.augment._stain import STAINS, stain_jitter
 from sslcells.config import ConfigError
 
@@ -173,6 +175,69 @@ def test_a_view_is_the_same_alone_and_among_others():
     for i in range(9):
         alone = op.warp(x[i : i + 1], 20, *(a[i : i + 1] for a in arguments))
         torch.testing.assert_close(alone, whole[i : i + 1], rtol=0, atol=1e-5)
+
+
+def assert_torchvisions_crops(height, width, scale, theirs, apart):
+    """Area, ratio and place of 10⁵ crops, by the largest distance of their distributions (Kolmogorov and Smirnov's)."""
+    config = simclr.Config(min_scale=scale[0], max_scale=scale[1])
+    ours = _crops.random_resized_crop(config, height, width, Draws(0, 0, torch.arange(100_000), 1)).double()
+    torch.manual_seed(0)
+    drawn = [
+        RandomResizedCrop.get_params(torch.zeros(1, height, width), [*scale], [3 / 4, 4 / 3]) for _ in range(theirs)
+    ]
+    peers = torch.tensor(drawn).double()[:, [1, 0, 3, 2]]
+    for name, of in {
+        "area": lambda c: c[:, 2] * c[:, 3],
+        "ratio": lambda c: c[:, 2] / c[:, 3],
+        "left": lambda c: c[:, 0],
+        "top": lambda c: c[:, 1],
+        "middle": lambda c: 2 * c[:, 0] + c[:, 2],
+    }.items():
+        a, b = (of(c).sort().values for c in (ours, peers))
+        below = [torch.searchsorted(c, torch.cat([a, b]), right=True) / len(c) for c in (a, b)]
+        assert (below[0] - below[1]).abs().max() < apart, name
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), [(64, 64, (0.08, 1.0)), (40, 200, (0.08, 1.0))])
+def test_simclr_crops_as_torchvision_does(height, width, scale):
+    assert_torchvisions_crops(height, width, scale, 10_000, 0.025)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.05, 0.4), (1.0, 1.0)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 200), (200, 40), (28, 28), (48, 64)])
+def test_simclr_crops_as_torchvision_does_in_any_shape(height, width, scale):
+    assert_torchvisions_crops(height, width, scale, 100_000, 0.012)
+
+
+class Largest(Draws):
+    """Every number the largest that may be drawn."""
+
+    def uniform(self, low=0.0, high=1.0):
+        return torch.full((len(self),), float(high))
+
+    def chance(self, probability):
+        return torch.full((len(self),), probability > 0)
+
+
+@pytest.mark.parametrize("size", [8, 28, 48, 96, 224])
+@pytest.mark.parametrize(("recipe", "largest"), [("simclr", 2 / 224), ("cells", 0.02), ("channels", 0.02)])
+def test_the_largest_blur_is_as_wide_as_it_says(recipe, largest, size):
+    """The standard deviation that a point is spread to, and the share of it that stays where it was."""
+    want = size * largest if recipe == "simclr" else max(0.6, size * largest)
+    at = torch.arange(-30.0, 31, dtype=torch.float64)
+    weight = (-(at**2) / (2 * want**2)).exp()
+    weight /= weight.sum()
+    config = RECIPES[recipe].Config(size=size)
+    x = torch.zeros(2, 1, size, size)
+    x[..., size // 2, size // 2] = 1
+    line = (simclr if recipe == "simclr" else _crops).blurred(config, x, Largest(0, 0, torch.arange(2), 1))[0, 0].sum(0)
+    place = torch.arange(float(size)) - size // 2
+    assert line.sum() == pytest.approx(1, abs=1e-5)
+    std = (line * place.square()).sum().sqrt().item()
+    assert std == pytest.approx((weight * at.square()).sum().sqrt().item(), rel=0.02, abs=1e-3)
+    if want >= 0.6:
+        assert std == pytest.approx(want, rel=0.03)
 
 
 def test_colour_jitter_takes_each_rows_own_order():
