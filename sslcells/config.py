@@ -157,9 +157,9 @@ class Optim(Section):
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate, for the global batch as it is: nothing rescales it."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the last step."""
+    """Learning rate at the last step, where the warm-up leaves room for a descent."""
     weight_decay: float = Field(0.01, ge=0)
-    """Not applied to biases and normalisation parameters."""
+    """Not applied to biases, normalisation parameters, and what timm's model leaves out: positions, tokens."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of SGD and LARS; first beta of Adam-like optimizers is set by args."""
     args: dict[str, Any] = {}

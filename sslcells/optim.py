@@ -19,25 +19,32 @@ def check(config: Optim) -> None:
 def build(config: Optim, model: nn.Module, encoder: nn.Module | None = None) -> torch.optim.Optimizer:
     """The optimizer of what can learn in `model`, without weight decay on biases and normalisation parameters.
 
-    Parameters of `encoder`, a part of the model, have a learning rate of their own.
+    Nor on what `model.no_weight_decay()` names, where it has that method of timm's models. LARS and LAMB adapt the rate
+    of what weight decay is for, also where it is 0, unless `args` say what they adapt. Parameters of `encoder`, a part
+    of the model, have a learning rate of their own.
 
     Raises:
         ConfigError: for a name or argument that timm does not know.
     """
     check(config)
     try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            model,
-            opt=config.name,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            **config.args,
-        )
+        optimizer = _create(config, model, config.weight_decay)
+        if config.weight_decay == 0 and "always_adapt" in optimizer.defaults and "always_adapt" not in config.args:
+            # timm adapts the rate of what it decays: have it part the two, as if there were decay.
+            optimizer = _create(config, model, 1.0)
+            for group in optimizer.param_groups:
+                group["always_adapt"], group["weight_decay"] = group["weight_decay"] > 0, 0.0
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"optim.name={config.name!r} with args={config.args}: {error}") from error
     if encoder is not None and config.encoder_scale != 1:
         _scale(optimizer, {id(p) for p in encoder.parameters()}, config.encoder_scale)
+    return optimizer
+
+
+def _create(config: Optim, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        model, opt=config.name, lr=config.lr, weight_decay=weight_decay, momentum=config.momentum, **config.args
+    )
     return optimizer
 
 
@@ -51,10 +58,14 @@ def _scale(optimizer: torch.optim.Optimizer, members: set[int], scale: float) ->
 
 
 def learning_rate(config: Optim, step: int, steps: int, warmup: int) -> float:
-    """At optimizer step 0..steps-1: linear up to lr over `warmup` steps, then a half cosine down to min_lr."""
+    """At optimizer step 0..steps-1: linear up to lr over `warmup` steps, then a half cosine down to min_lr.
+
+    The last step has min_lr itself, where the warm-up leaves it a step; the only step of a run has lr.
+    """
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    down = steps - 1 - warmup  # steps after the first that is not of the warm-up
+    done = (step - warmup) / down if down > 0 else float(warmup > 0)
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 

@@ -38,12 +38,13 @@ class Subset(ImageSet):
 
 
 def labelled_part(images: ImageSet, fraction: float, seed: int) -> ImageSet:
-    """This fraction of the labelled images of each class, at least one; all of `images` where it is 1.
+    """About this fraction of the labelled images of each class, in whole sources; all of `images` where it is 1.
 
-    Where an image may have several classes, this fraction of all.
-
-    Sources are drawn, and all their images taken, until the fraction is reached: a lab that labels a tenth labels a
-    tenth of its photographs. The parts of one seed are nested.
+    A lab that labels a tenth labels a tenth of its photographs. Sources are put in an order that the seed decides. Of
+    those that hold a class, so many from the front are drawn as come nearest to the fraction of its images, and at
+    least one; the part is all labelled images of the sources that were drawn for any class. Where sources hold several
+    classes, or many images, it is larger or smaller than the fraction. The parts of one seed are nested. Where an image
+    may have several classes, having none of them is one more.
 
     Raises:
         ConfigError: where the images have no labels.
@@ -54,12 +55,28 @@ def labelled_part(images: ImageSet, fraction: float, seed: int) -> ImageSet:
         raise ConfigError(f"train.label_fraction={fraction}: the train split has no labels to take a part of")
     generator = torch.Generator().manual_seed(seed)
     turn = torch.randperm(len(images), generator=generator)
-    numbers, source = torch.unique(images.sources, return_inverse=True)
+    numbers, source = torch.unique(images.sources, return_inverse=True)  # type: ignore[no-untyped-call]
     first = torch.full((len(numbers),), len(images)).scatter_reduce(0, source, turn, "amin")
-    order = (first[source] * len(images) + turn).argsort()  # by source, sources in the order of their first image
-    kind = images.labels[order] if images.targets is None else torch.zeros_like(order)
-    chosen = []
-    for c in kind[kind >= 0].unique().tolist():  # type: ignore[no-untyped-call]
-        members = order[kind == c]
-        chosen.append(members[: max(1, round(fraction * len(members)))])
-    return Subset(images, torch.cat(chosen).sort().values)
+    place = first.argsort().argsort()[source]  # (N,) of each image's source in the order
+    image, kind = _kinds(images)
+    # How many images of a class a source holds, by class and then in the order of the sources.
+    held, count = torch.unique(kind * len(numbers) + place[image], return_counts=True)  # type: ignore[no-untyped-call]
+    kind_of, place_of = held // len(numbers), held % len(numbers)
+    total = torch.zeros(int(kind.max()) + 1, dtype=torch.int64).index_add_(0, kind_of, count)  # (K,)
+    upto = count.cumsum(0) - (total.cumsum(0) - total)[kind_of]
+    # The source takes its class nearer to the fraction while the middle of its images is before it.
+    near = upto - count / 2 < fraction * total[kind_of]
+    drawn = torch.zeros(len(numbers), dtype=torch.bool)
+    drawn[place_of[near | (upto == count)]] = True
+    labelled = torch.zeros(len(images), dtype=torch.bool).index_fill_(0, image, True)
+    return Subset(images, (drawn[place] & labelled).nonzero()[:, 0])
+
+
+def _kinds(images: ImageSet) -> tuple[Tensor, Tensor]:
+    """Labelled images, and a class of each, (P,) int64 twice; an image of several classes comes once for each."""
+    if images.targets is None:
+        image = (images.labels >= 0).nonzero()[:, 0]
+        return image, images.labels[image]
+    none = (images.targets == 0).all(1, keepdim=True)
+    image, kind = torch.cat([images.targets > 0, none], 1).nonzero().unbind(1)
+    return image, kind

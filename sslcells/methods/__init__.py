@@ -158,6 +158,11 @@ class Learner(nn.Module):
             momentum = 1 - (1 - self.method.momentum) * (1 + math.cos(math.pi * self.method.done)) / 2
             self.teacher.follow(self.backbone, self.method.get_submodule(self.method.taught), momentum)
 
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's parameters that timm takes no weight decay of: positional embeddings, tokens."""
+        named = getattr(self.backbone, "no_weight_decay", set[str])
+        return {f"backbone.{name}" for name in named()}
+
     @property
     def encoder(self) -> nn.Module:
         """The backbone that is evaluated and exported."""

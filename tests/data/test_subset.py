@@ -44,7 +44,52 @@ def test_parts_of_a_seed_are_nested_and_seeds_differ():
 
 def test_sources_stay_whole():
     part = labelled_part(Images(per_source=10), 0.1, 0)
-    assert len(set(part.sources.tolist())) in (3, 4)  # 20 images of class 0 in 2 or 3 sources, 2 of class 1 in 1
+    assert part.sources.bincount().unique().tolist() in ([0, 10], [0, 9, 10])  # image 7 has no label
+    assert len(part.sources.unique()) == 3  # 2 of class 0, and 1 of class 1
+
+
+class Drawn(ImageSet):
+    """Classes and sources of uneven size, at random; sources hold several classes, and some labels are unknown."""
+
+    channels = 1
+
+    def __init__(self, seed, several):
+        generator = torch.Generator().manual_seed(seed)
+        count, classes, sources = (int(torch.randint(2, high, (), generator=generator)) for high in (200, 8, 60))
+        self.classes = tuple(map(str, range(classes)))
+        self.labels = (torch.rand(count, generator=generator).square() * (classes + 1)).long() - 1
+        self.labels[0] = 0
+        self.sources = 1000 - 7 * (torch.rand(count, generator=generator).square() * sources).long()
+        if several:
+            self.targets = (torch.rand(count, classes, generator=generator) < 0.2).byte()
+            self.labels = torch.full((count,), -1)
+
+    def pixels(self, index):
+        raise NotImplementedError
+
+    def name(self, index):
+        return str(index)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_random_sets(several):
+    for seed in range(40):
+        images, within = Drawn(seed, several), set()
+        kinds = images.labels if not several else torch.cat([images.targets, images.targets.sum(1)[:, None] == 0], 1)
+        known = torch.ones(len(images), dtype=torch.bool) if several else images.labels >= 0
+        for fraction in (0.01, 0.1, 0.3, 0.31, 0.8, 0.99):
+            part = labelled_part(images, fraction, seed)
+            taken = torch.tensor([int(part.name(i)) for i in range(len(part))])
+            drawn = torch.isin(images.sources, part.sources)
+            assert taken.tolist() == (drawn & known).nonzero()[:, 0].tolist(), "a source was split"
+            assert within <= set(taken.tolist()), "a larger part does not contain a smaller one"
+            within = set(taken.tolist())
+            for c in range(len(images.classes) + several):
+                of_class = kinds[:, c] > 0 if several else kinds == c
+                total, got = int(of_class.sum()), int(of_class[taken].sum())
+                assert got or not total, "a class was left out"
+                largest = int(images.sources[of_class].unique(return_counts=True)[1].max()) if total else 0
+                assert got >= fraction * total - largest / 2, "too few of a class"
 
 
 def test_of_images_with_several_classes_a_part_of_all():
