@@ -108,7 +108,8 @@ def test_variants(tmp_path):
     logged = (tmp_path / "1a_0.log").stat().st_size
     assert table(printed("variants.py", *common, "method.temperature=0.1", "method.temperature=0.5")) == rows
     assert (tmp_path / "1a_0.log").stat().st_size == logged  # nothing was run again
-    chosen = printed("variants.py", "--report-test", "1b", *common, "method.temperature=0.1", "method.temperature=0.5")
+    asking = [*common[:-1], "--report-test", "1b", "--variants"]
+    chosen = printed("variants.py", *asking, "method.temperature=0.1", "method.temperature=0.5")
     assert list(table(chosen.split("Of test, asked once")[1])) == [("1b", "image")]
     assert sorted(path.name for path in tmp_path.glob("*.test.json")) == ["1b_0.test.json", "1b_1.test.json"]
     supervised = ["method.name=supervised", "method.name=supervised method.loss=focal"]
