@@ -20,8 +20,7 @@ from sslcells.augment import Augment
 from sslcells.config import PLUGINS, ConfigError, Run, load, validated
 from sslcells.data import ImageSet
 from sslcells.data.subset import labelled_part
-from sslcells.evaluation import said_of
-from sslcells.evaluation.classifier import Said
+from sslcells.evaluation.classifier import Predictions, predict
 from sslcells.evaluation.gallery import Picture
 from sslcells.evaluation.pictures import fractions_plot, model_curves
 from sslcells.evaluation.report import Table, document, say_table, section_of, write
@@ -63,7 +62,7 @@ def compare(run: Run) -> dict[str, Any]:
     parts = list(plan(run, splits, MODELS))
     if not ranks.from_main(lambda: _finished(run)):
         train(run)
-    said = carry_out(parts, splits, run.evaluate.split, device)
+    predictions = carry_out(parts, splits, run.evaluate.split, device)
     if ranks.rank() > 0:
         return {}
     result: dict[str, Any] = {
@@ -71,12 +70,12 @@ def compare(run: Run) -> dict[str, Any]:
         "sslcells": __version__,
         "asked": run.evaluate.split,
         "seeds": run.compare.seeds,
-        "models": rows(said),
+        "models": rows(predictions),
         "made": {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": round(time.perf_counter() - began, 1)},
     }
     shown = table(result)
     say_table(Console(highlight=False, width=160), shown)
-    pictures = draw(run, said, splits[run.evaluate.split])
+    pictures = draw(run, predictions, splits[run.evaluate.split])
     write(run.folder / RESULTS, json_text(result, indent=2) + "\n")
     about = f"sslcells {__version__}, {run.model.backbone}, {run.method.name}"  # type: ignore[attr-defined]
     body = section_of("Supervised, probe and fine-tuned", [shown], pictures)
@@ -99,11 +98,11 @@ def fine_tuned(folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, An
     splits = open_run(run)
     _check_labels(run, splits)
     parts = list(plan(run, splits, ["fine-tuned"]))
-    said = carry_out(parts, splits, run.evaluate.split, device)
+    predictions = carry_out(parts, splits, run.evaluate.split, device)
     if ranks.rank() > 0:
         return []
     out = []
-    for row in rows(said):
+    for row in rows(predictions):
         means = {key: score["mean"] for key, score in row["scores"].items() if key != "loss"}
         scores = {key: {"value": value, "low": None, "high": None} for key, value in means.items()}
         name = f"{100 * row['fraction']:g} % of the labels, {run.compare.seeds} seeds"
@@ -190,7 +189,7 @@ def _without_other_choices(tree: Any, changes: Mapping[str, Any]) -> Any:
 
 def carry_out(
     parts: Sequence[Part], splits: Mapping[str, ImageSet], split: str, device: torch.device
-) -> list[tuple[Part, Said]]:
+) -> list[tuple[Part, Predictions]]:
     """Train the parts, or go on with them, unless they are done, then ask all of them about a split.
 
     The split is read when nothing is left to train. Every rank takes part; what a part says is written to its folder.
@@ -202,11 +201,11 @@ def carry_out(
     for part in parts:
         run, images = part.run, splits["train"]
         augment = Augment(run.augment, *models.normalisation(run.model, images.channels))
-        said = said_of(finished(run, run.folder, images, device), splits[split], run, augment, device)
-        assert said is not None, "the split's labels were looked at before"
+        found = predict(finished(run, run.folder, images, device), splits[split], run, augment, device)
+        assert found is not None, "the split's labels were looked at before"
         if ranks.rank() == 0:
-            said.write(run.folder, split)
-        out.append((part, said))
+            found.write(run.folder, split)
+        out.append((part, found))
     return out
 
 
@@ -215,16 +214,16 @@ def _finished(run: Run) -> bool:
     return all(is_file(run.folder / file) for file in ("config.yaml", files.SPEC)) and not changed(run)
 
 
-def rows(said: Sequence[tuple[Part, Said]]) -> list[dict[str, Any]]:
+def rows(predictions: Sequence[tuple[Part, Predictions]]) -> list[dict[str, Any]]:
     """Scores of each model and part of the labels, per image and per source: mean and deviation over the seeds."""
     out = []
-    groups = dict.fromkeys((part.model, part.fraction) for part, _ in said)
+    groups = dict.fromkeys((part.model, part.fraction) for part, _ in predictions)
     for model, fraction in groups:
-        words = [words for part, words in said if (part.model, part.fraction) == (model, fraction)]
-        for unit in Units(words[0].sources, 0).names if words[0].labels.ndim == 1 else ["image"]:
-            each = [_scores(w, unit) for w in words]
+        of_seeds = [one for part, one in predictions if (part.model, part.fraction) == (model, fraction)]
+        for unit in Units(of_seeds[0].sources, 0).names if of_seeds[0].labels.ndim == 1 else ["image"]:
+            each = [_scores(one, unit) for one in of_seeds]
             scores = {key: _over_seeds([e[key] for e in each]) for key in each[0]}
-            images = len(words[0].labels)
+            images = len(of_seeds[0].labels)
             out.append({"model": model, "fraction": fraction, "unit": unit, "images": images, "scores": scores})
     return out
 
@@ -236,13 +235,15 @@ def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
-def _scores(said: Said, unit: str) -> dict[str, float]:
-    if said.labels.ndim > 1:
-        return {{"auroc": "AUROC"}.get(key, key): value for key, value in said.figures().items()}
-    units = Units(said.sources, 0, draws=100)
-    found = units.scored(of_classes(said.labels, said.probabilities.argmax(1), len(said.classes)), unit, 1)
-    found |= units.scored(of_ranking(said.labels, said.probabilities), unit, 1)
-    return {"loss": said.loss(), **{key: score.value for key, score in found.items()}}
+def _scores(predictions: Predictions, unit: str) -> dict[str, float]:
+    if predictions.labels.ndim > 1:
+        return {{"auroc": "AUROC"}.get(key, key): value for key, value in predictions.figures().items()}
+    units = Units(predictions.sources, 0, draws=100)
+    found = units.scored(
+        of_classes(predictions.labels, predictions.probabilities.argmax(1), len(predictions.classes)), unit, 1
+    )
+    found |= units.scored(of_ranking(predictions.labels, predictions.probabilities), unit, 1)
+    return {"loss": predictions.loss(), **{key: score.value for key, score in found.items()}}
 
 
 def table(result: Mapping[str, Any]) -> Table:
@@ -267,20 +268,20 @@ def _cell(metric: str, score: Mapping[str, float | None] | None) -> str:
     return f"{scale * score['mean']:.{digits}f}{sd}"
 
 
-def draw(run: Run, said: Sequence[tuple[Part, Said]], images: ImageSet) -> list[Picture]:
+def draw(run: Run, predictions: Sequence[tuple[Part, Predictions]], images: ImageSet) -> list[Picture]:
     """Curves of the three on val, accuracy against labels, and images of the asked split with what each says."""
-    folder, most = run.folder / "plots", max(part.fraction for part, _ in said)
-    full = [(part, words) for part, words in said if part.fraction == most]
+    folder, most = run.folder / "plots", max(part.fraction for part, _ in predictions)
+    full = [(part, one) for part, one in predictions if part.fraction == most]
     logged = [(part.model, read_metrics(part.run.folder)) for part, _ in full]
     drawn = list[Picture]()
     if any("val/loss" in row for _, metrics in logged for row in metrics):
         curves = model_curves(logged, "val", folder / "comparison_curves.png", f"{100 * most:g} % of the labels")
         drawn.append(Picture("Validation curves", curves, "A line for each seed."))
     score = "top1" if full[0][1].labels.ndim == 1 else "auroc"
-    points = [(part.model, part.fraction, words.figures()[score]) for part, words in said]
+    points = [(part.model, part.fraction, one.figures()[score]) for part, one in predictions]
     path = fractions_plot(points, folder / "comparison_labels.png", {"top1": "accuracy"}.get(score, "AUROC"))
     drawn.append(Picture("What labels are worth", path, "A point for each seed, lines through the means."))
-    first = {part.model: words for part, words in full if part.seed == run.seed}
+    first = {part.model: found for part, found in full if part.seed == run.seed}
     one = next(iter(first.values()))
     if one.labels.ndim == 1:
         index = {images.name(i): i for i in range(len(images))}

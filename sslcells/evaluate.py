@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from sslcells import __version__, commandline, launcher, methods, models, ranks
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, installed, load
-from sslcells.data import Batch, ImageSet, holdout, open_splits
-from sslcells.evaluation import VIEWED, said_of
-from sslcells.evaluation.classifier import Said
-from sslcells.evaluation.features import check_finite, collect, features, spread
+from sslcells.data import ImageSet, holdout, open_splits
+from sslcells.evaluation.classifier import Predictions, predict
+from sslcells.evaluation.during_training import VIEWED
+from sslcells.evaluation.encode import Prepare, encode, spread
 from sslcells.evaluation.figures import Figures
 from sslcells.evaluation.gallery import Picture, draw
 from sslcells.evaluation.health import alignment
-from sslcells.evaluation.leaks import COPIES, Look, copies, digests, histograms, leaks
+from sslcells.evaluation.leaks import COPIES, SplitFeatures, copies, digests, histograms, leaks
 from sslcells.evaluation.report import page, say_figures, say_leaks, write
 from sslcells.evaluation.scores import Units, of_classes, rounded
 from sslcells.evaluation.sheets import Image
@@ -71,41 +71,41 @@ def measured(
     splits = holdout.as_trained(open_splits(run.data), names)
     encoder, spec = ranks.together(lambda: _encoder(folder, run, splits["train"].channels))
     encoded = Encoded(run, encoder.to(device), splits, device)
-    said, why_not = _said(run, folder, splits, encoded.augment, device)
+    predictions, why_not = _predictions(run, folder, splits, encoded.augment, device)
     if ranks.rank() > 0:
         return {}, []
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
-    classes, asked = splits["train"].classes, _asked(run, encoded.looks)
+    classes, query_split = splits["train"].classes, _query_split(run, encoded.by_split)
     with one_thread():
-        found = leaks(encoded.looks, asked or "train", classes, encoded.near, run.seed)
+        found = leaks(encoded.by_split, query_split or "train", classes, encoded.near, run.seed)
         say_leaks(console, found)
-        figures = Figures(run, encoded.looks, asked, classes)
+        figures = Figures(run, encoded.by_split, query_split, classes)
     figures.health["train"]["alignment"] = alignment(*encoded.views)
     figures.notes += [*_of_val(splits, names), *why_not]
-    figures.notes += _colour_is_better(found["shortcut"].get(asked), figures.rows)
+    figures.notes += _colour_is_better(found["shortcut"].get(query_split), figures.rows)
     result: dict[str, Any] = {
         "run": run.name,
         "sslcells": __version__,
         "encoder": {"model": spec["timm"]["model_name"], "sha256": _sha256(folder / files.WEIGHTS)},
-        "asked": asked,
+        "asked": query_split,
         "classes": list(classes),
         "max images": run.evaluate.max_images,
         "resamples": run.evaluate.bootstrap,
         "leaks": found,
-        "figures": [*figures.rows, *_of_classifier(said, run), *also],
+        "figures": [*figures.rows, *_of_classifier(predictions, run), *also],
         "by class": figures.by_class,
         "health": figures.health,
         "notes": figures.notes,
     }
     say_figures(console, result)
-    if said is not None:
-        said.write(folder, run.evaluate.split)
-    shown = asked or "train"
+    if predictions is not None:
+        predictions.write(folder, run.evaluate.split)
+    shown = query_split or "train"
     with one_thread():
         pictures = draw(
-            encoded.looks[shown],
+            encoded.by_split[shown],
             shown,
             classes,
             figures.predictions,
@@ -119,54 +119,52 @@ def measured(
 
 
 class Encoded:
-    """Everything that needs the images and the encoder; every rank takes part and knows it."""
+    """Everything that needs the images and the encoder; every rank computes it together and gets all of it."""
 
     def __init__(self, run: Run, encoder: nn.Module, splits: Mapping[str, ImageSet], device: torch.device) -> None:
         self._run, self._encoder, self._device = run, encoder, device
         self.augment = Augment(run.augment, *models.normalisation(run.model, splits["train"].channels))
-        self.looks = {split: self._look(images, split) for split, images in splits.items()}
-        train, batch = splits["train"], run.evaluate.batch
-        few = spread(len(train), min(COPIES, run.evaluate.max_images or COPIES))
+        self.by_split = {split: self._split_features(images, split) for split, images in splits.items()}
+        train, most = splits["train"], run.evaluate.max_images
+        few = spread(len(train), min(COPIES, most or COPIES))
 
         def copied(pixels: Tensor, image: Tensor) -> Tensor:
             return self.augment.plain(copies(pixels.cpu(), image).to(device))
 
-        def plain(pixels: Tensor, image: Tensor) -> Tensor:
-            return self.augment.plain(pixels)
-
-        workers = run.train.workers
-        self.near = (
-            features(encoder, train, few, plain, device, batch, workers),
-            features(encoder, train, few, copied, device, batch, workers),
-        )
-        self.views = [self._view(train, which) for which in (0, 1)]
-
-    def _look(self, images: ImageSet, split: str) -> Look:
-        index = spread(len(images), self._run.evaluate.max_images)
-
-        @torch.no_grad()
-        def look(batch: Batch) -> list[Tensor]:
-            z = self._encoder(self.augment.plain(batch.pixels.to(self._device))).float()
-            return [digests(batch.pixels), histograms(batch.pixels), z]
-
-        workers = self._run.train.workers
-        digest, histogram, z = collect(images, index, look, self._device, self._run.evaluate.batch, workers)
-        check_finite(z, f"images of {split}")
-        return Look(digest, histogram, z, images.labels[index], images.sources[index], lambda i: images.name(index[i]))
+        self.near = (self._z(train, few, self._plain), self._z(train, few, copied))
+        viewed = spread(len(train), min(VIEWED, most or VIEWED))
+        self.views = [self._z(train, viewed, self._view(which)) for which in (0, 1)]
 
     def pixels_of(self, images: ImageSet) -> Callable[[int], Image]:
         """Row i's image of a split as it was read, (H, W, C) uint8."""
         index = spread(len(images), self._run.evaluate.max_images)
         return lambda i: images.pixels(index[i]).permute(1, 2, 0).numpy()
 
-    def _view(self, images: ImageSet, which: int) -> Tensor:
-        run = self._run
-        index = spread(len(images), min(VIEWED, run.evaluate.max_images or VIEWED))
+    def _split_features(self, images: ImageSet, split: str) -> SplitFeatures:
+        index, evaluate = spread(len(images), self._run.evaluate.max_images), self._run.evaluate
+        found = encode(
+            images,
+            self._encoder,
+            self._plain,
+            self._device,
+            evaluate.batch,
+            self._run.train.workers,
+            index,
+            of_pixels=lambda pixels: (digests(pixels), histograms(pixels)),
+            what=f"images of {split}",
+        )
+        digest, histogram = found.of_pixels
+        return SplitFeatures(digest, histogram, found.z, found.labels, found.sources, found.names)
 
-        def prepare(pixels: Tensor, image: Tensor) -> Tensor:
-            return self.augment(pixels, image, seed=run.seed, step=which, views=1)
+    def _z(self, images: ImageSet, index: Sequence[int], prepare: Prepare) -> Tensor:
+        batch, workers = self._run.evaluate.batch, self._run.train.workers
+        return encode(images, self._encoder, prepare, self._device, batch, workers, index).z
 
-        return features(self._encoder, images, index, prepare, self._device, run.evaluate.batch, run.train.workers)
+    def _plain(self, pixels: Tensor, image: Tensor) -> Tensor:
+        return self.augment.plain(pixels)
+
+    def _view(self, which: int) -> Prepare:
+        return lambda pixels, image: self.augment(pixels, image, seed=self._run.seed, step=which, views=1)
 
 
 def _of_training(folder: Path) -> list[Picture]:
@@ -225,13 +223,13 @@ def _encoder(folder: Path, run: Run, channels: int) -> tuple[nn.Module, dict[str
     return encoder, spec
 
 
-def _asked(run: Run, looks: Mapping[str, Look]) -> str | None:
+def _query_split(run: Run, by_split: Mapping[str, SplitFeatures]) -> str | None:
     """The split that the figures are about: `evaluate.split`, another labelled one, train itself, or none.
 
     Test is asked by its name alone: who asks for val chooses something.
     """
     order = ["test", "val", "train"] if run.evaluate.split == "test" else ["val", "train"]
-    return next((s for s in order if s in looks and bool((looks[s].labels >= 0).any())), None)
+    return next((s for s in order if s in by_split and bool((by_split[s].labels >= 0).any())), None)
 
 
 def _of_val(splits: Mapping[str, ImageSet], names: Sequence[str]) -> list[str]:
@@ -242,9 +240,9 @@ def _of_val(splits: Mapping[str, ImageSet], names: Sequence[str]) -> list[str]:
     return [f"the run held out {len(names)} images, and none of them is in train here"] if names else []
 
 
-def _said(
+def _predictions(
     run: Run, folder: Path, splits: Mapping[str, ImageSet], augment: Augment, device: torch.device
-) -> tuple[Said | None, list[str]]:
+) -> tuple[Predictions | None, list[str]]:
     """What the run's classifier, if it is one, says of `evaluate.split`; or why nothing, for the notes."""
     if not methods.classifies(run.method):
         return None, []
@@ -256,7 +254,7 @@ def _said(
     if ranks.from_main(lambda: checkpoint.newest(folder / "checkpoints")) is None:
         return None, [f"{without}: {folder / 'checkpoints'} holds no whole checkpoint"]
     learner = finished(run, folder, splits["train"], device)
-    return said_of(learner, splits[run.evaluate.split], run, augment, device), []
+    return predict(learner, splits[run.evaluate.split], run, augment, device), []
 
 
 def _classes_may_differ(run: Run, trained: Run) -> bool:
@@ -268,15 +266,25 @@ def _classes_may_differ(run: Run, trained: Run) -> bool:
     return now != before
 
 
-def _of_classifier(said: Said | None, run: Run) -> list[dict[str, Any]]:
+def _of_classifier(predictions: Predictions | None, run: Run) -> list[dict[str, Any]]:
     """Rows of the run's own classifier; none where an image may have several classes, which no table is for."""
-    if said is None or said.labels.ndim > 1:
+    if predictions is None or predictions.labels.ndim > 1:
         return []
-    units, out, classes = Units(said.sources, run.seed, run.evaluate.bootstrap), list[dict[str, Any]](), said.classes
+    units, out, classes = (
+        Units(predictions.sources, run.seed, run.evaluate.bootstrap),
+        list[dict[str, Any]](),
+        predictions.classes,
+    )
     for unit in units.names:
-        found = units.scored(of_classes(said.labels, said.probabilities.argmax(1), len(classes)), unit)
+        found = units.scored(of_classes(predictions.labels, predictions.probabilities.argmax(1), len(classes)), unit)
         scores = {key: rounded(score) for key, score in found.items()}
-        row = {"task": "the run's classifier", "name": "", "unit": unit, "images": len(said.labels), "scores": scores}
+        row = {
+            "task": "the run's classifier",
+            "name": "",
+            "unit": unit,
+            "images": len(predictions.labels),
+            "scores": scores,
+        }
         out.append(row)
     return out
 

@@ -21,8 +21,8 @@ from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import Batch, ImageSet, holdout, reading, sampler
 from sslcells.data.describe import brief
 from sslcells.data.loader import attended, read_in_parts
-from sslcells.evaluation import Evaluation
-from sslcells.evaluation.features import NotFinite
+from sslcells.evaluation.during_training import Evaluation
+from sslcells.evaluation.encode import NotFinite
 from sslcells.models import files
 from sslcells.plan import Plan, check_rows, consequences, open_run
 from sslcells.run import checkpoint

@@ -108,13 +108,13 @@ def test_mistakes_are_named_before_anything_is_trained(tmp_path, changes, messag
 def test_where_the_split_has_one_class_there_is_no_ranking(compared, monkeypatch, capsys):
     """The AUROC does not exist then; the file says so in JSON's words."""
     run, _ = compared
-    real = module.said_of
+    real = module.predict
 
     def of_one_class(*arguments):
         said = real(*arguments)
         return said._replace(labels=said.labels * 0)
 
-    monkeypatch.setattr(module, "said_of", of_one_class)
+    monkeypatch.setattr(module, "predict", of_one_class)
     scores = compare(run)["models"][0]["scores"]
     assert scores["AUROC"] == {"mean": None, "sd": None}
     assert scores["accuracy"]["mean"] is not None

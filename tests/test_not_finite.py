@@ -20,7 +20,7 @@ from sslcells.delivery.embedding import embed_folder
 from sslcells.delivery.encoder import embed, load_encoder
 from sslcells.delivery.shards import Embeddings
 from sslcells.errors import TrainingError
-from sslcells.evaluation.features import NotFinite, check_finite
+from sslcells.evaluation.encode import NotFinite, check_finite
 from sslcells.models import files
 from sslcells.plan import Plan
 from sslcells.run import checkpoint

@@ -6,8 +6,8 @@ import os
 import pytest
 from PIL import Image
 
-from sslcells import evaluation
 from sslcells.config import load
+from sslcells.evaluation import during_training
 from sslcells.train import train
 
 
@@ -23,8 +23,8 @@ def cells(tmp_path):
 
 
 def test_the_first_figures_are_of_few_images_and_the_log_says_where_the_time_went(cells, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "LARGE", 12)
-    monkeypatch.setattr(evaluation, "START", 10)
+    monkeypatch.setattr(during_training, "LARGE", 12)
+    monkeypatch.setattr(during_training, "START", 10)
     out, rows = {}, {}
     for name, most in (("one", "none"), ("two", "8")):
         given = [

@@ -11,7 +11,7 @@ from gloo import on_ranks
 from test_train import NO_BATCHNORM, in_step, tiny, untimed
 
 from sslcells import ranks
-from sslcells.evaluation import Evaluation
+from sslcells.evaluation.during_training import Evaluation
 from sslcells.models import files
 from sslcells.run.interrupt import Stopped
 from sslcells.train import train

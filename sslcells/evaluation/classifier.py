@@ -1,4 +1,4 @@
-"""What a classifier says of a split: of val while it trains and at its end, of another where that is asked."""
+"""The predictions of a trained classifier on a split: on val during training, on any split in `evaluate`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,36 +9,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslcells.augment import Augment
+from sslcells.config import Run
+from sslcells.data import ImageSet
+from sslcells.evaluation.encode import encode, spread
 from sslcells.evaluation.scores import of_classes, of_ranking
+from sslcells.methods import Classifier, Learner
 from sslcells.storage import write_atomically
 
 
 def predictions_file(split: str) -> str:
-    """In a run's folder: what its classifier says of a split."""
+    """The name of the file of predictions in a run's folder."""
     return f"predictions_{split}.npz"
 
 
-class Said(NamedTuple):
-    """A classifier's word on images with known classes."""
+class Predictions(NamedTuple):
+    """A classifier's predictions for M images with known classes."""
 
     names: Sequence[str]
     classes: Sequence[str]
     labels: Tensor
-    """(M,) int64 class, or (M, K) uint8 where an image may have several"""
+    """(M,) int64 class, or (M, K) uint8 if an image may have several"""
     sources: Tensor
     """(M,) int64"""
     probabilities: Tensor
     """(M, K) float64"""
 
     def loss(self) -> float:
-        """Mean cross-entropy; of several classes an image mean binary cross-entropy over classes."""
+        """Mean cross-entropy; with several classes an image, mean binary cross-entropy over classes."""
         p = self.probabilities.clamp(min=1e-12)
         if self.labels.ndim == 1:
             return F.nll_loss(p.log(), self.labels).item()
         return F.binary_cross_entropy(self.probabilities.clamp(1e-12, 1 - 1e-12), self.labels.double()).item()
 
     def figures(self) -> dict[str, float]:
-        """Loss, top1 and balanced accuracy; of several classes an image loss and the mean AUROC of the classes."""
+        """Loss, top1 and balanced accuracy; with several classes an image, loss and the mean AUROC of the classes."""
         if not len(self.labels):
             return {}
         one = np.ones((1, len(self.labels)))
@@ -58,14 +63,38 @@ class Said(NamedTuple):
         write_atomically(folder / predictions_file(split), lambda opened: np.savez_compressed(opened, **arrays))  # type: ignore[arg-type]
 
 
-def read_predictions(folder: Path, split: str) -> Said:
-    """What `Said.write` wrote to a run's folder."""
+def read_predictions(folder: Path, split: str) -> Predictions:
+    """Read what `Predictions.write` wrote to a run's folder."""
     with np.load(folder / predictions_file(split)) as arrays:
-        return Said(
+        return Predictions(
             arrays["names"].tolist(),
             arrays["classes"].tolist(),
             *(torch.from_numpy(arrays[key]) for key in ("labels", "sources", "probabilities")),
         )
+
+
+def predict(learner: Learner, images: ImageSet, run: Run, augment: Augment, device: torch.device) -> Predictions | None:
+    """A classifier's predictions for the images with known classes; None if there are none, or for other methods.
+
+    Every rank calls this and gets all predictions.
+    """
+    method = learner.method
+    if not isinstance(method, Classifier):
+        return None
+    index = torch.tensor(spread(len(images), run.evaluate.max_images))
+    labels = images.targets if method.several and images.targets is not None else images.labels
+    index = index[labels[index].reshape(len(index), -1).min(1).values >= 0]
+    if not len(index):
+        return None
+
+    def plain(pixels: Tensor, image: Tensor) -> Tensor:
+        return augment.plain(pixels)
+
+    found = encode(images, learner, plain, device, run.evaluate.batch, run.train.workers, index.tolist())
+    classes = images.classes or range(found.z.shape[1])
+    labels = F.one_hot(labels[index], found.z.shape[1]) if method.several and labels.ndim == 1 else labels[index]
+    probabilities = method.probabilities(found.z).double()
+    return Predictions(list(found.names), [*map(str, classes)], labels, found.sources, probabilities)
 
 
 def _two(positive: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from sslcells.evaluation.clustering import clustering, clusters
 from sslcells.evaluation.fewshot import DRAWS, SHOTS, few_shot
 from sslcells.evaluation.health import effective_rank, row_std, uniformity
 from sslcells.evaluation.knn import knn_predictions, neighbours, votes
-from sslcells.evaluation.leaks import Look
+from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.probe import Labelled, linear_probe
 from sslcells.evaluation.retrieval import retrieval
 from sslcells.evaluation.scores import Score, Units, mean_of, of_class, of_classes, of_ranking, rounded
@@ -22,8 +22,8 @@ _SLOW_DRAWS = 200
 """Resamples for AUROC and for each class."""
 
 
-class Predictions(NamedTuple):
-    """What a classifier says of the asked images."""
+class ClassScores(NamedTuple):
+    """What a classifier says of the query images."""
 
     name: str
     scores: Tensor
@@ -33,26 +33,30 @@ class Predictions(NamedTuple):
 
 
 class Figures:
-    """Figures of the asked split, gathered as rows; a row is one method with one way to count."""
+    """Figures of the query split, gathered as rows; a row is one method with one way to count."""
 
-    def __init__(self, run: Run, looks: Mapping[str, Look], asked: str | None, classes: Sequence[str]) -> None:
+    def __init__(
+        self, run: Run, by_split: Mapping[str, SplitFeatures], query_split: str | None, classes: Sequence[str]
+    ) -> None:
         self.rows: list[dict[str, Any]] = []
         self.by_class: list[dict[str, Any]] = []
         self.notes: list[str] = []
-        self.predictions: list[Predictions] = []
+        self.predictions: list[ClassScores] = []
         self.cluster: Tensor | None = None
-        """(M,) int64 of the asked images with known labels"""
+        """(M,) int64 of the query images with known labels"""
         self._run, self._classes = run, classes
         chooses = run.evaluate.split == "val"  # then nothing of test is a figure
-        self.health = {split: _health(look) for split, look in looks.items() if not (chooses and split == "test")}
-        if asked is None:
+        self.health = {
+            split: _health(features) for split, features in by_split.items() if not (chooses and split == "test")
+        }
+        if query_split is None:
             self.notes.append("no labels: only figures that need none")
             return
-        self._asked, self._bank = _labelled(looks[asked]), _labelled(looks["train"])
-        self._alone = asked == "train"
-        self._units = Units(self._asked.sources, run.seed, run.evaluate.bootstrap)
-        val = _labelled(looks["val"]) if "val" in looks and asked != "val" else None
-        self._say_what_is_odd(asked)
+        self._query, self._bank = _labelled(by_split[query_split]), _labelled(by_split["train"])
+        self._alone = query_split == "train"
+        self._units = Units(self._query.sources, run.seed, run.evaluate.bootstrap)
+        val = _labelled(by_split["val"]) if "val" in by_split and query_split != "val" else None
+        self._say_what_is_odd(query_split)
         if len(self._bank.labels):
             self._knn()
             self._probe(val)
@@ -62,18 +66,18 @@ class Figures:
         self._retrieval()
         self._clustering()
 
-    def _say_what_is_odd(self, asked: str) -> None:
+    def _say_what_is_odd(self, query_split: str) -> None:
         units, sources = self._units, "images" if not self._units.known else "sources"
         if self._alone:
             self.notes.append("no other labelled split: train is asked, each image without all images of its source")
         if units.count < 2:
-            self.notes.append(f"{asked} has a single source: no intervals")
+            self.notes.append(f"{query_split} has a single source: no intervals")
         elif units.count < 10:
-            self.notes.append(f"{asked} has {units.count} {sources}: intervals are too narrow")
-        shown = set(self._asked.labels.tolist())
+            self.notes.append(f"{query_split} has {units.count} {sources}: intervals are too narrow")
+        shown = set(self._query.labels.tolist())
         absent = [name for c, name in enumerate(self._classes) if c not in shown]
         if absent:
-            self.notes.append(f"{asked} shows no {', no '.join(absent)}: means over classes leave them out")
+            self.notes.append(f"{query_split} shows no {', no '.join(absent)}: means over classes leave them out")
         untaught = [self._classes[c] for c in sorted(shown - set(self._bank.labels.tolist()))]
         if untaught and len(self._bank.labels):
             self.notes.append(f"train shows no {', no '.join(untaught)}: no classifier can name them")
@@ -83,8 +87,8 @@ class Figures:
         self.rows.append({"task": task, "name": name, "unit": unit, "images": images, "scores": kept})
 
     def _classifier(self, task: str, name: str, scores: Tensor, each_class: bool = False) -> None:
-        predicted, labels = knn_predictions(scores), self._asked.labels
-        said = Predictions(f"{task}, {name}" if name else task, scores, predicted)
+        predicted, labels = knn_predictions(scores), self._query.labels
+        answer = ClassScores(f"{task}, {name}" if name else task, scores, predicted)
         for unit in self._units.names:
             found = self._units.scored(of_classes(labels, predicted, len(self._classes)), unit)
             found |= self._units.scored(of_ranking(labels, scores), unit, _SLOW_DRAWS)
@@ -92,15 +96,15 @@ class Figures:
             for c in sorted(set(labels.tolist())) if each_class else []:
                 each = self._units.scored(of_class(c, labels, scores, predicted), unit, _SLOW_DRAWS)
                 of = labels == c
-                row = {"method": said.name, "class": self._classes[c], "unit": unit, "images": int(of.sum())}
-                row["sources"] = _distinct(self._asked.sources[of]) if self._units.known else None
+                row = {"method": answer.name, "class": self._classes[c], "unit": unit, "images": int(of.sum())}
+                row["sources"] = _distinct(self._query.sources[of]) if self._units.known else None
                 self.by_class.append(row | {"scores": {key: rounded(score) for key, score in each.items()}})
         if each_class:
-            self.predictions.append(said)
+            self.predictions.append(answer)
 
     def _knn(self) -> None:
-        asked, bank = self._asked, self._bank
-        cosine, index = neighbours(asked.z, bank.z, max(KS), asked.sources, bank.sources)
+        query, bank = self._query, self._bank
+        cosine, index = neighbours(query.z, bank.z, max(KS), query.sources, bank.sources)
         label, temperature = bank.labels[index], self._run.evaluate.temperature
         alone = int((~cosine.isfinite()).all(1).sum())
         if alone:
@@ -113,8 +117,8 @@ class Figures:
                 self._classifier("kNN", name, scores / total.where(total > 0, 1), k == max(KS) and weighted)
 
     def _probe(self, val: Labelled | None) -> None:
-        asked = None if self._alone else self._asked
-        probed = linear_probe(self._bank, asked, val, len(self._classes), self._run.seed)
+        query = None if self._alone else self._query
+        probed = linear_probe(self._bank, query, val, len(self._classes), self._run.seed)
         if probed is None:
             self.notes.append("linear probe: train shows one class alone")
             return
@@ -126,16 +130,16 @@ class Figures:
             self.notes.append("linear probe: some fits stopped before they converged")
 
     def _few_shot(self) -> None:
-        asked, bank = self._asked, self._bank
+        query, bank = self._query, self._bank
         for shots in SHOTS:
             hits, spread, smallest = few_shot(
-                asked.z, asked.sources, asked.labels, bank.z, bank.labels, bank.sources, shots, self._run.seed
+                query.z, query.sources, query.labels, bank.z, bank.labels, bank.sources, shots, self._run.seed
             )
             name = f"{shots} a class, {DRAWS} draws"
             for unit in self._units.names:
                 share = {"accuracy": hits.numpy().astype(float)}
                 scores = self._units.scored(mean_of(share), unit)
-                scores |= self._units.scored(_mean_by_class(hits, asked.labels), unit)
+                scores |= self._units.scored(_mean_by_class(hits, query.labels), unit)
                 if not np.isfinite(scores["accuracy"].value):
                     continue
                 self._add("few-shot", name, unit, len(hits), scores)
@@ -144,9 +148,9 @@ class Figures:
                 self.notes.append(f"few-shot, {shots} a class: the smallest class of train has {smallest}")
 
     def _retrieval(self) -> None:
-        found = retrieval(self._asked.z, self._asked.labels, self._asked.sources)
+        found = retrieval(self._query.z, self._query.labels, self._query.sources)
         answerable = int(found["recall@1"].isfinite().sum())
-        images = len(self._asked.labels)
+        images = len(self._query.labels)
         if answerable < images:
             why = "have no other image of their class" + " from another source" * self._units.known
             self.notes.append(f"retrieval: {images - answerable:,} of {images:,} images {why}: not asked")
@@ -154,20 +158,20 @@ class Figures:
             self._add("retrieval", "", unit, answerable, self._units.scored(mean_of(found), unit))
 
     def _clustering(self) -> None:
-        count = _distinct(self._asked.labels)
+        count = _distinct(self._query.labels)
         if count < 2:
             self.notes.append("clustering: one class alone has nothing to find")
             return
-        self.cluster = clusters(self._asked.z, count, self._run.seed)
-        scores = clustering(self.cluster, self._asked.labels, self._asked.sources, self._run.seed)
-        self._add("clustering", f"k-means, {count} clusters", "image", len(self._asked.labels), scores)
+        self.cluster = clusters(self._query.z, count, self._run.seed)
+        scores = clustering(self.cluster, self._query.labels, self._query.sources, self._run.seed)
+        self._add("clustering", f"k-means, {count} clusters", "image", len(self._query.labels), scores)
         if (got := _distinct(self.cluster)) < count:
             self.notes.append(f"clustering: only {got} of {count} clusters are there: too few different features")
 
 
-def _labelled(look: Look) -> Labelled:
-    known = look.labels >= 0
-    return Labelled(look.z[known], look.labels[known], look.sources[known])
+def _labelled(features: SplitFeatures) -> Labelled:
+    known = features.labels >= 0
+    return Labelled(features.z[known], features.labels[known], features.sources[known])
 
 
 def _mean_by_class(hits: Tensor, labels: Tensor) -> Any:
@@ -184,10 +188,10 @@ def _mean_by_class(hits: Tensor, labels: Tensor) -> Any:
     return balanced
 
 
-def _health(look: Look) -> dict[str, float | None]:
-    found = {"effective rank": effective_rank(look.z), "row std": row_std(look.z)}
-    if len(look.z) > 1:
-        found["uniformity"] = uniformity(look.z)
+def _health(features: SplitFeatures) -> dict[str, float | None]:
+    found = {"effective rank": effective_rank(features.z), "row std": row_std(features.z)}
+    if len(features.z) > 1:
+        found["uniformity"] = uniformity(features.z)
     return {key: None if np.isnan(v) else v for key, v in found.items()}
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslcells.evaluation.clustering import clusters
-from sslcells.evaluation.features import spread
-from sslcells.evaluation.figures import Predictions
-from sslcells.evaluation.leaks import Look
+from sslcells.evaluation.encode import spread
+from sslcells.evaluation.figures import ClassScores
+from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.pictures import Map, coloured_map, confusion, similarity_histogram, tsne_map, umap_map
 from sslcells.evaluation.sheets import Image, neighbour_sheet
 
@@ -33,10 +33,10 @@ class Picture(NamedTuple):
 
 
 def draw(
-    look: Look,
+    features: SplitFeatures,
     split: str,
     classes: Sequence[str],
-    predictions: Sequence[Predictions],
+    predictions: Sequence[ClassScores],
     pixels: Callable[[int], Image],
     views: tuple[Tensor, Tensor],
     folder: Path,
@@ -48,72 +48,78 @@ def draw(
     `pixels` gives row i's image as (H, W, C) uint8; `views` are features (n, F) of two augmented views of images of
     train; `predictions` are of the rows with known labels, in order.
     """
-    known = look.labels >= 0
+    known = features.labels >= 0
     drawn: list[Drawn] = []
-    for number, said in enumerate(predictions):
+    for number, answer in enumerate(predictions):
         caption = "Share of each true class (rows) that is given each class (columns); below it the images."
-        path = confusion(look.labels[known], said.predicted, classes, folder / f"confusion_{number}.png", said.name)
-        drawn.append((f"Confusion: {said.name}", path, caption))
-    drawn += _maps(look, split, classes, folder, seed, umap)
-    few = torch.tensor(spread(len(look.z), _SHOWN))
+        path = confusion(
+            features.labels[known], answer.predicted, classes, folder / f"confusion_{number}.png", answer.name
+        )
+        drawn.append((f"Confusion: {answer.name}", path, caption))
+    drawn += _maps(features, split, classes, folder, seed, umap)
+    few = torch.tensor(spread(len(features.z), _SHOWN))
     sheet = neighbour_sheet(
         lambda i: pixels(int(few[i])),
-        look.z[few],
-        look.labels[few],
+        features.z[few],
+        features.labels[few],
         classes,
-        look.sources[few],
+        features.sources[few],
         folder / "evaluated_neighbours.png",
         seed=seed,
     )
     caption = f"Nearest among {len(few):,} images of {split} by cosine (below each), own source left out."
     drawn.append(("Nearest neighbours", sheet, f"{caption} ✓ and green: the query's class; ✗ and red: another."))
-    histogram = similarity_histogram(_pairs(look, views, seed), folder / "similarities.png")
+    histogram = similarity_histogram(_pairs(features, views, seed), folder / "similarities.png")
     drawn.append(("Positives against negatives", histogram, "Random pairs; the further apart, the better."))
     return [Picture(title, path, caption) for title, path, caption in drawn if path is not None]
 
 
-def _maps(look: Look, split: str, classes: Sequence[str], folder: Path, seed: int, umap: bool) -> list[Drawn]:
+def _maps(
+    features: SplitFeatures, split: str, classes: Sequence[str], folder: Path, seed: int, umap: bool
+) -> list[Drawn]:
     out: list[Drawn] = []
-    for place in (tsne_map(look.z, seed), umap_map(look.z, seed) if umap else None):
+    for place in (tsne_map(features.z, seed), umap_map(features.z, seed) if umap else None):
         if place is not None:
-            out += _maps_of(place, look, split, classes, folder, seed)
+            out += _maps_of(place, features, split, classes, folder, seed)
     return out
 
 
-def _maps_of(place: Map, look: Look, split: str, classes: Sequence[str], folder: Path, seed: int) -> list[Drawn]:
+def _maps_of(
+    place: Map, features: SplitFeatures, split: str, classes: Sequence[str], folder: Path, seed: int
+) -> list[Drawn]:
     name, prefix = place.name, place.name.replace("-", "").lower()
     caption = f"{name} keeps near what is near; distances between groups, and their sizes, mean nothing."
     out: list[Drawn] = []
     if classes:
         path = coloured_map(
-            place, look.labels, classes, folder / f"{prefix}_class.png", f"Classes of the {split} split"
+            place, features.labels, classes, folder / f"{prefix}_class.png", f"Classes of the {split} split"
         )
         out.append((f"{name} map by class", path, caption))
-    numbers, group = torch.unique(look.sources, return_inverse=True)
-    if len(numbers) < len(look.sources):
+    numbers, group = torch.unique(features.sources, return_inverse=True)
+    if len(numbers) < len(features.sources):
         first = {g: i for i, g in reversed(list(enumerate(group.tolist())))}
-        names = [look.name(first[g]).rpartition("/")[2] for g in range(len(numbers))]
+        names = [features.names[first[g]].rpartition("/")[2] for g in range(len(numbers))]
         title = f"Sources of the {split} split, named by an image"
         path = coloured_map(place, group, names, folder / f"{prefix}_source.png", title, "other sources")
         out.append(
             (f"{name} map by source", path, f"{caption} Sources that lie apart are told by more than their cells.")
         )
-    count = max(2, len(set(look.labels[look.labels >= 0].tolist()))) if classes else 8
-    cluster = clusters(look.z, count, seed)
+    count = max(2, len(set(features.labels[features.labels >= 0].tolist()))) if classes else 8
+    cluster = clusters(features.z, count, seed)
     names = [f"cluster {c + 1}" for c in range(count)]
     path = coloured_map(place, cluster, names, folder / f"{prefix}_cluster.png", f"k-means of the {split} split")
     out.append((f"{name} map by cluster", path, f"{caption} {count} clusters of all features, not of the map."))
     return out
 
 
-def _pairs(look: Look, views: tuple[Tensor, Tensor], seed: int) -> dict[str, Tensor]:
+def _pairs(features: SplitFeatures, views: tuple[Tensor, Tensor], seed: int) -> dict[str, Tensor]:
     """Cosines of random pairs: of a class from different sources, and of different classes; else of two views."""
     generator = torch.Generator().manual_seed(seed)
-    one, other = torch.randint(len(look.z), (2, 50 * PAIRS), generator=generator)
-    apart = look.sources[one] != look.sources[other]
-    both = apart & (look.labels[one] >= 0) & (look.labels[other] >= 0)
-    same = look.labels[one] == look.labels[other]
-    unit = F.normalize(look.z, dim=1)
+    one, other = torch.randint(len(features.z), (2, 50 * PAIRS), generator=generator)
+    apart = features.sources[one] != features.sources[other]
+    both = apart & (features.labels[one] >= 0) & (features.labels[other] >= 0)
+    same = features.labels[one] == features.labels[other]
+    unit = F.normalize(features.z, dim=1)
 
     def cosines(chosen: Tensor) -> Tensor:
         index = chosen.nonzero()[:PAIRS, 0]

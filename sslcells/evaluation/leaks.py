@@ -5,7 +5,7 @@ Computed before any figure, and reported beside it.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -25,15 +25,15 @@ _RECALL = 0.95
 _STRANGERS = 0.001
 """Share of train that may lie so near to an image which is surely another."""
 _FLATTERS = 0.1
-"""Accuracy by which a random split must beat the split that is asked, to be called out."""
+"""Accuracy by which a random split must beat the query split, to be called out."""
 _EXAMPLES = 5
 
 
-class Look(NamedTuple):
-    """What is looked at in a split's images, (N, ...) each."""
+class SplitFeatures(NamedTuple):
+    """Features of a split's N images, and what leaks are searched for in."""
 
     digest: Tensor
-    """(N, 2) int64: of the pixels' bytes"""
+    """(N, 2) int64: hash of the pixels' bytes"""
     histogram: Tensor
     """(N, C·BINS) float32"""
     z: Tensor
@@ -42,8 +42,8 @@ class Look(NamedTuple):
     """(N,) int64"""
     sources: Tensor
     """(N,) int64"""
-    name: Callable[[int], str]
-    """what a person calls row i"""
+    names: Sequence[str]
+    """what a person calls each image"""
 
 
 def digests(pixels: Tensor) -> Tensor:
@@ -75,21 +75,25 @@ def copies(pixels: Tensor, image: Tensor) -> Tensor:
 
 
 def leaks(
-    looks: Mapping[str, Look], asked: str, classes: Sequence[str], near: tuple[Tensor, Tensor] | None, seed: int
+    by_split: Mapping[str, SplitFeatures],
+    query_split: str,
+    classes: Sequence[str],
+    near: tuple[Tensor, Tensor] | None,
+    seed: int,
 ) -> dict[str, Any]:
     """Everything found, as it goes into evaluation.json; `findings` are sentences, `warning` where a figure flatters.
 
     `near` are the features (n, F) of images of train and of copies of them, which say how near a copy lies.
     """
-    known = any(_distinct(look.sources) < len(look.sources) for look in looks.values()) or any(
-        torch.isin(looks[a].sources, looks[b].sources).any() for a, b in combinations(looks, 2)
+    known = any(_distinct(features.sources) < len(features.sources) for features in by_split.values()) or any(
+        torch.isin(by_split[a].sources, by_split[b].sources).any() for a, b in combinations(by_split, 2)
     )
     parts = {
-        "images": _images(looks, classes, known),
-        "exact duplicates": _duplicates(looks),
-        "sources": _sources(looks, known),
-        "near duplicates": _near(looks, near, known),
-        "shortcut": _shortcut(looks, asked, len(classes), known, seed),
+        "images": _images(by_split, classes, known),
+        "exact duplicates": _duplicates(by_split),
+        "sources": _sources(by_split, known),
+        "near duplicates": _near(by_split, near, known),
+        "shortcut": _shortcut(by_split, query_split, len(classes), known, seed),
     }
     findings = [finding for part in parts.values() for finding in part.pop("findings")]
     return {"sources known": known, "findings": findings, **parts}
@@ -99,19 +103,19 @@ def _finding(text: str, warning: bool = False) -> dict[str, Any]:
     return {"text": text, "warning": warning}
 
 
-def _images(looks: Mapping[str, Look], classes: Sequence[str], known: bool) -> dict[str, Any]:
+def _images(by_split: Mapping[str, SplitFeatures], classes: Sequence[str], known: bool) -> dict[str, Any]:
     out: dict[str, Any] = {"findings": []}
-    for split, look in looks.items():
-        sources = _distinct(look.sources) if known else None
+    for split, features in by_split.items():
+        sources = _distinct(features.sources) if known else None
         by_class = {}
         for c, name in enumerate(classes):
-            of = look.labels == c
-            by_class[name] = {"images": int(of.sum()), "sources": _distinct(look.sources[of]) if known else None}
-        out[split] = {"images": len(look.labels), "sources": sources, "classes": by_class}
+            of = features.labels == c
+            by_class[name] = {"images": int(of.sum()), "sources": _distinct(features.sources[of]) if known else None}
+        out[split] = {"images": len(features.labels), "sources": sources, "classes": by_class}
         counts = [
             f"{name} {n['images']:,}" + (f" of {n['sources']:,}" if known else "") for name, n in by_class.items()
         ]
-        text = f"{split}: {_plural(len(look.labels), 'image')}" + (f" of {_plural(sources or 0, 'source')}" * known)
+        text = f"{split}: {_plural(len(features.labels), 'image')}" + (f" of {_plural(sources or 0, 'source')}" * known)
         out["findings"].append(_finding(f"{text}{': ' * bool(counts)}{', '.join(counts)}"))
         absent = [name for name, n in by_class.items() if not n["images"]]
         if absent and len(absent) < len(by_class):
@@ -119,20 +123,20 @@ def _images(looks: Mapping[str, Look], classes: Sequence[str], known: bool) -> d
     return out
 
 
-def _duplicates(looks: Mapping[str, Look]) -> dict[str, Any]:
+def _duplicates(by_split: Mapping[str, SplitFeatures]) -> dict[str, Any]:
     out: dict[str, Any] = {"findings": []}
-    keys = {split: [tuple(d) for d in look.digest.tolist()] for split, look in looks.items()}
+    keys = {split: [tuple(d) for d in features.digest.tolist()] for split, features in by_split.items()}
     first = {split: _first(k) for split, k in keys.items()}
-    for a, b in combinations(looks, 2):
+    for a, b in combinations(by_split, 2):
         twice = [(first[a][key], i) for i, key in enumerate(keys[b]) if key in first[a]]
-        out[f"{a} and {b}"] = _pairs(looks[a], looks[b], twice)
+        out[f"{a} and {b}"] = _pairs(by_split[a], by_split[b], twice)
         text = f"{_plural(len(twice), 'image')} of {b} {'is' if len(twice) == 1 else 'are'} in {a} too, byte for byte"
         out["findings"].append(_finding(_such_as(text, out[f"{a} and {b}"]["examples"]), warning=bool(twice)))
-    for split, look in looks.items():
+    for split, features in by_split.items():
         again = [(first[split][key], i) for i, key in enumerate(keys[split]) if first[split][key] != i]
-        out[split] = _pairs(look, look, again)
+        out[split] = _pairs(features, features, again)
         if again:
-            unlike = sum(int(look.labels[i] != look.labels[j]) for i, j in again)
+            unlike = sum(int(features.labels[i] != features.labels[j]) for i, j in again)
             comes = "comes" if len(again) == 1 else "come"
             text = f"inside {split}, {_plural(len(again), 'image')} {comes} a second time, byte for byte"
             text += f", {unlike} of them with another label" * bool(unlike)
@@ -147,8 +151,8 @@ def _first(keys: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
     return first
 
 
-def _pairs(one: Look, other: Look, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    return {"count": len(pairs), "examples": [[one.name(i), other.name(j)] for i, j in pairs[:_EXAMPLES]]}
+def _pairs(one: SplitFeatures, other: SplitFeatures, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    return {"count": len(pairs), "examples": [[one.names[i], other.names[j]] for i, j in pairs[:_EXAMPLES]]}
 
 
 def _such_as(text: str, examples: Sequence[Sequence[str]]) -> str:
@@ -159,18 +163,20 @@ def _plural(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def _sources(looks: Mapping[str, Look], known: bool) -> dict[str, Any]:
+def _sources(by_split: Mapping[str, SplitFeatures], known: bool) -> dict[str, Any]:
     out: dict[str, Any] = {"findings": []}
     if not known:
         text = (
             "sources are unknown: whether two splits show the same one cannot be told, and an image counts as its own"
         )
         return out | {"findings": [_finding(text)]}
-    for a, b in combinations(looks, 2):
-        one, other = looks[a], looks[b]
+    for a, b in combinations(by_split, 2):
+        one, other = by_split[a], by_split[b]
         shared = torch.tensor(sorted({*one.sources.tolist()} & {*other.sources.tolist()}), dtype=torch.int64)
         mine, theirs = torch.isin(one.sources, shared), torch.isin(other.sources, shared)
-        example = [[look.name(int((look.sources == s).nonzero()[0])) for look in (one, other)] for s in shared[:1]]
+        example = [
+            [features.names[int((features.sources == s).nonzero()[0])] for features in (one, other)] for s in shared[:1]
+        ]
         images = {a: int(mine.sum()), b: int(theirs.sum())}
         out[f"{a} and {b}"] = {"count": len(shared), "images": images, "examples": example}
         text = f"{_plural(len(shared), 'source')} in both {a} and {b}"
@@ -179,41 +185,41 @@ def _sources(looks: Mapping[str, Look], known: bool) -> dict[str, Any]:
     return out
 
 
-def _near(looks: Mapping[str, Look], pair: tuple[Tensor, Tensor] | None, known: bool) -> dict[str, Any]:
+def _near(by_split: Mapping[str, SplitFeatures], pair: tuple[Tensor, Tensor] | None, known: bool) -> dict[str, Any]:
     """Pairs that lie as near as copies do and strangers do not.
 
     By the cosine of features less train's mean, without which all cosines are high. Strangers are images of another
     source, or where sources are unknown of another class, and each image of train has its nearest one.
     """
-    train = looks["train"]
+    train = by_split["train"]
     kind = "source" if known else "class"
     apart = train.sources if known else train.labels
-    asked = apart >= 0
-    if pair is None or len(pair[0]) < 2 or len(set(apart[asked].tolist())) < 2:
+    usable = apart >= 0
+    if pair is None or len(pair[0]) < 2 or len(set(apart[usable].tolist())) < 2:
         return {"findings": [_finding("near duplicates are not judged: nothing says which images differ")]}
     mean = train.z.mean(0)
     bank = train.z - mean
     original, copy = (F.normalize(z - mean, dim=1) for z in pair)
     copied = (original * copy).sum(1)
-    strange = neighbours(bank[asked], bank[asked], 1, apart[asked], apart[asked])[0][:, 0]
+    strange = neighbours(bank[usable], bank[usable], 1, apart[usable], apart[usable])[0][:, 0]
     threshold = max(torch.quantile(copied, 1 - _RECALL).item(), _upper(strange, _STRANGERS))
     recall = (copied >= threshold).float().mean().item()
     out: dict[str, Any] = {"cosine": threshold, "copies found": recall, "findings": []}
-    for split, look in looks.items():
+    for split, features in by_split.items():
         if split == "train":
             continue
-        cosine, index = (x[:, 0] for x in neighbours(look.z - mean, bank, 1))
+        cosine, index = (x[:, 0] for x in neighbours(features.z - mean, bank, 1))
         found = cosine >= threshold
-        images, sources = int(found.sum()), _distinct(look.sources[found])
-        expected = max(_STRANGERS, 1 / len(strange)) * len(look.z)  # by chance alone
+        images, sources = int(found.sum()), _distinct(features.sources[found])
+        expected = max(_STRANGERS, 1 / len(strange)) * len(features.z)  # by chance alone
         order = cosine.argsort(descending=True, stable=True)[: min(images, _EXAMPLES)].tolist()
-        examples = [[train.name(int(index[i])), look.name(i)] for i in order]
+        examples = [[train.names[int(index[i])], features.names[i]] for i in order]
         out[f"train and {split}"] = {"images": images, "sources": sources if known else None, "examples": examples}
-        text = f"{images:,} of {_plural(len(look.z), 'image')} of {split}"
-        text += f" (from {sources:,} of {_plural(_distinct(look.sources), 'source')})" * known
+        text = f"{images:,} of {_plural(len(features.z), 'image')} of {split}"
+        text += f" (from {sources:,} of {_plural(_distinct(features.sources), 'source')})" * known
         text += f" lie nearer to one of train than {1 - _STRANGERS:.1%} of train lie to any of another {kind}"
         out["findings"].append(_finding(_such_as(text, examples), warning=images > expected + 3 * expected**0.5))
-    if recall < 0.5 and len(looks) > 1:
+    if recall < 0.5 and len(by_split) > 1:
         text = f"that finds only {recall:.0%} of copies that are turned and cut by 5 %: these features see little of it"
         text += "; `sslcells sources` compares the details of the images themselves"
         out["findings"].append(_finding(text, warning=True))
@@ -229,9 +235,11 @@ def _distinct(numbers: Tensor) -> int:
     return len(set(numbers.tolist()))
 
 
-def _shortcut(looks: Mapping[str, Look], asked: str, classes: int, known: bool, seed: int) -> dict[str, Any]:
+def _shortcut(
+    by_split: Mapping[str, SplitFeatures], query_split: str, classes: int, known: bool, seed: int
+) -> dict[str, Any]:
     """What nearest neighbours by colour histogram reach: what needs no encoder, and what a random split would claim."""
-    train = looks["train"]
+    train = by_split["train"]
     held = torch.zeros(len(train.labels), dtype=torch.bool)
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))
     held[order[: len(order) // 5]] = True
@@ -239,7 +247,7 @@ def _shortcut(looks: Mapping[str, Look], asked: str, classes: int, known: bool, 
     if classes < 2 or not (train.labels[~held] >= 0).any():
         return out
 
-    def accuracy(query: Look, chosen: Tensor, bank: Tensor, apart: bool) -> dict[str, float]:
+    def accuracy(query: SplitFeatures, chosen: Tensor, bank: Tensor, apart: bool) -> dict[str, float]:
         sources = (query.sources[chosen], train.sources[bank]) if apart else (None, None)
         scores = knn_scores(
             query.histogram[chosen], train.histogram[bank], train.labels[bank], classes, SHORTCUT_K, None, *sources
@@ -249,9 +257,11 @@ def _shortcut(looks: Mapping[str, Look], asked: str, classes: int, known: bool, 
     out["random split of train"] = accuracy(train, held, ~held, apart=False)
     if known:
         out["random split of train, own source left out"] = accuracy(train, held, ~held, apart=True)
-    if asked != "train":
-        look = looks[asked]
-        out[asked] = accuracy(look, torch.ones(len(look.labels), dtype=torch.bool), ~held | held, apart=False)
+    if query_split != "train":
+        features = by_split[query_split]
+        out[query_split] = accuracy(
+            features, torch.ones(len(features.labels), dtype=torch.bool), ~held | held, apart=False
+        )
     reached = [(name, figure) for name, figure in out.items() if isinstance(figure, dict) and figure]
     shown = [f"{f['top1']:.1%} (balanced {f['balanced']:.1%}) on {_article(name)}" for name, f in reached]
     out["findings"].append(_finding(f"colour alone ({SHORTCUT_K}-NN of histograms) reaches {', '.join(shown)}"))

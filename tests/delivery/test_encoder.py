@@ -14,7 +14,7 @@ from sslcells.augment import Augment
 from sslcells.config import ConfigError, load
 from sslcells.data import DataError, open_splits
 from sslcells.data.folder import list_images
-from sslcells.evaluation.features import features
+from sslcells.evaluation.encode import encode
 from sslcells.models import files, normalisation
 
 
@@ -61,7 +61,7 @@ def test_it_sees_what_the_evaluation_in_training_sees(tmp_path, changes):
     network, _ = files.load(folder)
     run = load(str(folder / "config.yaml"))
     plain = Augment(run.augment, *normalisation(run.model, images.channels)).plain
-    seen = features(network, images, range(6), lambda pixels, _: plain(pixels), torch.device("cpu"), 6, 0)
+    seen = encode(images, network, lambda pixels, _: plain(pixels), torch.device("cpu"), 6, 0).z
     torch.testing.assert_close(sslcells.embed(cells, folder), seen, rtol=0, atol=0)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 
-from sslcells.evaluation.classifier import Said, read_predictions
+from sslcells.evaluation.classifier import Predictions, read_predictions
 
 NAMES = [f"image {i}" for i in range(40)]
 GENERATOR = torch.Generator().manual_seed(0)
@@ -13,7 +13,7 @@ P = torch.rand(40, 3, dtype=torch.float64, generator=GENERATOR)
 
 
 def said(labels, probabilities):
-    return Said(NAMES, ["a", "b", "c"], labels, torch.arange(40), probabilities)
+    return Predictions(NAMES, ["a", "b", "c"], labels, torch.arange(40), probabilities)
 
 
 def test_one_class_an_image():
@@ -44,4 +44,4 @@ def test_the_file_reads_back_equal(tmp_path):
 
 
 def test_nothing_asked_is_no_figure():
-    assert Said([], ["a"], torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, 1)).figures() == {}
+    assert Predictions([], ["a"], torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, 1)).figures() == {}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sslcells.evaluation.leaks import Look, copies, digests, histograms, leaks
+from sslcells.evaluation.leaks import SplitFeatures, copies, digests, histograms, leaks
 
 CLASSES = ("round", "square")
 
@@ -12,15 +12,15 @@ def images(n, seed, size=12):
     return torch.randint(256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def look(pixels, name, sources=None, labels=None, z=None):
+def features_of(pixels, name, sources=None, labels=None, z=None):
     n = len(pixels)
-    return Look(
+    return SplitFeatures(
         digests(pixels),
         histograms(pixels),
         pixels.float().flatten(1) / 255 if z is None else z,
         torch.arange(n) % 2 if labels is None else labels,
         torch.arange(n) + 1000 * len(name) if sources is None else sources,
-        lambda i: f"{name}/{i}",
+        [f"{name}/{i}" for i in range(n)],
     )
 
 
@@ -33,7 +33,7 @@ def warnings_of(result):
 
 
 def test_nothing_planted_is_nothing_found():
-    result = found(look(images(40, 0), "train"), look(images(20, 1), "test"))
+    result = found(features_of(images(40, 0), "train"), features_of(images(20, 1), "test"))
     assert warnings_of(result) == []
     assert not result["sources known"]
     assert "sources are unknown" in " ".join(f["text"] for f in result["findings"])
@@ -42,7 +42,7 @@ def test_nothing_planted_is_nothing_found():
 def test_an_exact_duplicate_is_named():
     train, test = images(40, 0), images(20, 1)
     test[7] = train[31]
-    result = found(look(train, "train"), look(test, "test"))
+    result = found(features_of(train, "train"), features_of(test, "test"))
     assert result["exact duplicates"]["train and test"] == {"count": 1, "examples": [["train/31", "test/7"]]}
     assert "1 image of test is in train too, byte for byte, such as train/31 and test/7" in warnings_of(result)
 
@@ -50,13 +50,15 @@ def test_an_exact_duplicate_is_named():
 def test_a_duplicate_with_another_label_is_called_out():
     train = images(40, 0)
     train[5] = train[4]
-    result = found(look(train, "train"), look(images(20, 1), "test"))
+    result = found(features_of(train, "train"), features_of(images(20, 1), "test"))
     assert any("1 of them with another label" in text for text in warnings_of(result))
 
 
 def test_a_source_in_two_splits_is_named():
     sources = torch.arange(40) // 4
-    result = found(look(images(40, 0), "train", sources), look(images(20, 1), "test", torch.arange(20) // 4 + 9))
+    result = found(
+        features_of(images(40, 0), "train", sources), features_of(images(20, 1), "test", torch.arange(20) // 4 + 9)
+    )
     assert result["sources"]["train and test"]["count"] == 1
     assert result["sources"]["train and test"]["images"] == {"train": 4, "test": 4}
     assert any(text.startswith("1 source in both train and test (4 images and 4)") for text in warnings_of(result))
@@ -64,7 +66,9 @@ def test_a_source_in_two_splits_is_named():
 
 
 def test_a_class_missing_in_a_split_is_named():
-    result = found(look(images(40, 0), "train"), look(images(9, 1), "test", labels=torch.zeros(9, dtype=torch.int64)))
+    result = found(
+        features_of(images(40, 0), "train"), features_of(images(9, 1), "test", labels=torch.zeros(9, dtype=torch.int64))
+    )
     assert "test shows no square" in warnings_of(result)
 
 
@@ -76,7 +80,7 @@ def test_near_duplicates_are_found_by_features(planted):
     test = torch.randn(200, 16, generator=generator)
     test[:planted] = z[:planted] + 0.05 * torch.randn(planted, 16, generator=generator)
     near = z[:100], z[:100] + 0.05 * torch.randn(100, 16, generator=generator)
-    result = found(look(images(400, 0), "train", z=z), look(images(200, 1), "test", z=test), near)
+    result = found(features_of(images(400, 0), "train", z=z), features_of(images(200, 1), "test", z=test), near)
     near = result["near duplicates"]
     assert near["copies found"] > 0.9
     assert near["train and test"]["images"] == pytest.approx(planted, abs=1)
@@ -85,7 +89,7 @@ def test_near_duplicates_are_found_by_features(planted):
 
 def test_collapsed_features_find_no_near_duplicates_and_say_so():
     one = torch.ones(40, 8)
-    train, test = look(images(40, 0), "train", z=one), look(images(20, 1), "test", z=one[:20])
+    train, test = features_of(images(40, 0), "train", z=one), features_of(images(20, 1), "test", z=one[:20])
     result = found(train, test, (one, one))
     assert result["near duplicates"]["train and test"]["images"] == 0
     assert any("finds only 0% of copies" in text for text in warnings_of(result))
@@ -103,8 +107,8 @@ def test_a_random_split_of_augmented_copies_is_called_worthless():
     pixels, source = of(60, 0)
     asked, other = of(30, 1)
     label = torch.randint(2, (60,), generator=torch.Generator().manual_seed(2))[source]
-    train = look(pixels, "train", source, label)
-    result = found(train, look(asked, "test", other + 500, other % 2))
+    train = features_of(pixels, "train", source, label)
+    result = found(train, features_of(asked, "test", other + 500, other % 2))
     assert result["shortcut"]["random split of train"]["top1"] > 0.95
     assert result["shortcut"]["random split of train, own source left out"]["top1"] < 0.7
     assert any("a random split of train is worthless" in text for text in warnings_of(result))

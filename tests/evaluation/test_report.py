@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sslcells.evaluation.figures import Predictions
+from sslcells.evaluation.figures import ClassScores
 from sslcells.evaluation.gallery import draw
-from sslcells.evaluation.leaks import Look
+from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.report import page, tables
 
 CLASSES = ("round", "square <b>")
@@ -40,10 +40,11 @@ def pictures(folder, labelled=True, known=True):
     labels = torch.arange(n) % 2 if labelled else torch.full((n,), -1)
     z = torch.randn(n, 8, generator=generator)
     sources = torch.arange(n) // 3 if known else torch.arange(n)
-    look = Look(torch.zeros(n, 2), torch.zeros(n, 48), z, labels, sources, lambda i: f"folder/{i}.png")
-    said = [Predictions("kNN, k = 20", z[:, :2], labels.roll(1))] if labelled else []
+    names = [f"folder/{i}.png" for i in range(n)]
+    features = SplitFeatures(torch.zeros(n, 2), torch.zeros(n, 48), z, labels, sources, names)
+    answers = [ClassScores("kNN, k = 20", z[:, :2], labels.roll(1))] if labelled else []
     pixels = np.random.default_rng(0).integers(0, 255, (n, 12, 12, 3), dtype=np.uint8)
-    return draw(look, "test", CLASSES if labelled else (), said, lambda i: pixels[i], (z, z), folder, 0)
+    return draw(features, "test", CLASSES if labelled else (), answers, lambda i: pixels[i], (z, z), folder, 0)
 
 
 @pytest.mark.parametrize(("labelled", "known", "count"), [(True, True, 6), (True, False, 5), (False, False, 3)])

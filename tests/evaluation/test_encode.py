@@ -7,7 +7,7 @@ from torch import nn
 
 from sslcells.config import load
 from sslcells.data import open_splits
-from sslcells.evaluation.features import features, spread
+from sslcells.evaluation.encode import encode, spread
 
 
 def encoder():
@@ -18,7 +18,7 @@ def encoder():
 def extracted(indices):
     images = open_splits(load(None, ["data.train=23", "data.size=16"]).data)["train"]
     net = encoder()
-    z = features(net, images, indices, lambda pixels, image: pixels.float(), torch.device("cpu"), 4, 0)
+    z = encode(images, net, lambda pixels, image: pixels.float(), torch.device("cpu"), 4, 0, indices).z
     assert net.training
     return z
 

@@ -1,0 +1,139 @@
+"""The figures and pictures of a training, computed from features of whole splits while it runs and at its end."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sslcells import ranks
+from sslcells.augment import Augment
+from sslcells.config import Run
+from sslcells.data import ImageSet
+from sslcells.data.loader import InOrder, read
+from sslcells.evaluation.classifier import Predictions, predict
+from sslcells.evaluation.encode import Features, Prepare, encode, spread
+from sslcells.evaluation.health import health
+from sslcells.evaluation.knn import knn_accuracy, knn_scores
+from sslcells.evaluation.pictures import curves, embedding_map
+from sslcells.evaluation.sheets import neighbour_sheet, view_sheet
+from sslcells.methods import Classifier, Learner
+
+SHOWN = 1000
+"""Images in the embedding map, and in the search for the nearest neighbours that are drawn."""
+LARGE, START = 20_000, 4096
+"""If a split has more than LARGE images, the figures before training use START of each: training should begin soon."""
+VIEWED = 512
+"""Images whose two views give the alignment."""
+
+
+class Evaluation:
+    """kNN if labels are known, and label-free health figures; pictures at the end. The test split is not used.
+
+    Queries are the images of val, or of the images of train held out in its place; their neighbours are searched in
+    what is trained on. Without such a split, or without labels in it, the queries are train itself, each image without
+    itself and without images of its own source: `knn_loo`. A classifier gets the figures of its predictions on val
+    instead.
+    """
+
+    def __init__(self, run: Run, splits: Mapping[str, ImageSet], augment: Augment, device: torch.device) -> None:
+        self._run, self._augment, self._device = run, augment, device
+        self._folder = run.folder / "plots"
+        self._bank = splits["train"]
+        self._val = splits.get("val")
+        self._query = self._val if self._val is not None and self._val.labelled and self._bank.labelled else None
+        self._bank_index = spread(len(self._bank), run.evaluate.max_images)
+        self._query_index = spread(len(self._query), run.evaluate.max_images) if self._query is not None else []
+
+    def first_figures(self, learner: Learner) -> dict[str, float]:
+        """Figures before training, of START images a split if a split has more than LARGE.
+
+        Then their keys start with `start/`, as fewer images have other neighbours.
+        """
+        most = self._run.evaluate.max_images
+        splits = {"train": self._bank} | ({"val": self._val} if self._val is not None else {})
+        if max(map(len, splits.values())) <= LARGE or (most is not None and most <= START):
+            return self.figures(learner)
+        run = self._run.model_copy(update={"evaluate": self._run.evaluate.model_copy(update={"max_images": START})})
+        few = Evaluation(run, splits, self._augment, self._device)
+        return {f"start/{key}": value for key, value in few.figures(learner).items()}
+
+    def figures(self, learner: Learner) -> dict[str, float]:
+        """Figures of the learner as it is now; every rank calls this and gets them."""
+        if isinstance(learner.method, Classifier):
+            predictions = self.predictions(learner)
+            if predictions is None:
+                return {}
+            return {f"val/{key}": value for key, value in predictions.figures().items()}
+        return self._encoder_figures(learner.encoder)
+
+    def predictions(self, learner: Learner) -> Predictions | None:
+        """A classifier's predictions on val; None for other methods, and without val. Every rank calls this."""
+        return None if self._val is None else predict(learner, self._val, self._run, self._augment, self._device)
+
+    def _encoder_figures(self, encoder: nn.Module) -> dict[str, float]:
+        bank = self._features(encoder, self._bank, self._bank_index)
+        out = {f"health/{k}": v for k, v in health(bank.z, *self._two_views(encoder)).items()}
+        if not self._bank.labelled:
+            return out
+        query, name = bank, "knn_loo"
+        if self._query is not None:
+            query, name = self._features(encoder, self._query, self._query_index), "knn"
+        k, temperature = self._run.evaluate.k, self._run.evaluate.temperature
+        classes = len(self._bank.classes)
+        scores = knn_scores(query.z, bank.z, bank.labels, classes, k, temperature, query.sources, bank.sources)
+        return out | {f"{name}/{key}": value for key, value in knn_accuracy(scores, query.labels).items()}
+
+    def pictures(self, encoder: nn.Module, metrics: Sequence[dict[str, Any]]) -> dict[str, Path]:
+        """Draw curves, embedding map and nearest neighbours; every rank calls this, rank 0 draws."""
+        shown = self._query if self._query is not None else self._bank
+        index = spread(len(shown), min(SHOWN, self._run.evaluate.max_images or SHOWN))
+        features = self._features(encoder, shown, index)
+        if ranks.rank() > 0:
+            return {}
+        z, labels, sources = features[:3]
+        split, folder = "val" if self._query is not None else "train", self._folder
+        title = f"Features of the {split} split"
+        drawn = {
+            "curves": curves(metrics, folder / "curves.png", split),
+            "embedding": embedding_map(z, labels, shown.classes, folder / "embedding.png", self._run.seed, title),
+            "neighbours": neighbour_sheet(
+                lambda i: _hwc(shown.pixels(index[i])), z, labels, shown.classes, sources, folder / "neighbours.png"
+            ),
+        }
+        return {name: path for name, path in drawn.items() if path is not None}
+
+    def view_sheet(self, views: int) -> dict[str, Path]:
+        """Draw augmented views of the first images of train; rank 0 draws."""
+        if ranks.rank() > 0:
+            return {}
+        batch = next(read(self._bank, InOrder(spread(len(self._bank), 8), 8), 0, pin_memory=False))
+        x = self._augment(batch.pixels, batch.image, seed=self._run.seed, step=0, views=max(6, views))
+        return {"views": view_sheet(batch.pixels, x, *self._augment.normalisation, self._folder / "views.png")}
+
+    def _features(self, encoder: nn.Module, images: ImageSet, index: list[int]) -> Features:
+        return self._encode(encoder, images, index, lambda pixels, image: self._augment.plain(pixels))
+
+    def _two_views(self, encoder: nn.Module) -> list[Tensor]:
+        """Features (N, F) of two views of the same images, the same views at every call."""
+        index, seed = spread(len(self._bank), min(VIEWED, len(self._bank_index))), self._run.seed
+
+        def view(which: int) -> Tensor:
+            def prepare(pixels: Tensor, image: Tensor) -> Tensor:
+                return self._augment(pixels, image, seed=seed, step=which, views=1)
+
+            return self._encode(encoder, self._bank, index, prepare).z
+
+        return [view(0), view(1)]
+
+    def _encode(self, encoder: nn.Module, images: ImageSet, index: list[int], prepare: Prepare) -> Features:
+        batch, workers = self._run.evaluate.batch, self._run.train.workers
+        return encode(images, encoder, prepare, self._device, batch, workers, index)
+
+
+def _hwc(pixels: Tensor) -> NDArray[np.uint8]:
+    array: NDArray[np.uint8] = pixels.permute(1, 2, 0).numpy()
+    return array

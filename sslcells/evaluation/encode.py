@@ -1,0 +1,190 @@
+"""From images to features: the one path, shared by training's figures, `evaluate`, `embed` and `search`.
+
+`encode_batches` runs the encoder on batches, one forward pass a batch. `encode` reads whole splits through it, sharded
+over the ranks, and gathers the rows on every rank.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from sslcells import ranks
+from sslcells.data import DataError, ImageSet
+from sslcells.data.loader import InOrder, Readable, attended, read_readable
+from sslcells.data.sampler import permutation
+
+Prepare = Callable[[Tensor, Tensor], Tensor]
+"""Pixels (B, C, H, W) uint8 on the device and image ids (B,) on the CPU → what the encoder takes."""
+
+
+class Features(NamedTuple):
+    """Features of N images, in the order they were asked for; on the CPU."""
+
+    z: Tensor
+    """(N, F) float32"""
+    labels: Tensor
+    """(N,) int64 class; -1 where unknown"""
+    sources: Tensor
+    """(N,) int64"""
+    names: Sequence[str]
+    """what a person calls each image"""
+    of_pixels: tuple[Tensor, ...] = ()
+    """(N, ...) each: what the `of_pixels` of `encode` computed"""
+
+
+class NotFinite(DataError):
+    """The features of some images are NaN or infinite."""
+
+
+def check_finite(z: Tensor, images: str = "images", encoder: str = "the encoder") -> None:
+    """Raise NotFinite if rows (N, F) hold NaN or an infinity: figures computed from them would be wrong."""
+    if broken := int((~z.isfinite().all(1)).sum()):
+        raise NotFinite(f"{encoder} gives no finite features for {broken} of {len(z)} {images}")
+
+
+def spread(count: int, most: int | None) -> list[int]:
+    """At most `most` of the indices 0 … count − 1, a fixed random choice; all of them if `most` is None.
+
+    Random, not every n-th: in a split whose classes alternate, every n-th would miss classes.
+    """
+    if most is None or count <= most:
+        return list(range(count))
+    return sorted(permutation(count, 0, 0)[:most].tolist())
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """The module is in eval mode inside the block, and as it was afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+@torch.no_grad()
+def encode_batches(
+    batches: Iterable[Readable],
+    network: Callable[[Readable], Tensor],
+    progress: Callable[[int], None] = lambda images: None,
+) -> Iterator[tuple[Readable, Tensor | None]]:
+    """Each batch with the features (B, F) float32 of its B readable images, on the device; None where B is 0.
+
+    One forward pass a batch, without gradients. `progress` is called after each batch with how many images it asked
+    for.
+    """
+    for batch in batches:
+        yield batch, network(batch).float() if batch.image else None
+        progress(batch.asked)
+
+
+def encode(
+    images: ImageSet,
+    encoder: nn.Module,
+    prepare: Prepare,
+    device: torch.device,
+    batch: int,
+    workers: int,
+    indices: Sequence[int] | None = None,
+    of_pixels: Callable[[Tensor], tuple[Tensor, ...]] = lambda pixels: (),
+    what: str = "images",
+    progress: Callable[[int], None] = lambda images: None,
+) -> Features:
+    """Features of the images with these indices, of all where None; every rank calls this and gets all rows.
+
+    The encoder is in eval mode. Each image is read once, by one rank. `of_pixels` computes more from the pixels
+    (B, C, H, W) uint8 of each batch: (B, ...) each. `what` names the images in the error. `progress` is called on each
+    rank with how many images it has encoded since the last call.
+
+    Raises:
+        DataError: on every rank, if an image cannot be read.
+        NotFinite: on every rank, if features are NaN or infinite.
+    """
+    index = list(range(len(images))) if indices is None else list(indices)
+
+    def network(read: Readable) -> Tensor:
+        ids = torch.tensor(read.image, dtype=torch.int64)
+        out: Tensor = encoder(prepare(_of_one_size(read).to(device, non_blocking=True), ids))
+        return out
+
+    def local(mine: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        ahead = read_readable(images, InOrder(mine, batch), workers, pin_memory=device.type == "cuda")
+        with attended(ahead) as batches:
+            return [
+                (z, *of_pixels(_of_one_size(read)))
+                for read, z in encode_batches(_all_readable(batches), network, progress)
+                if z is not None
+            ]
+
+    with eval_mode(encoder):
+        columns = _sharded(index, local, batch, device)
+    z, *more = columns or [torch.zeros(0, 0)]
+    check_finite(z, what)
+    return Features(z, images.labels[index], images.sources[index], Names(images, index), tuple(more))
+
+
+class Names(Sequence[str]):
+    """The names of the images with these indices, made when asked for."""
+
+    def __init__(self, images: ImageSet, index: Sequence[int]) -> None:
+        self._images, self._index = images, index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> "Names": ...
+    def __getitem__(self, row: int | slice) -> "str | Names":
+        if isinstance(row, slice):
+            return Names(self._images, self._index[row])
+        return self._images.name(self._index[row])
+
+
+def _of_one_size(read: Readable) -> Tensor:
+    assert isinstance(read.pixels, Tensor), "ImageSet.pixels gives every image the same size"
+    return read.pixels
+
+
+def _all_readable(batches: Iterable[Readable]) -> Iterator[Readable]:
+    """The batches.
+
+    Raises:
+        DataError: naming the first image that could not be read.
+    """
+    for batch in batches:
+        if batch.unreadable:
+            raise DataError(batch.unreadable[0][1])
+        yield batch
+
+
+def _sharded(
+    index: Sequence[int], local: Callable[[Sequence[int]], list[tuple[Tensor, ...]]], batch: int, device: torch.device
+) -> list[Tensor]:
+    """What `local` makes of the images, (N, ...) each, in their order, on the CPU of every rank.
+
+    `local` gets this rank's images and returns a tuple of columns for each block of `batch` of them. The ranks take the
+    blocks in turn, and the blocks are the same on any number of ranks: how a convolution rounds may depend on the
+    batch, and figures must not.
+    """
+    world, blocks = ranks.world(), -(-len(index) // batch)
+    mine = [i for b in range(ranks.rank(), blocks, world) for i in index[b * batch : (b + 1) * batch]]
+    columns = ranks.together(lambda: [torch.cat(column).to(device) for column in zip(*local(mine), strict=True)])
+    if not blocks:
+        return []
+    # A rank without a block learns the shapes from rank 0, which always has one.
+    kinds = ranks.from_main(lambda: [(c.shape[1:], c.dtype) for c in columns])
+    rows, out = -(-blocks // world) * batch, []
+    for place, (shape, dtype) in enumerate(kinds):
+        padded = torch.zeros(rows, *shape, dtype=dtype, device=device)
+        if mine:
+            padded[: len(mine)] = columns[place]
+        gathered = ranks.gather(padded).view(world, rows // batch, batch, *shape)
+        # rank r's i-th block is block i·world + r
+        out.append(gathered.transpose(0, 1).flatten(0, 2)[: len(index)].cpu())
+    return out
