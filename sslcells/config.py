@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen typed tree, from YAML and `section.key=value` arguments.
 
-`values` reads words, the fields say what they are, pydantic checks. Every mistake is collected into one ConfigError
-that names the offending key and value and the nearest right one. Nothing here touches a device or a process group.
+`values` reads the words, the types of the fields interpret them, and pydantic checks them. One ConfigError reports all
+mistakes, each with its key, its value and the nearest valid name. Nothing here touches a device or a process group.
 """
 
 import difflib
@@ -29,9 +29,9 @@ from sslcells.errors import ConfigError as ConfigError
 
 
 class Section(BaseModel):
-    """Base of every part of the tree: frozen, unknown keys refused, defaults checked too.
+    """Base class of every section: frozen, refuses unknown keys, and checks defaults too.
 
-    A field that is a string takes what was typed, whatever YAML would make of it: see `values.fitted`.
+    A string field takes the text as typed, even where YAML would read a number or a date: see `values.fitted`.
     """
 
     model_config = ConfigDict(
@@ -42,7 +42,7 @@ class Section(BaseModel):
         coerce_numbers_to_str=True,
     )
     changes_sections: ClassVar[bool] = False
-    """whether its mappings hold sections, whose fields say later what a word is"""
+    """True if its mappings hold changes to other sections, whose fields interpret the words later"""
 
     @model_validator(mode="before")
     @classmethod
@@ -59,7 +59,7 @@ class Section(BaseModel):
 
 
 class Plugin(NamedTuple):
-    """A section whose fields depend on a choice: `key` names a module of `package`, whose Config is the section."""
+    """A section whose fields depend on a choice: the value of `key` names a module of `package` with its Config."""
 
     package: str
     key: str
@@ -72,7 +72,7 @@ class Plugin(NamedTuple):
         return sorted(n for n in names if "\nclass Config(" in (folder / f"{n}.py").read_text(encoding="utf-8"))
 
     def choice(self, section: Mapping[str, Any]) -> str:
-        """What a section chooses."""
+        """The choice that a section makes, or the default."""
         return str(section.get(self.key, self.default))
 
     def config(self, name: str) -> type[Section]:
@@ -82,15 +82,15 @@ class Plugin(NamedTuple):
 
 
 RENAMED = {
-    "checkpoint.every_steps": "checkpoint.every_steps",
-    "compare.total_epochs": "compare.total_epochs",
-    "evaluate.every_epochs": "evaluate.every_epochs",
-    "log.every_steps": "log.every_steps",
-    "train.total_epochs": "train.total_epochs",
-    "train.total_steps": "train.total_steps",
-    "train.timeout_minutes": "train.timeout_minutes",
+    "checkpoint.every": "checkpoint.every_steps",
+    "compare.epochs": "compare.total_epochs",
+    "evaluate.every": "evaluate.every_epochs",
+    "log.every": "log.every_steps",
+    "train.epochs": "train.total_epochs",
+    "train.steps": "train.total_steps",
+    "train.timeout": "train.timeout_minutes",
 }
-"""Keys of earlier versions, and what they are called now that a key names its unit."""
+"""Keys of earlier versions → their present names, which carry the unit."""
 
 PLUGINS = {
     "data": Plugin("sslcells.data", "kind", "synthetic"),
@@ -100,7 +100,7 @@ PLUGINS = {
 
 
 def chosen(section: str) -> BeforeValidator:
-    """Validator of a plugin's section: looks the choice up, and lets its Config check the rest."""
+    """Validator of a plugin section: looks up the choice, then checks the section against its Config."""
     plugin = PLUGINS[section]
 
     def check(value: Any) -> Any:
@@ -109,130 +109,131 @@ def chosen(section: str) -> BeforeValidator:
         name, names = plugin.choice(value), plugin.names()
         if name not in names:
             near = nearest(name, names)
-            raise ValueError(f"{plugin.key}={name!r} is not known{near}; there are: {', '.join(names)}")
+            raise ValueError(f"{plugin.key}={name!r} is not known{near}; choose from: {', '.join(names)}")
         return plugin.config(name).model_validate({plugin.key: name, **value})
 
     return BeforeValidator(check)
 
 
 class Recipe(Section):
-    """What every augmentation recipe has."""
+    """Fields that every augmentation recipe has."""
 
     size: int = Field(48, ge=8)
-    """Height and width of the views, and of the images that are evaluated, in pixels."""
+    """Height and width in pixels, of views during training and of images during evaluation."""
 
 
 class Model(Section):
     """The encoder: a backbone from timm."""
 
     backbone: str = "test_resnet"
-    """timm's name of the backbone, or `small_cnn` for MNIST-like images."""
+    """Name of a timm model, or `small_cnn` for MNIST-like images."""
     args: dict[str, Any] = {}
-    """Further keyword arguments of timm.create_model, such as {drop_path_rate: 0.1}."""
+    """More keyword arguments for timm.create_model, such as {drop_path_rate: 0.1}."""
     stem: Literal["timm", "small"] = "timm"
-    """`small` replaces a ResNet's stem by a 3×3 convolution with stride 1 and no max-pool: for images under 64 px."""
+    """`small` replaces the stem of a ResNet with a 3×3 convolution, stride 1, no max-pool: for images under 64 px."""
     pretrained: bool = False
     """Start from timm's published weights."""
     encoder: str | None = None
-    """Start from the encoder of this folder, that of a finished run or an export: fine-tuning."""
+    """Start from the encoder in this folder (a finished run, or an export), to fine-tune it."""
     freeze: bool = False
-    """Train the head alone, on the encoder as it is, in eval mode: a linear probe."""
+    """Train only the head; the encoder stays fixed, in eval mode: a linear probe."""
     mean: tuple[float, ...] = (0.5,)
-    """Per channel, of pixels in 0..1; one value stands for all channels."""
+    """Mean of each channel, for pixels in 0..1; a single value is used for all channels."""
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.25,)
-    """Per channel, of pixels in 0..1; one value stands for all channels."""
+    """Standard deviation of each channel, for pixels in 0..1; a single value is used for all channels."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
         if self.pretrained and self.encoder is not None:
-            raise ValueError("pretrained=true and encoder are two starts: give one")
+            raise ValueError("pretrained=true and encoder are both a starting point: set only one")
         return self
 
 
 class Optim(Section):
-    """The optimizer, from timm, and its schedule: linear warm-up, then cosine, both in global steps."""
+    """A timm optimizer, and its schedule: linear warm-up, then cosine decay."""
 
     name: str = "adamw"
-    """timm's name of the optimizer: adamw, sgd, lars, lamb, …"""
+    """Name of a timm optimizer: adamw, sgd, lars, lamb, …"""
     lr: float = Field(2e-3, gt=0)
-    """Peak learning rate, for the global batch as it is: nothing rescales it."""
+    """Peak learning rate. It is used as given, not scaled by the batch size."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the last step, where the warm-up leaves room for a descent."""
+    """Learning rate at the last step, if the warm-up ends before it."""
     weight_decay: float = Field(0.01, ge=0)
-    """Not applied to biases, normalisation parameters, and what timm's model leaves out: positions, tokens."""
+    """Weight decay; not applied to biases, normalisation layers, or position and token embeddings of timm models."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of SGD and LARS; first beta of Adam-like optimizers is set by args."""
+    """Momentum of SGD and LARS; for Adam-like optimizers set betas in `args`."""
     args: dict[str, Any] = {}
-    """Further keyword arguments of the optimizer."""
+    """More keyword arguments for the optimizer."""
     warmup_epochs: float = Field(1.0, ge=0)
-    """Length of the linear warm-up."""
+    """Length of the linear warm-up, in epochs."""
     encoder_scale: float = Field(1.0, gt=0)
-    """The encoder's learning rate is this times the head's: under 1 to fine-tune gently."""
+    """Learning rate of the encoder, as a multiple of the head's; below 1 for gentle fine-tuning."""
     clip_norm: float | None = Field(None, gt=0)
-    """Gradients are scaled down to this global norm; none for no clipping."""
+    """Clip the gradient to this global norm; none for no clipping."""
 
 
 class Train(Section):
-    """Size and numerics of the optimisation."""
+    """Batch size, length and precision of the training."""
 
     global_batch: int = Field(256, ge=2)
     """Images per optimizer step over all ranks."""
     micro_batch: int | None = Field(None, ge=1)
-    """Images per rank and forward pass, for batches larger than the cards hold; the loss still sees the whole batch."""
+    """Images per rank and forward pass, for batches that exceed GPU memory; the loss still uses the global batch."""
     total_epochs: float = Field(10.0, gt=0)
     """Passes over the training images."""
     total_steps: int | None = Field(None, ge=1)
-    """Optimizer steps; when given, it takes the place of `total_epochs`."""
+    """Number of optimizer steps; replaces `total_epochs` when set."""
     precision: Literal["no", "fp16", "bf16", "auto"] = "no"
-    """Mixed precision of the networks; losses are always float32. `auto`: bf16 where the device has it in hardware."""
+    """Mixed precision of the network; the loss is always float32. `auto`: bf16 if the device has it in hardware."""
     channels_last: Literal["auto"] | bool = "auto"
-    """Memory format of images and convolutions; `auto`: where it is faster, by device and precision."""
+    """Use the channels-last memory format; `auto`: when it is faster on this device with this precision."""
     deterministic: Literal["warn"] | bool = False
-    """Equal runs on equal machines are equal to the last bit on CUDA too, as on a CPU: slower, and an operation that
-    cannot be ends the run; with `warn` it is only named."""
+    """Make runs on CUDA repeatable to the last bit (on a CPU they always are). It is slower, and an operation that has
+    no deterministic version stops the run; with `warn` it only prints a warning."""
     compile: bool = False
     """torch.compile the encoder."""
     sync_batchnorm: bool = True
-    """BatchNorm statistics over all ranks, where the device has it (CUDA)."""
+    """Compute BatchNorm statistics over all ranks (CUDA only)."""
     label_fraction: float = Field(1.0, gt=0, le=1)
-    """Train on this part of each class's labelled images, drawn by `seed`, whole sources together; 1 for all images."""
+    """Fraction of each class's labels to use, drawn by `seed` in whole sources; 1 for all images."""
     workers: int = Field(1, ge=0)
     """Data loader processes per rank."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Threads per rank that compute on the CPU: auto for OMP_NUM_THREADS where a user set it, else the rank's cores."""
+    """CPU threads per rank; auto: OMP_NUM_THREADS if you set it, else the rank's share of the cores."""
     timeout_minutes: float = Field(10.0, gt=0)
-    """Minutes that a rank waits for the others before it takes one for lost."""
+    """Minutes that a rank waits for the others before it reports one as lost."""
     device: Literal["auto", "cpu"] = "auto"
-    """`cpu` trains on the CPU even where there is an accelerator."""
+    """`cpu` trains on the CPU even if there is a GPU."""
 
 
 class Sampler(Section):
-    """Which images come together in a global batch; an epoch is images // global_batch steps, whatever they show."""
+    """How images are drawn into global batches. An epoch is always images // global_batch steps."""
 
     kind: Literal["shuffle", "balanced", "classes", "sources"] = "shuffle"
-    """Every image once an epoch; every class equally often; per_class images of some; or per_source of some sources."""
+    """`shuffle`: every image once an epoch; `balanced`: every class equally often; `classes`: `per_class` images of
+    each of several classes; `sources`: `per_source` images of each of several sources."""
     per_class: int = Field(4, ge=1)
-    """With classes: K different images of each of global_batch / K classes."""
+    """With kind=classes: different images of a class in a global batch, from global_batch / per_class classes."""
     per_source: int = Field(1, ge=1)
-    """With sources: so many images of each source in a global batch; 1 so that no two are of the same."""
+    """With kind=sources: images of a source in a global batch; with 1 no two images share a source."""
 
 
 class Checkpoint(Section):
-    """Saved states to go on from."""
+    """Checkpoints, from which a stopped run resumes."""
 
     every_steps: int = Field(100, ge=1)
-    """Steps between checkpoints; one is always written at the end."""
+    """Steps between checkpoints; the last step always writes one."""
     keep: int = Field(2, ge=1)
-    """How many of the newest are kept."""
+    """Number of newest checkpoints to keep."""
 
 
 class Log(Section):
-    """What is written while it trains."""
+    """Logging during training."""
 
     every_steps: int = Field(10, ge=1)
-    """Steps between lines."""
+    """Steps between log lines."""
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
-    """Besides the console and metrics.jsonl, which are always written."""
+    """Tracker to use in addition to the console and metrics.jsonl."""
     project: str = "sslcells"
     """W&B project."""
     entity: str | None = None
@@ -242,68 +243,68 @@ class Log(Section):
 
 
 class Evaluate(Section):
-    """Figures about the encoder: of val before training, while it trains and at its end; then of `split`."""
+    """Evaluation of the encoder: on val before, during and after training; on `split` by `sslcells evaluate`."""
 
     every_epochs: float = Field(5.0, gt=0)
     """Epochs between evaluations."""
     k: int = Field(20, ge=1)
-    """Neighbours that vote in the weighted kNN."""
+    """Number of neighbours in the weighted kNN."""
     temperature: float = Field(0.07, gt=0)
-    """Of the votes: weight exp(cosine / temperature), as in arXiv 1805.01978."""
+    """Temperature of the kNN's votes: weight exp(cosine / temperature), as in arXiv 1805.01978."""
     batch: int = Field(256, ge=1)
     """Images per rank and forward pass."""
     max_images: int | None = Field(None, ge=2)
-    """At most this many images of each split, evenly spread; none for all."""
+    """Use at most this many images of each split, evenly spaced; none for all."""
     holdout: float = Field(0.1, ge=0, le=0.5)
-    """Part of train that is held out, by source and class, where labels are known and there is no val split: never
-    trained on, and asked in val's place. 0 holds nothing out: train itself is asked, leave-one-out."""
+    """Fraction of train to hold out as val if there are labels but no val split: in whole sources, from every class,
+    never trained on. 0 holds nothing out; train itself is then evaluated, leave-one-out."""
     split: Literal["val", "test"] = "test"
-    """The labelled split that `sslcells evaluate` and `compare` ask, at their end; while it trains val is asked."""
+    """The labelled split that `sslcells evaluate` and `compare` report on; during training it is always val."""
     pictures: bool = True
     """Draw augmented views at the start, and curves, a map and nearest neighbours at the end."""
     umap: bool = False
-    """`sslcells evaluate` also draws UMAP's maps; needs the extra umap."""
+    """Also draw UMAP maps in `sslcells evaluate`; needs the extra umap."""
     bootstrap: int = Field(1000, ge=100)
-    """Resamples behind the 95 % intervals of `sslcells evaluate`."""
+    """Number of bootstrap resamples for the 95 % intervals of `sslcells evaluate`."""
 
 
 class Compare(Section):
-    """The classifiers of `sslcells compare`, and of `evaluate --fine-tune`: all see the same data and as many steps."""
+    """The classifiers of `sslcells compare` and `evaluate --fine-tune`; all get the same data and number of steps."""
 
     changes_sections: ClassVar[bool] = True
 
     fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.01, 0.1, 1.0), min_length=1)
-    """Parts of the labels of train."""
+    """Fractions of the train labels to use, one after the other."""
     seeds: int = Field(3, ge=1)
-    """Trainings of each model on each part, each with labels of its own, from the run's seed on."""
+    """Number of trainings of each model on each fraction; each draws its own labels. Seeds count up from the run's."""
     total_epochs: float = Field(10.0, gt=0)
     """Passes over the labelled images."""
     min_steps: int = Field(200, ge=1)
-    """At least so many optimizer steps, however few the labels."""
+    """Minimum number of optimizer steps, however few the labels."""
     global_batch: int = Field(128, ge=2)
-    """Images per optimizer step over all ranks; fewer where there are fewer labels."""
+    """Images per optimizer step over all ranks; reduced if there are fewer labels."""
     classifier: dict[str, Any] = {}
-    """Sections of a run that all three classifiers change, such as {method: {class_weights: balanced}}. Another
-    augment.recipe takes nothing over from the run's but the size."""
+    """Changes to the run's sections for all three classifiers, such as {method: {class_weights: balanced}}. If it
+    changes augment.recipe, only the size is taken from the run's augmentation."""
     supervised: dict[str, Any] = {}
-    """Sections that the model from scratch changes."""
+    """Further changes for the model trained from scratch."""
     probe: dict[str, Any] = {"method": {"standardise": True}, "augment": {"recipe": "none"}}
-    """Sections that the probe on the frozen encoder changes."""
+    """Further changes for the probe on the frozen encoder."""
     fine_tuned: dict[str, Any] = {"optim": {"encoder_scale": 0.3}}
-    """Sections that the fine-tuned model changes."""
+    """Further changes for the fine-tuned model."""
 
 
 class Run(Section):
-    """Everything that decides a run; equal trees give equal runs."""
+    """The whole configuration of a run; equal configurations give equal runs."""
 
     name: str = Field("quickstart", pattern=r"^[\w.\-]+$")
-    """Name of the run, and of its folder."""
+    """Name of the run and of its folder."""
     out: str = "runs"
-    """The run's folder is out/name."""
+    """Parent of the run's folder, which is out/name."""
     seed: int = Field(0, ge=0)
-    """Of the weights, the order of the images, and every augmentation."""
+    """Seed of the weights, the order of the images, and all augmentation."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` goes on from the newest whole checkpoint of the run's folder; `never` refuses a folder that has one."""
+    """`auto` resumes from the newest complete checkpoint in the run's folder; `never` refuses a folder that has one."""
     data: Annotated[SerializeAsAny[Section], chosen("data")]
     augment: Annotated[SerializeAsAny[Recipe], chosen("augment")]
     model: Model = Model()
@@ -318,7 +319,7 @@ class Run(Section):
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
+        """The run's folder, out/name."""
         return values.place(self.out) / self.name
 
     @model_validator(mode="after")
@@ -329,17 +330,17 @@ class Run(Section):
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """` (did you mean x?)`, whatever its case, or nothing where no name is near."""
+    """` (did you mean x?)` for the most similar name, ignoring case; empty if none is similar."""
     spelt = {n.lower(): n for n in names}
     close = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.5)
     return f" (did you mean {spelt[close[0]]}?)" if close else ""
 
 
 def extra(module: str, name: str, purpose: str) -> ModuleType:
-    """A module of one of the package's extras.
+    """Import a module of one of the package's extras.
 
     Raises:
-        ConfigError: where it is not installed, with the command that does it.
+        ConfigError: if it is not installed, with the command that installs it.
     """
     try:
         return importlib.import_module(module)
@@ -348,14 +349,14 @@ def extra(module: str, name: str, purpose: str) -> ModuleType:
 
 
 def installed(module: str, name: str, purpose: str) -> None:
-    """As `extra`, without importing the module; for one that is no extra, `name` is empty."""
+    """Like `extra`, but does not import the module; `name` is empty for a package that is not one of our extras."""
     if importlib.util.find_spec(module) is None:
         package = f"'sslcells[{name}]'" if name else module
         raise ConfigError(f"{purpose} needs {module}: pip install {package}")
 
 
 def check_tracker(log: Log) -> None:
-    """Raise a ConfigError where what the tracker needs is not installed."""
+    """Raise a ConfigError if the tracker's package is not installed."""
     if log.tracker == "wandb":
         installed("wandb", "", "log.tracker=wandb")
     elif log.tracker == "tensorboard" and importlib.util.find_spec("tensorboardX") is None:
@@ -363,19 +364,19 @@ def check_tracker(log: Log) -> None:
 
 
 def load(file: str | None = None, overrides: Sequence[str] = ()) -> Run:
-    """The run that a YAML file, or a recipe's name, and `section.key=value` overrides describe.
+    """Read a YAML file, or a recipe by name, apply the `section.key=value` overrides, and return the run.
 
     Raises:
-        ConfigError: with every mistake in one message.
+        ConfigError: with all mistakes in one message.
     """
     return validated(_merge(file, overrides), f" in {file}" if file else "")
 
 
 def validated(tree: dict[str, Any], where: str = "") -> Run:
-    """The run that a whole tree describes; `where` says in a message where it comes from.
+    """The run that a complete tree describes; messages end their title with `where`, the tree's origin.
 
     Raises:
-        ConfigError: with every mistake in one message.
+        ConfigError: with all mistakes in one message.
     """
     try:
         return Run.model_validate(tree)
@@ -386,12 +387,12 @@ def validated(tree: dict[str, Any], where: str = "") -> Run:
 
 
 def dump(run: Run) -> str:
-    """The whole tree as YAML; `load` reads it back equal."""
+    """The complete configuration as YAML, which `load` reads back unchanged."""
     return values.write(_written(run, run.model_dump(mode="json")))
 
 
 def _written(section: BaseModel, tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree of a section, where a string that reads like an empty field stands between quotes."""
+    """The tree of a section; a string that would be read as an empty field, such as "none", is quoted."""
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
         if isinstance(value, BaseModel):
@@ -405,7 +406,7 @@ def _merge(file: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     tree = {} if file is None else _file(file)
     wrong = [o for o in overrides if "=" not in o or not all(o.split("=", 1)[0].split("."))]
     if wrong:
-        raise ConfigError(f"not section.key=value: {', '.join(map(repr, wrong))}")
+        raise ConfigError(f"not of the form section.key=value: {', '.join(map(repr, wrong))}")
     for override in overrides:
         _put(tree, override)
     try:
@@ -437,7 +438,7 @@ def _is_null(value: Any) -> bool:
 
 
 def no_recipe(given: str) -> str:
-    """Why there is no such file or recipe, with the nearest of both."""
+    """Why `given` is no file or recipe, with the most similar name of either."""
     file, names = values.place(given), shipped.recipes()
     if file.stem in names and file.suffix == ".yaml":
         return f"no such file; the recipe of that name comes with sslcells: --config {file.stem}"
@@ -449,7 +450,7 @@ def no_recipe(given: str) -> str:
 
 
 def _put(tree: dict[str, Any], override: str) -> None:
-    """Set what an override says; a {…} replaces what a recipe says, and is not added to it."""
+    """Apply one override to the tree; a mapping {…} replaces the recipe's, it is not merged into it."""
     key, text = override.split("=", 1)
     *sections, last = key.split(".")
     for section in sections:
@@ -457,13 +458,15 @@ def _put(tree: dict[str, Any], override: str) -> None:
         if isinstance(below, values.Word):
             below = tree[section] = {} if below.value is None else below.value
         if not isinstance(below, dict):
-            raise ConfigError(f"{override}: {section} is {values.plain(below)!r}, which has no keys: give it whole")
+            raise ConfigError(
+                f"{override}: {section} is {values.plain(below)!r}, which has no keys: set {section} itself"
+            )
         tree = below
     tree[last] = values.typed(text)
 
 
 def _explain(error: Any, tree: dict[str, Any]) -> str:
-    """One line for one of pydantic's errors, with the nearest right name where a name is wrong."""
+    """One line for one of pydantic's errors, with the most similar valid name if the key is unknown."""
     path = [p for p in error["loc"] if p != "function-wrap"]
     key = ".".join(map(str, path))
     value = error["input"]
@@ -480,11 +483,11 @@ def _explain(error: Any, tree: dict[str, Any]) -> str:
 
 
 def _near(key: str, keys: Sequence[str]) -> str:
-    return nearest(key, keys) or f"; there are: {', '.join(k.rpartition('.')[2] for k in keys)}"
+    return nearest(key, keys) or f"; choose from: {', '.join(k.rpartition('.')[2] for k in keys)}"
 
 
 def _other_choices(path: Sequence[Any], tree: dict[str, Any]) -> str:
-    """Which other choices of a plugin's section have the key that the one chosen has not."""
+    """Names the other choices of a plugin section that do have the unknown key; empty if there are none."""
     if len(path) != 2 or path[0] not in PLUGINS:
         return ""
     section, key = path
@@ -494,7 +497,7 @@ def _other_choices(path: Sequence[Any], tree: dict[str, Any]) -> str:
     if not having:
         return ""
     way = "" if "folder" not in having else "; --config folder is a recipe for a folder of images"
-    drawn = ", whose images the program draws itself" if (section, chosen) == ("data", "synthetic") else ""
+    drawn = " (generated images)" if (section, chosen) == ("data", "synthetic") else ""
     return f" in {section}.{plugin.key}={chosen}{drawn}, but in {section}.{plugin.key}={' or '.join(having)}{way}"
 
 

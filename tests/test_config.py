@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Literal, get_args, get_origin
 import pytest
 
 from sslcells import values
-from sslcells.config import PLUGINS, ConfigError, Run, Section, dump, load
+from sslcells.config import PLUGINS, RENAMED, ConfigError, Run, Section, dump, load
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def test_no_argument_is_the_quickstart():
@@ -224,7 +226,7 @@ def test_the_tree_is_frozen():
         ("train.global_batch=1", "train.global_batch=1"),
         ("train.precision=fp8", "train.precision='fp8'"),
         ("data.kind=foldr", "kind='foldr' is not known (did you mean folder?)"),
-        ("method.name=simclr2", "name='simclr2' is not known (did you mean simclr?); there are: "),
+        ("method.name=simclr2", "name='simclr2' is not known (did you mean simclr?); choose from: "),
         ("augment.recipe=cell", "recipe='cell' is not known (did you mean cells?)"),
         ("optim.min_lr=1", "optim.min_lr=1.0 is above optim.lr"),
         ("name=a/b", "name='a/b'"),
@@ -232,17 +234,47 @@ def test_the_tree_is_frozen():
         ("data=[", "data='['"),
         ("optim.lr.x=1", "optim.lr: Input should be a valid number"),
         ("data.size=[x] (1)", "data.size='[x] (1)'"),
-        ("train..steps=1", "not section.key=value: 'train..steps=1'"),
-        ("data.path=x", "no such key in data.kind=synthetic, whose images the program draws itself, but in"),
+        ("train..steps=1", "not of the form section.key=value: 'train..steps=1'"),
+        ("data.path=x", "no such key in data.kind=synthetic (generated images), but in"),
         ("data.path=x", "--config folder"),
         ("method.margin=1", "no such key in method.name=simclr, but in method.name=arcface or"),
-        ("train", "not section.key=value: 'train'"),
+        ("train", "not of the form section.key=value: 'train'"),
     ],
 )
 def test_a_mistake_is_named_with_the_nearest_right_one(override, expected):
     with pytest.raises(ConfigError) as error:
         load(None, [override])
     assert expected in str(error.value)
+
+
+OLD_KEYS = {"checkpoint.every", "compare.epochs", "evaluate.every", "log.every"} | {
+    f"train.{key}" for key in ("epochs", "steps", "timeout")
+}
+
+
+@pytest.mark.parametrize("old", sorted(OLD_KEYS))
+def test_a_renamed_key_is_refused_with_its_new_name(old):
+    new = RENAMED[old]
+    with pytest.raises(ConfigError) as error:
+        load(None, [f"{old}=3"])
+    assert str(error.value).splitlines()[1:] == [f"  {old}=3: this key is now {new}"]
+    section, key = new.split(".")
+    assert getattr(getattr(load(None, [f"{new}=3"]), section), key) == 3
+
+
+def test_every_renamed_key_is_tested():
+    assert set(RENAMED) == OLD_KEYS
+
+
+def test_nothing_that_is_shipped_uses_an_old_key():
+    """Recipes are also loaded whole, above; this reads their comments, the documentation and the templates too."""
+    patterns = ("README.md", "docs/**/*.md", "configs/*", "launch/*", "slurm/*", "sslcells/**/*.py")
+    texts = [file for pattern in patterns for file in ROOT.glob(pattern) if file.is_file()]
+    assert {"README.md", "config.py", "debug.yaml", "cluster.md", "common.sh"} <= {file.name for file in texts}
+    old = re.compile(rf"\b(run\.)?({'|'.join(map(re.escape, sorted(OLD_KEYS)))})\b(?![.(])")
+    assert old.search("accelerate launch -m sslcells.train train.epochs=3")
+    table = re.compile(r"^RENAMED = \{.*?^\}", re.DOTALL | re.MULTILINE)
+    assert not [(file.name, found[0]) for file in texts for found in old.finditer(table.sub("", file.read_text()))]
 
 
 def test_all_mistakes_come_in_one_message():

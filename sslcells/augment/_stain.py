@@ -49,7 +49,7 @@ class StainJitter(IntensityAugmentationBase2D):
     ) -> None:
         super().__init__(p=p, same_on_batch=same_on_batch, keepdim=keepdim)
         if stain not in STAINS:
-            raise ValueError(f"stain={stain!r} is not known; there are: {', '.join(STAINS)}")
+            raise ValueError(f"stain={stain!r} is not known; choose from: {', '.join(STAINS)}")
         for name, value in (("strength", strength), ("base", base)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value} should be in 0..1")

@@ -66,7 +66,7 @@ class Config(Section):
             return name
         if name.endswith("3d"):
             raise ValueError("is a set of volumes; only the 2D sets can be read")
-        raise ValueError(f"is not one of MedMNIST's sets{nearest(name, _SETS)}; there are: {', '.join(_SETS)}")
+        raise ValueError(f"is not one of MedMNIST's sets{nearest(name, _SETS)}; choose from: {', '.join(_SETS)}")
 
     @model_validator(mode="after")
     def _one_of_path_and_set(self) -> Self:

@@ -34,7 +34,7 @@ class Config(Section):
         if name not in _SETS:
             same = next((known for known in _SETS if known.casefold() == name.casefold()), None)
             near = f" (did you mean {same}?)" if same else nearest(name, _SETS)
-            raise ValueError(f"is not known{near}; there are: {', '.join(_SETS)}")
+            raise ValueError(f"is not known{near}; choose from: {', '.join(_SETS)}")
         return name
 
     @model_validator(mode="after")

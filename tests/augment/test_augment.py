@@ -304,7 +304,7 @@ def test_stain_jitter_among_kornias_augmentations():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"stain": "eosin"}, "there are: haematoxylin-eosin, giemsa"),
+        ({"stain": "eosin"}, "choose from: haematoxylin-eosin, giemsa"),
         ({"strength": 1.5}, r"strength=1\.5"),
         ({"base": -1}, "base=-1"),
     ],
