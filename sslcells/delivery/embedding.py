@@ -4,7 +4,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from sslcells.data.loader import Readable, attended, read_readable
 from sslcells.delivery import DeliveryError
 from sslcells.delivery.encoder import Encoder, find_run, finite, load_encoder
 from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, list_digest, spelt
+from sslcells.evaluation.encode import encode_batches
 from sslcells.run.interrupt import Awaited, Interrupt, Stopped
 from sslcells.run.lock import Lock
 from sslcells.storage import is_file
@@ -220,47 +222,54 @@ def _embed(
     interrupt: Interrupt,
     meter: "_Meter",
 ) -> None:
-    """Make and write these shards, one after the other, until done or asked to stop."""
+    """Make and write these shards, one after the other, until all are done or a signal asks to stop."""
     root, unknown = embeddings.root, torch.full((len(names),), -1)
     images = FolderImages(Path(root), names, encoder.reader(), (), unknown, unknown, {})
     ahead = read_readable(images, _Parts(embeddings, mine, batch), workers, pin_memory=device.type == "cuda")
-    with attended(ahead) as parts:
+    with attended(ahead) as parts, suppress(Awaited):
+        encoded = encode_batches(_awaited(parts, root, interrupt), lambda part: encoder(part.pixels), meter.add)
         for number in mine:
             rows, wanted, held = [], len(embeddings.members(number)), list[Readable]()
             while wanted:
-                try:
-                    with interrupt.waiting():
-                        part = next(parts)
-                except Awaited:
-                    return
+                part, z = next(encoded)
                 wanted -= part.asked
-                if part.unreadable:
-                    _still_there(root)
-                if part.image:
-                    rows.append(_rows(encoder, part.pixels))
+                if z is not None:
+                    rows.append(finite(z.cpu(), encoder))
                 held.append(part._replace(pixels=[]))
-                meter.add(part.asked)
-            ids = [i for part in held for i in part.image]
-            embeddings.write(
-                number,
-                Shard(
-                    np.array(ids, dtype=np.int64),
-                    [spelt(names[i]) for i in ids],
-                    torch.cat(rows).numpy() if rows else np.zeros((0, encoder.features), dtype=np.float32),
-                    [_label(names[i]) for i in ids] if embeddings.labels else None,
-                    [
-                        (spelt(names[i]), spelt(why.removeprefix(f"{root}/{names[i]}: ")))
-                        for part in held
-                        for i, why in part.unreadable
-                    ],
-                ),
-            )
+            embeddings.write(number, _shard(embeddings, names, held, rows))
 
 
-@torch.inference_mode()
-def _rows(encoder: Encoder, pixels: Tensor | list[Tensor]) -> Tensor:
-    """(B, F) float32 on the CPU."""
-    return finite(encoder(pixels).cpu(), encoder)
+def _awaited(parts: Generator[Readable, None, None], root: str, interrupt: Interrupt) -> Iterator[Readable]:
+    """The parts as they are read.
+
+    Raises:
+        Awaited: if a signal asks to stop while a part is waited for.
+        DataError: if images are unreadable because their folder is gone.
+    """
+    while True:
+        with interrupt.waiting():
+            part = next(parts, None)
+        if part is None:
+            return
+        if part.unreadable:
+            _still_there(root)
+        yield part
+
+
+def _shard(embeddings: Embeddings, names: Sequence[str], held: Sequence[Readable], rows: Sequence[Tensor]) -> Shard:
+    """The shard of the parts that were read, and the rows (B, F) of those with readable images."""
+    ids, root = [i for part in held for i in part.image], embeddings.root
+    return Shard(
+        np.array(ids, dtype=np.int64),
+        [spelt(names[i]) for i in ids],
+        torch.cat(list(rows)).numpy() if rows else np.zeros((0, embeddings.features), dtype=np.float32),
+        [_label(names[i]) for i in ids] if embeddings.labels else None,
+        [
+            (spelt(names[i]), spelt(why.removeprefix(f"{root}/{names[i]}: ")))
+            for part in held
+            for i, why in part.unreadable
+        ],
+    )
 
 
 def _label(name: str) -> str | None:

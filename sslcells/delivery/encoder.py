@@ -15,6 +15,8 @@ from sslcells.augment import resized
 from sslcells.config import ConfigError, Run, load
 from sslcells.data import DataError, Decoder, Unreadable, reading
 from sslcells.data.folder import list_images, nearest_folder
+from sslcells.data.loader import Readable
+from sslcells.evaluation.encode import check_finite, encode_batches, eval_mode
 from sslcells.models import files, width
 from sslcells.storage import is_file, is_folder
 from sslcells.values import place
@@ -67,15 +69,19 @@ class Encoder(nn.Module):
         if isinstance(images, Tensor):
             batch = images if images.ndim == 4 else images[None]
             return self._normalised(batch)
-        pixels = [self._pixels(image) for image in ([images] if isinstance(images, Image.Image) else images)]
+        pixels = [self.pixels(image) for image in ([images] if isinstance(images, Image.Image) else images)]
         if not pixels:
             return self.mean.new_zeros(0, self.channels, self.size, self.size)
         if len({(x.shape, x.dtype) for x in pixels}) == 1:
             return self._normalised(torch.stack(pixels))
         return torch.cat([self._normalised(x[None]) for x in pixels])
 
-    def _pixels(self, image: Picture) -> Tensor:
-        """One image of a sequence: (C, H, W)."""
+    def pixels(self, image: Picture) -> Tensor:
+        """One image of any size as (C, H, W): a tensor as it is, a PIL image decoded as image files are.
+
+        Raises:
+            ConfigError, ValueError: if it is not an image that the encoder takes.
+        """
         if isinstance(image, Tensor):
             return image
         if not isinstance(image, Image.Image):
@@ -160,41 +166,36 @@ def embed(
     """
     if not isinstance(encoder, Encoder):
         encoder = load_encoder(encoder)
-    training = encoder.training
-    encoder.eval()
-    try:
-        with torch.inference_mode():
-            rows = [finite(encoder(part).cpu(), encoder) for part in _parts(images, encoder, batch)]
-    finally:
-        encoder.train(training)
-    return torch.cat(rows) if rows else torch.zeros(0, encoder.features)
+    network = encoder
+    with eval_mode(network):
+        encoded = encode_batches(_parts(images, network, batch), lambda part: network(part.pixels))
+        rows = [finite(z.cpu(), network) for _, z in encoded if z is not None]
+    return torch.cat(rows) if rows else torch.zeros(0, network.features)
 
 
 def finite(rows: Tensor, encoder: Encoder) -> Tensor:
-    """Features (N, F) as they are.
+    """Return features (N, F) unchanged.
 
     Raises:
-        DataError: where some are NaN or infinite.
+        NotFinite: if some are NaN or infinite.
     """
-    if broken := int((~rows.isfinite().all(1)).sum()):
-        raise DataError(
-            f"the encoder {encoder.digest} gives no finite features for {broken} of {len(rows)} images: it is not sound"
-        )
+    check_finite(rows, encoder=f"the encoder {encoder.digest}")
     return rows
 
 
-def _parts(images: Any, encoder: Encoder, batch: int) -> Iterator[Pictures]:
-    """The images as Encoder takes them, `batch` at a time; files are opened when their part is asked for."""
+def _parts(images: Any, encoder: Encoder, batch: int) -> Iterator[Readable]:
+    """The images, `batch` at a time; a file is opened when its part is read."""
     if isinstance(images, (str, os.PathLike)):
         images = _files(Path(images))
     elif isinstance(images, Image.Image) or (isinstance(images, Tensor) and images.ndim == 3):
         images = [images]
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
-        if isinstance(part, Tensor):
-            yield part
-        else:
-            yield [_opened(x, encoder.reader()) if isinstance(x, (str, os.PathLike)) else x for x in part]
+        if not isinstance(part, Tensor):
+            part = [
+                _opened(x, encoder.reader()) if isinstance(x, (str, os.PathLike)) else encoder.pixels(x) for x in part
+            ]
+        yield Readable(len(part), list(range(start, start + len(part))), part, [])
 
 
 def _opened(file: str | os.PathLike[str], decoder: Decoder) -> Tensor:

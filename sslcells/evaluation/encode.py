@@ -78,8 +78,9 @@ def encode_batches(
     for.
     """
     for batch in batches:
-        yield batch, network(batch).float() if batch.image else None
+        z = network(batch).float() if batch.image else None
         progress(batch.asked)
+        yield batch, z
 
 
 def encode(
