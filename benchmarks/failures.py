@@ -160,7 +160,7 @@ def case(name: str) -> Callable[[Case], Case]:
     return register
 
 
-VANISHED = r"^sslcells: rank 0: rank 1 of 2 vanished without a word"
+VANISHED = r"^sslcells: rank 0: rank 1 of 2 disappeared without an error message"
 
 
 @case("a rank dies (SIGKILL)")

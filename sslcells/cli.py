@@ -1,16 +1,16 @@
-"""Every command: `sslcells <command>`. A command is imported when it runs, as torch alone takes seconds."""
+"""The commands: `sslcells <command>`. A command is imported only when it runs, as torch alone takes seconds."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from sslcells import __version__, shipped
-from sslcells.commandline import arguments, guarded, one_process, told
+from sslcells.commandline import arguments, guarded, one_process, report_error
 from sslcells.errors import ConfigError, UserError
 
 
 def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status: 0 done, 1 could not go on, 2 a mistake in what was asked for."""
+    """Run a command and return the exit status: 0 success, 1 failure while running, 2 a mistake in the request."""
     args = arguments(command, argv)
     return guarded(lambda: _COMMANDS[args.command](args))
 
@@ -18,7 +18,7 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> None:
     from sslcells.config import load
 
-    load(args.config, args.overrides)  # a mistake is told before torch is imported
+    load(args.config, args.overrides)  # reports mistakes before torch is imported
     from sslcells.train import command
 
     command(args)
@@ -33,7 +33,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from sslcells.config import load
 
-    load(args.config, args.overrides)  # likewise
+    load(args.config, args.overrides)  # as above
     from sslcells.compare import command
 
     command(args)
@@ -46,7 +46,7 @@ def _selfcheck(args: argparse.Namespace) -> None:
 
 
 def _sync(args: argparse.Namespace) -> None:
-    """Each run on its own, whatever became of the others; the exit status is the highest of theirs."""
+    """Upload each run, even if others fail; the exit status is the highest of all."""
     status = 0
     from sslcells.models import files
     from sslcells.run import lock, wandb_sync
@@ -56,7 +56,7 @@ def _sync(args: argparse.Namespace) -> None:
         try:
             print(wandb_sync.sync(folder, "ended" if ended else "died" if busy else "stopped"), flush=True)
         except UserError as error:
-            status = max(status, told(error, error.status))
+            status = max(status, report_error(error, error.status))
     if status:
         raise SystemExit(status)
 
@@ -84,14 +84,14 @@ def _recipes(args: argparse.Namespace) -> None:
 
 def _init(args: argparse.Namespace) -> None:
     done = shipped.copy(args.folder, args.recipes, args.overwrite)
-    for words, names in (("written", done.written), ("there already, the same", done.same)):
+    for words, names in (("written", done.written), ("already there, unchanged", done.same)):
         if names:
             print(f"{words}: {', '.join(names)}")
     for name in done.kept:
-        print(f"kept as it is, though it differs from what comes with sslcells {__version__}: {name}")
+        print(f"kept, although it differs from the file of sslcells {__version__}: {name}")
     if done.kept:
-        print("--overwrite replaces what differs")
-    print(f"{args.folder}: work from there; slurm/site.sh takes what your cluster needs, once")
+        print("use --overwrite to replace files that differ")
+    print(f"work from {args.folder}; slurm/site.sh is the place for the options of your cluster")
 
 
 def _embed(args: argparse.Namespace) -> None:

@@ -1,24 +1,24 @@
-"""What a command tells its user without a traceback."""
+"""Errors that a command reports to its user without a traceback."""
 
 from typing import ClassVar
 
 
 class UserError(Exception):
-    """A command cannot go on; the message says why and what to do, and is all there is to show."""
+    """A command cannot continue; the message says why and what to do. It is printed without a traceback."""
 
     status: int = 1
-    """of the process"""
+    """exit status of the process"""
     one_ranks: ClassVar[bool] = False
-    """whether a rank may meet it alone"""
+    """True if a single rank can raise it while the others do not"""
     at_once: ClassVar[bool] = False
-    """whether the process must end without waiting for anything"""
+    """True if the process must exit at once, without waiting for other ranks"""
 
 
 class ConfigError(UserError):
-    """A mistake of the user's in the configuration or the data it names; the message is all there is to show."""
+    """A mistake in the configuration, or in the data that it names."""
 
     status = 2
 
 
 class TrainingError(UserError):
-    """Training cannot go on; the message says why, and from where it can be taken up."""
+    """Training cannot continue; the message says why, and where it can resume."""

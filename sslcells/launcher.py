@@ -1,7 +1,7 @@
-"""What the launcher started: the Accelerator of this process, its device, its threads, and its rank and world size.
+"""What the launcher started: this process's Accelerator, device, threads, rank and world size.
 
-The launcher says who runs where, and never what is computed: of its variables that would, some are overruled, with a
-line that says so, and some are refused by name.
+The launcher decides which processes run where, never what they compute. Its variables that would change the
+computation are either overruled, with a line on stderr, or refused by name.
 """
 
 import math
@@ -27,9 +27,9 @@ from sslcells.config import ConfigError, Run, check_tracker
 
 
 def accelerator(run: Run) -> Accelerator:
-    """Start the process group that the launcher described, if any, and bind this process to its device.
+    """Start the process group that the launcher described, if any, and assign this process its device.
 
-    Numerics come from the run's configuration alone; a process may do this for one run after another.
+    Numerics come only from the run's configuration. A process may call this for several runs, one after another.
 
     Raises:
         ConfigError: as `start`.
@@ -55,20 +55,20 @@ def start(
     workers: int = 0,
     **options: Any,
 ) -> Accelerator:
-    """As `accelerator`, on the CPU if asked to or where there is nothing else; ranks wait for each other `minutes`.
+    """Like `accelerator`, without a run. Ranks wait `minutes` for each other; `cpu`, or having no GPU, selects the CPU.
 
     Raises:
-        ConfigError: where the launch cannot be what was meant or asks for what cannot be honoured, or where Accelerate
-            would silently run apart the ranks that the launcher started.
-        Lost: where the other ranks do not come.
+        ConfigError: if the launch is inconsistent or asks for something unsupported, or if Accelerate would silently
+            run the launched ranks without connecting them.
+        Lost: if the other ranks do not arrive.
     """
     computing = threads_for(threads, workers)
     device = _join(cpu, minutes, computing)
     if precision == "auto":
         precision = precision_for(device)
     _overrule(precision)
-    AcceleratorState._reset_state()  # the last run's precision; the process group stays
-    with patch_environment(OMP_NUM_THREADS=computing):  # where there is none Accelerate sets threads of its own
+    AcceleratorState._reset_state()  # forgets the last run's precision; the process group stays
+    with patch_environment(OMP_NUM_THREADS=computing):  # without it, Accelerate would choose a number
         started = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision=precision,
@@ -79,24 +79,26 @@ def start(
         )
     torch.set_num_threads(computing)
     if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("train.precision=fp16 needs a GPU, and this is a CPU: choose bf16, or no for float32")
+        raise ConfigError(
+            "train.precision=fp16 needs a GPU, but this process runs on a CPU: use bf16, or no for float32"
+        )
     return started
 
 
 def make_deterministic(asked: bool | Literal["warn"]) -> None:
-    """From here on operations whose result depends on chance, as of atomic additions, are replaced, refused or named.
+    """Use deterministic algorithms from now on; where none exists, raise an error, or with `warn` print a warning.
 
     Raises:
-        ConfigError: where the environment gives cuBLAS a workspace that depends on chance.
+        ConfigError: if the environment sets a cuBLAS workspace that is not deterministic.
     """
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
     if asked and workspace not in ("", *_WORKSPACES):
         raise ConfigError(
-            f"CUBLAS_WORKSPACE_CONFIG={workspace} in the environment is not deterministic, and train.deterministic="
-            f"{str(asked).lower()}: unset it, or make it one of {', '.join(_WORKSPACES)}"
+            f"CUBLAS_WORKSPACE_CONFIG={workspace} in the environment is not deterministic, but train.deterministic="
+            f"{str(asked).lower()}: unset it, or set it to one of {', '.join(_WORKSPACES)}"
         )
     if asked:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or _WORKSPACES[0]  # read when the first product is computed
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or _WORKSPACES[0]  # read at the first matrix product
     torch.use_deterministic_algorithms(bool(asked), warn_only=asked == "warn")
     torch.backends.cudnn.deterministic = bool(asked)
 
@@ -105,7 +107,7 @@ _WORKSPACES = (":4096:8", ":16:8")
 
 
 def device_for(run: Run) -> torch.device:
-    """Start the process group that the launcher described, if any; returns this process's device.
+    """Start the process group that the launcher described, if any, and return this process's device.
 
     Raises:
         ConfigError: as `start`.
@@ -130,12 +132,12 @@ def _join(cpu: bool, minutes: float, computing: int) -> torch.device:
             raise
         raise ranks.Lost(
             f"rank {launch.rank} of {launch.world} waited {minutes:g} minutes at MASTER_ADDR="
-            f"{os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']} and did not meet all the others. "
-            f"Are these variables left over from another job? Then: {_UNSET}"
+            f"{os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']} but not all ranks arrived. "
+            f"If these variables are left over from another job: {_UNSET}"
         ) from error
     if state.num_processes != launch.world:
         raise ConfigError(
-            f"{launch.world} processes were launched, but Accelerate joins {state.num_processes}: "
+            f"{launch.world} processes were launched, but Accelerate connects {state.num_processes}: "
             f"launch with one of launch/*.yaml"
         )
     kind = state.distributed_type
@@ -144,24 +146,24 @@ def _join(cpu: bool, minutes: float, computing: int) -> torch.device:
     device: torch.device = state.device
     if cpu and device.type != "cpu":
         raise ConfigError(
-            f"this process began on {device}, and train.device=cpu or ACCELERATE_USE_CPU asks for the CPU now: "
-            f"give all runs of one command the same train.device"
+            f"this process already uses {device}, but train.device=cpu or ACCELERATE_USE_CPU now asks for the CPU: "
+            f"use the same train.device for all runs of one command"
         )
     return device
 
 
-# What `auto` stands for
+# What `auto` means
 
 
 def precision_for(device: torch.device) -> Literal["no", "bf16"]:
-    """The precision that a device computes fastest in without losing range: bf16 where its hardware has it."""
+    """bf16 if the device supports it in hardware (fast, with the range of float32), else no mixed precision."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if device.type == "cpu" and _BFLOAT16 & _processor() else "no"
 
 
 def channels_last_for(device: torch.device, precision: str) -> bool:
-    """Whether convolutions are faster with channels last, as measured for each kind of device and precision."""
+    """True if convolutions were measured to be faster with channels last, on this kind of device and precision."""
     return (device.type, precision) in _CHANNELS_LAST
 
 
@@ -171,11 +173,11 @@ last: float32 42 → 49 and 341 → 507, bf16 74 → 83 and 527 → 856 (EPYC wi
 
 
 _BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
-"""What Linux calls products of bfloat16 on x86 and on ARM."""
+"""CPU flags of Linux for matrix products in bfloat16, on x86 and ARM."""
 
 
 def _processor(file: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """What the processor can do, as Linux calls it; nothing is known elsewhere."""
+    """The CPU flags that Linux lists; empty on other systems."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -183,34 +185,34 @@ def _processor(file: Path = Path("/proc/cpuinfo")) -> set[str]:
     return set(next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split())
 
 
-# Who runs where
+# Which processes run where
 
 
 class Launch(NamedTuple):
-    """This process among those that the launcher started."""
+    """Rank of this process, and number of processes, as the launcher set them."""
 
     rank: int
     world: int
     local: bool
-    """whether the launcher gave this process a place on its machine, and so a process group is meant"""
+    """True if the launcher set LOCAL_RANK, so that a process group is expected"""
 
     def check_complete(self) -> None:
-        """Raise a ConfigError where ranks were launched that could not find each other."""
+        """Raise a ConfigError if ranks were launched without the variables they need to connect."""
         needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in needed if not os.environ.get(name)]
         if missing and (self.world > 1 or self.local):
             said = ", ".join(f"{name}={os.environ[name]}" for name in needed if os.environ.get(name))
             raise ConfigError(
-                f"the environment has {said}, but no {', '.join(missing)}: left over from another job? "
+                f"the environment sets {said}, but not {', '.join(missing)}: left over from another job? "
                 f"For one process: {_UNSET}; for several: {_LAUNCH}"
             )
 
 
 def launched() -> Launch:
-    """What the environment says of this process, known before any process group is.
+    """Read rank and world size from the environment, before any process group exists.
 
     Raises:
-        ConfigError: where it contradicts itself, or copies of one process were started that know nothing of each other.
+        ConfigError: if the variables contradict each other, or several unconnected copies of this process were started.
     """
     world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
     local, local_world, _ = (
@@ -233,24 +235,24 @@ def launched() -> Launch:
         for size, _, program, remedy in _COPIES:
             if (copies := _number(size, 1)) > 1:
                 raise ConfigError(
-                    f"{program} started {copies} copies of this program ({size}={copies}), which know nothing of each "
-                    f"other: {remedy}; for one process here: WORLD_SIZE=1 before the command"
+                    f"{program} started {copies} copies of this program ({size}={copies}) that are not connected to "
+                    f"each other: {remedy}; for a single process, put WORLD_SIZE=1 before the command"
                 )
     return Launch(rank, world, local >= 0)
 
 
 def launched_rank() -> int:
-    """This process's rank as the launcher says it; raises as `launched`."""
+    """This process's rank as the launcher set it; raises like `launched`."""
     return launched().rank
 
 
 def launched_world() -> int:
-    """Number of processes that the launcher started; raises as `launched`."""
+    """Number of processes that the launcher started; raises like `launched`."""
     return launched().world
 
 
 def first() -> bool:
-    """Whether this process is the one that tells what all know, however wrong the launch may be."""
+    """True if this process prints for all ranks; gives an answer even if the launch is inconsistent."""
     try:
         launch = launched()
         launch.check_complete()
@@ -269,17 +271,17 @@ _COPIES = (
         "SLURM_STEP_NUM_TASKS",
         "SLURM_PROCID",
         "srun",
-        "let srun start one task a node and accelerate launch the ranks there, as slurm/simclr.sh does",
+        "let srun start one task per node, and accelerate launch the ranks there, as slurm/simclr.sh does",
     ),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "mpirun", f"start without mpirun: {_LAUNCH}"),
     ("PMI_SIZE", "PMI_RANK", "an MPI launcher", f"start without it: {_LAUNCH}"),
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "mpirun", f"start without mpirun: {_LAUNCH}"),
 )
-"""Variables of other launchers: how many they started, which this is, who does that, and what to do instead."""
+"""Other launchers: variable with the number of processes, variable with this one's, program, and what to do instead."""
 
 
 def _number(name: str, otherwise: int) -> int:
-    """An environment variable's number, `otherwise` where it is not set."""
+    """The number in an environment variable, or `otherwise` if it is not set."""
     said = os.environ.get(name)
     if said is None:
         return otherwise
@@ -287,7 +289,7 @@ def _number(name: str, otherwise: int) -> int:
         return int(said)
     except ValueError:
         raise ConfigError(
-            f"{name}={said!r} in the environment is no number: left over from another job? unset {name}"
+            f"{name}={said!r} in the environment is not a number: left over from another job? unset {name}"
         ) from None
 
 
@@ -295,7 +297,7 @@ def _said(name: str, value: int) -> str:
     return f"{name}={value}" if name in os.environ else f"{value} ({name} is not set)"
 
 
-# What is computed is not the launcher's to say
+# The launcher must not change what is computed
 
 
 _TYPES = "distributed_type may be NO or MULTI_GPU; launch with a file of launch/, or run `accelerate config` again"
@@ -311,15 +313,15 @@ _OVERRULED = {
     "ACCELERATE_DYNAMO_BACKEND": ("no", "train.compile"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "train.micro_batch"),
 }
-"""Variables that Accelerate would compute by, the value that changes nothing, and the key that decides instead."""
+"""Variables that change what Accelerate computes, their neutral value, and the key that decides instead."""
 _PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 _KEPT = {"ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_LOG_LEVEL", "ACCELERATE_MIXED_PRECISION"}
-"""Who runs where; and one that stays as the launcher's mark, since an argument always overrules it."""
+"""Kept: they say where to run. The last shows that Accelerate launched us, and an argument always overrules it."""
 _YES, _NO = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0", "")
 
 
 def check_numerics() -> None:
-    """Raise a ConfigError where the launcher asks for what no run can honour."""
+    """Raise a ConfigError if the launcher asks for something that no run supports."""
     for name, what in _SPLIT.items():
         if _flag(name):
             raise ConfigError(
@@ -330,15 +332,15 @@ def check_numerics() -> None:
         raise ConfigError(f"ACCELERATE_USE_SAGEMAKER: SageMaker's own ranks are not supported. {_TYPES}")
     if (device := os.environ.get("ACCELERATE_TORCH_DEVICE", "")) not in ("", "cpu", "cuda"):
         raise ConfigError(
-            f"ACCELERATE_TORCH_DEVICE={device}: every rank takes a device of its own; CUDA_VISIBLE_DEVICES says which "
-            f"there are, train.device=cpu takes none"
+            f"ACCELERATE_TORCH_DEVICE={device}: each rank uses its own device; choose GPUs with CUDA_VISIBLE_DEVICES, "
+            f"or the CPU with train.device=cpu"
         )
     for name in ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY"):
         _flag(name)
 
 
 def _flag(name: str) -> bool:
-    """Whether an environment variable says yes; one that is empty is as good as none, and is removed."""
+    """True if an environment variable says yes; an empty variable counts as not set, and is removed."""
     said = os.environ.get(name, "").strip().lower()
     if said not in _YES + _NO:
         raise ConfigError(f"{name}={os.environ[name]} in the environment is neither true nor false")
@@ -348,12 +350,12 @@ def _flag(name: str) -> bool:
 
 
 def _take_device() -> bool:
-    """Whether the launcher asks for the CPU by the name of a device."""
+    """True if the launcher asks for the CPU in ACCELERATE_TORCH_DEVICE, which is removed."""
     return os.environ.pop("ACCELERATE_TORCH_DEVICE", "") == "cpu"
 
 
 def _overrule(precision: str) -> None:
-    """Remove what Accelerate would read of how to compute, and say what of it the run does otherwise."""
+    """Remove variables that would change the computation, and print those that differ from the run's settings."""
     for name, (nothing, key) in _OVERRULED.items():
         said = os.environ.get(name, nothing)
         agreed = name == "ACCELERATE_MIXED_PRECISION" and said == precision
@@ -369,21 +371,21 @@ def _overrule(precision: str) -> None:
 
 
 def cores() -> int:
-    """Cores that this process may use: those that it is bound to, and no more than its cgroup's quota pays for."""
+    """Cores that this process may use: its CPU affinity, limited by its cgroup's quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(bound, _quota())))
 
 
 def share() -> int:
-    """Cores for each of the ranks on this machine."""
+    """Cores per rank on this machine."""
     return max(1, cores() // max(1, _number("LOCAL_WORLD_SIZE", 1)))
 
 
 def threads_for(asked: int | Literal["auto"], workers: int) -> int:
-    """Threads for this process's computing, beside so many that read images: as asked, or as suits the cores.
+    """Threads that compute, besides `workers` that read images: as `asked`, or for `auto` by the number of cores.
 
-    OMP_NUM_THREADS counts where a user set it. A launcher sets it to 1 wherever the user did not, so that under one a 1
-    says nothing; a larger number is taken up to this rank's share of the cores.
+    OMP_NUM_THREADS counts if the user set it. A launcher sets it to 1 if the user did not, so under a launcher a 1 is
+    ignored, and a larger number is limited to this rank's share of the cores.
     """
     if asked != "auto":
         return asked
@@ -394,12 +396,12 @@ def threads_for(asked: int | Literal["auto"], workers: int) -> int:
         return number
     if number > 1:
         return min(number, share())
-    # Reading seldom fills a core while the network computes: no more than a quarter of them is left to it.
+    # Readers rarely fill a core while the network computes, so they get at most a quarter of the cores.
     return max(share() - workers, math.ceil(0.75 * share()), 1)
 
 
 def _quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Cores that the process's cgroups allow it, in either version of them; infinite where nothing is said."""
+    """Cores that the process's cgroups (version 1 or 2) allow; infinite without a limit."""
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -418,7 +420,7 @@ def _quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgr
 
 
 def _allowed(folder: Path) -> float:
-    """Cores that one cgroup allows."""
+    """Cores that one cgroup allows; infinite without a limit."""
     try:
         if (folder / "cpu.max").is_file():
             quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()

@@ -1,4 +1,4 @@
-"""torch.distributed, in one file. Everything here also works in a process without a process group."""
+"""The only file that uses torch.distributed. All of it also works in a process without a process group."""
 
 import contextlib
 import pickle
@@ -20,7 +20,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def set_timeout(timeout: timedelta) -> None:
-    """How long ranks wait for each other in the group of CPU tensors that is made beside a bare NCCL."""
+    """Set how long ranks wait for each other in the gloo group that is added to a bare NCCL group."""
     global _timeout
     _timeout = timeout
 
@@ -38,7 +38,7 @@ def rank() -> int:
 def gather(x: Tensor) -> Tensor:
     """Rows of all ranks in rank order, without gradient: (A, ...) on every rank → (A·world, ...).
 
-    Every rank must bring the same shape; `same_count` finds out where that is not sure.
+    Every rank must pass the same shape; check it with `same_count` if it may differ.
     """
     x = x.detach().contiguous()
     if world() == 1:
@@ -49,7 +49,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 class _Total(torch.autograd.Function):
-    """A sum over ranks, whose backward is local."""
+    """A sum over ranks whose backward pass is local."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -64,20 +64,20 @@ class _Total(torch.autograd.Function):
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum of every rank's x, equal to the last bit on all of them; ranks must bring the same shape.
+    """Sum x over ranks; the result is equal to the last bit on all of them. Every rank must pass the same shape.
 
-    Where a loss is the same function of totals on every rank, each rank's gradient of it by its own x is world times
-    its part of the gradient of one process, so that DDP's mean is that gradient. So a total must not be made of
-    another total that carries gradient.
+    Every rank computes the same loss from the totals. The backward pass gives each rank world times its part of the
+    gradient of one process, so that DDP's mean over ranks is that gradient. Therefore a total must not be computed
+    from another total that carries gradient.
     """
     out: Tensor = _Total.apply(x)
     return out
 
 
 def same_count(count: int, what: str) -> None:
-    """Raise the same ValueError on every rank where the ranks' counts differ, instead of a hang in a gather.
+    """Raise the same ValueError on every rank if the ranks' counts differ, where a gather would hang.
 
-    The counts travel between CPUs, so that no device is waited for.
+    The counts are exchanged between CPUs, so this does not wait for the device.
     """
     if world() == 1:
         return
@@ -88,7 +88,7 @@ def same_count(count: int, what: str) -> None:
 
 
 def all_ranks(x: T) -> list[T]:
-    """The object of every rank, in rank order, on every rank."""
+    """Gather a Python object from every rank: a list in rank order, on every rank."""
     if world() == 1:
         return [x]
     out: list[T | None] = [None] * world()
@@ -97,7 +97,7 @@ def all_ranks(x: T) -> list[T]:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns, or raises, on rank 0; on every rank."""
+    """Call `make` on rank 0 and return its result, or raise its error, on every rank."""
     if world() == 1:
         return make()
     answer: list[tuple[T | None, Exception | None]] = [(None, None)]
@@ -114,7 +114,7 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def together(make: Callable[[], T]) -> T:
-    """What `make` returns on this rank; where it raises on any rank, every rank raises the first of the errors."""
+    """Call `make` on every rank and return its result; if any rank fails, all raise the error of the lowest one."""
     value, failure = None, None
     try:
         value = make()
@@ -125,7 +125,7 @@ def together(make: Callable[[], T]) -> T:
 
 
 def raise_first(failure: Exception | None) -> None:
-    """Raise, on every rank, the error of the lowest rank that has one; a note of it says which rank that is."""
+    """If any rank has an error, raise that of the lowest such rank on every rank, with a note naming the rank."""
     for number, error in enumerate(all_ranks(failure and _portable(failure))):
         if error is not None:
             if world() > 1:
@@ -134,7 +134,7 @@ def raise_first(failure: Exception | None) -> None:
 
 
 def largest(number: int) -> int:
-    """The largest of the ranks' numbers, on every rank; it travels between CPUs, so that no device is waited for."""
+    """The maximum over ranks, on every rank; exchanged between CPUs, so this does not wait for the device."""
     if world() == 1:
         return number
     numbers = torch.tensor([number])
@@ -143,31 +143,31 @@ def largest(number: int) -> int:
 
 
 def barrier() -> None:
-    """Wait for every rank."""
+    """Wait until every rank is here."""
     if world() > 1:
         dist.barrier(group=_cpu_group())
 
 
 def close() -> None:
-    """Leave the process group, so that no rank is waited for any more."""
+    """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def sync_batchnorm(module: nn.Module) -> nn.Module:
-    """BatchNorm statistics over all ranks."""
+    """Convert BatchNorm layers to compute their statistics over all ranks."""
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     return converted
 
 
 def unmet(error: BaseException) -> bool:
-    """Whether an error of the start of the process group says that not all ranks came."""
+    """True if an error from starting the process group means that some ranks did not arrive."""
     return isinstance(error, dist.DistError)
 
 
 @torch.no_grad()
 def as_on_main(module: nn.Module) -> None:
-    """Give the buffers of a module that are saved with it, such as BatchNorm's statistics, rank 0's values."""
+    """Copy the saved buffers of a module, such as BatchNorm's statistics, from rank 0 to every rank."""
     if world() == 1:
         return
     saved = module.state_dict(keep_vars=True)
@@ -177,22 +177,22 @@ def as_on_main(module: nn.Module) -> None:
 
 
 class Lost(UserError):
-    """Another rank cannot be reached any more; the message names it."""
+    """The connection to another rank is lost; the message names the rank."""
 
     one_ranks = at_once = True
 
 
 def leave(cause: str) -> None:
-    """Tell the other ranks why this one goes, so that they need not wonder."""
+    """Record why this rank exits, for the error messages of the others."""
     if world() > 1:
         with contextlib.suppress(Exception):  # the store may have gone with its host
             _store().set(f"{_LEFT}/{rank()}", cause)
 
 
 def lost(error: BaseException) -> Lost | None:
-    """What an error says about other ranks: None where it is no broken connection between ranks.
+    """Turn a broken connection between ranks into an error that names the lost ranks; None for any other error.
 
-    Every rank that notices says so in the store, and after a few seconds those that are missing there are the dead.
+    Every surviving rank reports to the store; ranks that have not reported after a few seconds are the lost ones.
     """
     broken = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _BROKEN)
@@ -213,14 +213,14 @@ def lost(error: BaseException) -> Lost | None:
     if not silent or len(silent) == world():
         return Lost(f"the connection to another rank broke: {error}")
     return Lost(
-        f"rank {', '.join(silent)} of {world()} vanished without a word: "
+        f"rank {', '.join(silent)} of {world()} disappeared without an error message: "
         f"killed, out of memory, hung, or its node is down"
     )
 
 
 @contextlib.contextmanager
 def parting() -> Iterator[None]:
-    """Tell the other ranks what error leaves the block; in place of a broken connection's it raises Lost."""
+    """Record an error that leaves the block for the other ranks; a broken connection is raised as Lost."""
     try:
         yield
     except BaseException as error:
@@ -233,7 +233,7 @@ def parting() -> Iterator[None]:
 _LEFT = "sslcells/left"
 _NOTICED = "noticed"
 _POST_MORTEM = 5.0
-"""seconds for every living rank to notice"""
+"""seconds to wait for the surviving ranks to report"""
 _BROKEN = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -255,7 +255,7 @@ _cpu_groups: dict[int, dist.ProcessGroup] = {}
 
 
 def _cpu_group() -> dist.ProcessGroup:
-    """A group over all ranks that carries CPU tensors: the default one, or gloo beside a bare NCCL."""
+    """A process group for CPU tensors: the default group, or a gloo group if the default is NCCL only."""
     default = dist.group.WORLD
     assert default is not None
     if "cpu:gloo" in dist.get_backend_config(default):
@@ -271,6 +271,6 @@ def _cpu_group() -> dist.ProcessGroup:
 def _portable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # an exception that cannot travel still must be told
+    except Exception:  # an exception that cannot be pickled must still be reported
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -1,6 +1,6 @@
-"""What comes with the package beside its code: recipes, launch files and SLURM templates; and copies of them.
+"""Files that come with the package: recipes, launch files and SLURM templates; and how they are copied.
 
-A wheel holds them in `_shipped/`; in a checkout they lie beside the package, once.
+A wheel has them in `_shipped/`; a checkout has them beside the package.
 """
 
 import shutil
@@ -12,29 +12,29 @@ from sslcells.storage import is_file
 from sslcells.values import place
 
 FOLDERS = {"launch": "*.yaml", "slurm": "*.sh", "docs": "cluster.md", "configs": "*.*"}
-"""Which files of each."""
+"""Folder → pattern of its files."""
 
 
 def folder(name: str) -> Path:
-    """Where the files of one of FOLDERS lie."""
+    """Path of one of FOLDERS."""
     package = Path(__file__).parent
     inside = package / "_shipped" / name
     return inside if inside.is_dir() else package.parent / name
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes by name."""
+    """Recipe name → file."""
     return {file.stem: file for file in sorted(folder("configs").glob("*.yaml"))}
 
 
 def recipe(given: str) -> Path | None:
-    """The file of that path, else the recipe of that name, with or without .yaml; None where there is neither."""
+    """The file at that path, or else the recipe of that name, with or without .yaml; None if there is neither."""
     file = place(given)
     return file if is_file(file) else recipes().get(given.removesuffix(".yaml"))
 
 
 def about(file: Path) -> str:
-    """What the head of a recipe says that it is for, in one line."""
+    """The first sentence of a recipe's head comment, after its command, hardware, time and figure."""
     lines = [line.removeprefix("# ") for line in file.read_text(encoding="utf-8").split("\n\n")[0].splitlines()]
     facts = [i for i, line in enumerate(lines) if line.split(":")[0] in ("command", "hardware", "time", "figure")]
     after = [line for line in lines[facts[-1] + 1 :] if not line.startswith(" ")]
@@ -43,21 +43,21 @@ def about(file: Path) -> str:
 
 
 class Copied(NamedTuple):
-    """What `copy` did, by the files' names."""
+    """Result of `copy`: names of files."""
 
     written: list[str]
     same: list[str]
     kept: list[str]
-    """that differ from what would have been written"""
+    """existing files that differ, and were not replaced"""
 
 
 def copy(target: str, with_recipes: bool = False, overwrite: bool = False) -> Copied:
-    """Write the launch files, the SLURM templates with their page, and all recipes if asked to, below a folder.
+    """Write the launch files, the SLURM templates and their documentation, and optionally all recipes into a folder.
 
-    A file that is there and differs is kept, unless `overwrite` says otherwise.
+    An existing file that differs is kept unless `overwrite` is true.
 
     Raises:
-        ConfigError: where the folder cannot be written.
+        ConfigError: if the folder cannot be written.
     """
     out, done = place(target), Copied([], [], [])
     sources = [(f"{name}/{file.name}", file) for name, which in FOLDERS.items() for file in folder(name).glob(which)]

@@ -1,7 +1,4 @@
-"""Files on storage that several machines share: whole or not there, and waited for where it is away for a while.
-
-And JSON, as every file of ours is written.
-"""
+"""Files on shared storage: atomic writes, and retries while the storage is unavailable. Also the JSON that we write."""
 
 import errno
 import json
@@ -20,22 +17,22 @@ from typing import Any, BinaryIO, TypeVar
 T = TypeVar("T")
 
 PATIENCE = 60.0
-"""seconds until an error of the operating system is believed"""
+"""seconds to retry before an error of the operating system is raised"""
 
 _FINAL = {None, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR}
-"""No number (a library's own error), or nothing that waiting mends."""
+"""Errors that are not retried: those without a number (raised by a library), and those that waiting cannot fix."""
 
 logger = logging.getLogger(__name__)
 
 
 def patiently(call: Callable[[], T], what: str) -> T:
-    """What `call` returns; called again where it raises an OSError that may pass.
+    """Return `call()`, retrying for up to PATIENCE seconds while it raises an OSError that may be temporary.
 
-    Up to PATIENCE seconds, which count from the first error that no success has followed in this process: of a hundred
-    images on a disk that is gone only the first is waited for.
+    The time counts from the first error in this process since the last success. So for a hundred images on a lost
+    disk, only the first one waits. `what` names the file in the warning.
 
     Raises:
-        OSError: the last one, where it does not pass.
+        OSError: the last error, if retrying did not help.
     """
     global _away_since
     pause = 0.1
@@ -46,7 +43,7 @@ def patiently(call: Callable[[], T], what: str) -> T:
             if error.errno in _FINAL:
                 raise
             if _away_since is None:
-                logger.warning("%s: %s; trying again for %.0f s", what, error.strerror, PATIENCE)
+                logger.warning("%s: %s; retrying for %.0f s", what, error.strerror, PATIENCE)
                 _away_since = time.monotonic()
             if time.monotonic() + pause > _away_since + PATIENCE:
                 raise
@@ -61,7 +58,7 @@ _away_since: float | None = None
 
 
 def write_atomically(target: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under another name and rename it: it is there whole or not at all, also after a power cut."""
+    """Write to a temporary file and rename it: the target is complete or absent, even after a power cut."""
     partial = partial_name(target)
     try:
         with partial.open("wb") as file:
@@ -76,14 +73,14 @@ def write_atomically(target: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def partial_name(target: Path) -> Path:
-    """A hidden name beside the target's, of nobody else."""
+    """A unique hidden name in the target's folder."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """A value as JSON that every reader takes: NaN and the infinities, for which JSON has no word, become null."""
+    """A value as standard JSON; NaN and infinities, which JSON lacks, become null."""
     text = json.dumps(_without_non_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
-    return re.sub("[\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text)  # of file names that are no UTF-8
+    return re.sub("[\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text)  # from file names that are not UTF-8
 
 
 def _without_non_finite(value: Any) -> Any:
@@ -95,29 +92,29 @@ def _without_non_finite(value: Any) -> Any:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file.
+    """True if the path is a regular file.
 
     Raises:
-        PermissionError: where that cannot be seen, in place of saying that there is none.
+        PermissionError: if a folder on the way may not be read; pathlib would return False.
     """
     return stat.S_ISREG(_mode(path))
 
 
 def is_folder(path: Path) -> bool:
-    """As `is_file`, of a folder."""
+    """Like `is_file`, for a folder."""
     return stat.S_ISDIR(_mode(path))
 
 
 def _mode(path: Path) -> int:
-    """0 where there is nothing."""
+    """The mode of a file or folder; 0 if there is none."""
     try:
         return os.stat(path).st_mode
     except PermissionError:
         raise
-    except (OSError, ValueError):  # also a name that no file can have
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return 0
 
 
 def denied(error: PermissionError) -> str:
-    """What there is to say of a file or folder that may not be read or written."""
-    return f"{error.filename}: permission denied; ask its owner, or chmod it"
+    """Message for a file or folder without permission to read or write."""
+    return f"{error.filename}: permission denied; ask its owner for access, or use chmod"

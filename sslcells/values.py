@@ -1,8 +1,7 @@
-"""What a person types, and what YAML makes of it: words keep their text until the field that takes them is known.
+"""Values from YAML files and the command line, which keep their text until the type of their field is known.
 
-YAML reads 2024_01 as a number and `no` as false. A field that is a string wants the text, one that is a number the
-number; so a plain word of a file, and whatever stands on the command line, stays a Word until `fitted` is told the
-type.
+YAML reads 2024_01 as a number and `no` as false, but a string field needs the text. So every unquoted word of a file,
+and every value on the command line, is kept as a Word until `fitted` gets the type of its field.
 """
 
 import os
@@ -17,34 +16,34 @@ from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 NONE = "none"
-"""The word that leaves a field empty which may be."""
+"""The word for an empty value, in fields that allow one."""
 
 
 def place(path: str | os.PathLike[str]) -> Path:
-    """A path as typed, with ~ for the home folder; where there is no such user, ~ stays as it is."""
+    """The path with ~ replaced by the home folder; ~ stays if there is no such user."""
     return Path(os.path.expanduser(path))
 
 
 class Word:
-    """What was typed, `text`, and what YAML makes of it, `value`: itself where YAML cannot read it."""
+    """The text as typed, and the value that YAML reads from it, or the text again if YAML cannot read it."""
 
     __slots__ = ("text", "typed", "value")
 
     def __init__(self, text: str, value: Any, typed: bool = False) -> None:
         self.text, self.value = text, value
         self.typed = typed
-        """whether it stood on the command line, where all of it counts: quotes, brackets, blanks"""
+        """True if it comes from the command line, where quotes, brackets and blanks belong to the text"""
 
     def __str__(self) -> str:
         return self.text
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e3 is a number; 1:30 is no number, 2024-01-02 no date, and 010 is ten."""
+    """YAML as people expect it: 1e3 is a number, 010 is ten, 1:30 is not a number, and 2024-01-02 is not a date."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader`, or another reader of YAML, would take for something else than a string."""
+    """Quotes strings that `_Loader` or another YAML reader would read as something else."""
 
 
 _INT = re.compile(r"[-+]?(?:0b[01_]*[01]|0o[0-7_]*[0-7]|0x[0-9a-fA-F_]*[0-9a-fA-F]|[0-9][0-9_]*)$")
@@ -75,10 +74,10 @@ _Loader.add_constructor(_TAG + "int", _integer)
 
 
 def read(text: str) -> Any:
-    """A YAML document: dicts with the text of their keys, lists, strings where quoted, and Words.
+    """Read a YAML document into dicts (keys as text), lists, strings (if quoted) and Words.
 
     Raises:
-        ValueError: where it is not YAML, or not what YAML says that it is; the message says where.
+        ValueError: if it is not valid YAML; the message says where.
     """
     try:
         loader = _Loader(text)
@@ -91,7 +90,7 @@ def read(text: str) -> Any:
 
 
 def typed(text: str) -> Word:
-    """A value on the command line."""
+    """Read a value from the command line."""
     try:
         value = read(text)
     except ValueError:
@@ -101,7 +100,7 @@ def typed(text: str) -> Word:
 
 def _made(loader: _Loader, node: Node, within: tuple[Node, ...] = ()) -> Any:
     if node in within:
-        raise ConstructorError(None, None, "it holds itself", node.start_mark)
+        raise ConstructorError(None, None, "it contains itself", node.start_mark)
     within = (*within, node)
     if isinstance(node, MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, ScalarNode) and key.tag != _TAG + "merge"]
@@ -118,17 +117,17 @@ def _made(loader: _Loader, node: Node, within: tuple[Node, ...] = ()) -> Any:
 
 def _key(node: Node) -> str:
     if not isinstance(node, ScalarNode):
-        raise ConstructorError(None, None, "found a key that is no word", node.start_mark)
+        raise ConstructorError(None, None, "found a key that is not a word", node.start_mark)
     return str(node.value)
 
 
 def write(tree: Mapping[str, Any]) -> str:
-    """YAML that `read` and `interpolated` make the same tree of."""
+    """YAML that `read` and `interpolated` turn back into the same tree."""
     return yaml.dump(_escaped(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
 
 
 class Quoted(str):
-    """A string that stands between quotes, whatever it holds."""
+    """A string that is always written in quotes."""
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> ScalarNode:
@@ -137,7 +136,7 @@ def _quoted(dumper: yaml.SafeDumper, text: str) -> ScalarNode:
 
 
 _BREAKS = set("\x85\u2028\u2029\ufeff")
-"""that only double quotes keep"""
+"""Characters that survive only in double quotes."""
 for _strings_of in (str, Quoted):
     _Dumper.add_representer(_strings_of, _quoted)
 
@@ -148,15 +147,15 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_escaped(item) for item in value]
     if isinstance(value, str) and "${" in value:
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf's way to write what is no interpolation
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf's escape: this is not an interpolation
     return value
 
 
 def interpolated(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree with ${oc.env:NAME} and ${section.key} replaced in what files say; what was typed stays as it is.
+    """Replace ${oc.env:NAME} and ${section.key} in values from files; values from the command line stay as typed.
 
     Raises:
-        ValueError: where there is no such variable or key.
+        ValueError: if there is no such variable or key.
     """
     if not any("${" in text for text in _strings(tree)):
         return tree
@@ -183,7 +182,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _opened(value: Any) -> Any:
-    """The tree with a string in place of each Word that interpolates."""
+    """The tree, with each Word that contains an interpolation replaced by its text."""
     if isinstance(value, dict):
         return {key: _opened(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -192,7 +191,7 @@ def _opened(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The value as YAML reads it, with no Words in it."""
+    """The value as YAML reads it, without Words."""
     if isinstance(value, Word):
         return plain(value.value)
     if isinstance(value, dict):
@@ -201,7 +200,7 @@ def plain(value: Any) -> Any:
 
 
 def unread(value: Any) -> Any:
-    """As `plain`, but a word stays text where that says more than the value: for fields that are not known yet."""
+    """Like `plain`, but keeps the text if the value would lose part of it (010, 1e3): for fields not known yet."""
     if isinstance(value, Word):
         if isinstance(value.value, int | float):
             return value.value if str(value.value) in (value.text, value.text.capitalize()) else value.text
@@ -212,9 +211,9 @@ def unread(value: Any) -> Any:
 
 
 def fitted(value: Any, kind: Any) -> Any:
-    """The value for a field of type `kind`: its text for a string, what YAML reads for anything else.
+    """The value for a field of type `kind`: the text for a string, the value that YAML reads for other types.
 
-    A field that may be empty is so with `none`. What does not fit comes back as it is, for the type to refuse.
+    `none` empties a field that may be empty. A value that does not fit is returned unchanged, for pydantic to refuse.
     """
     kinds = list(_options(kind))
     if isinstance(value, Word):
@@ -232,7 +231,7 @@ def _fitted_word(word: Word, kinds: list[Any], kind: Any) -> Any:
     if str in kinds:
         if word.text == NONE and may_be_empty:
             return None
-        return None if word.value is None and not word.typed else word.text  # in a file null and ~ are no strings
+        return None if word.value is None and not word.typed else word.text  # in a file, null and ~ are not strings
     if any(get_origin(k) is Literal and word.text in get_args(k) for k in kinds):
         return word.text
     if may_be_empty and word.text.lower() == NONE:
@@ -241,7 +240,7 @@ def _fitted_word(word: Word, kinds: list[Any], kind: Any) -> Any:
 
 
 def _options(kind: Any) -> Iterator[Any]:
-    """The types that a type allows: of a union each, and without what Annotated adds."""
+    """The types that a type allows: the members of a union, without Annotated."""
     if get_origin(kind) is Annotated:
         yield from _options(get_args(kind)[0])
     elif get_origin(kind) in (Union, UnionType):
@@ -252,7 +251,7 @@ def _options(kind: Any) -> Iterator[Any]:
 
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with the changes in it, sections into sections."""
+    """A copy of the tree with the changes merged into it, section by section."""
     out = dict(tree)
     for key, value in changes.items():
         before = out.get(key)

@@ -112,12 +112,12 @@ def test_what_cannot_be_honoured_is_refused_by_name(variables, check, tmp_path, 
 
 
 WRONG = [
-    ({"WORLD_SIZE": "2"}, "no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: left over"),
-    ({"RANK": ""}, "RANK='' in the environment is no number"),
-    ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment is no number"),
+    ({"WORLD_SIZE": "2"}, "not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: left over"),
+    ({"RANK": ""}, "RANK='' in the environment is not a number"),
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment is not a number"),
     ({"LOCAL_RANK": "one"}, "LOCAL_RANK='one'"),
-    ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0, but no RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
-    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}, "but no MASTER_ADDR"),
+    ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0, but not RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}, "but not MASTER_ADDR"),
     ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 is none of the ranks 0 to 1 of WORLD_SIZE=2"),
     ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK=-1 is none"),
     ({"RANK": "1"}, "RANK=1 is none of the ranks 0 to 0 of 1 (WORLD_SIZE is not set)"),
@@ -160,7 +160,7 @@ def test_one_process_may_be_started_by_anything(variables, monkeypatch):
 def test_left_over_variables_of_another_rank_are_told_too(monkeypatch, capsys):
     set_all(monkeypatch, {"WORLD_SIZE": "2", "RANK": "1"})
     assert main("train", [*TINY]) == 2
-    assert "the environment has RANK=1, WORLD_SIZE=2, but no LOCAL_RANK" in capsys.readouterr().err
+    assert "the environment sets RANK=1, WORLD_SIZE=2, but not LOCAL_RANK" in capsys.readouterr().err
 
 
 def test_of_copies_one_tells(monkeypatch, capsys):
@@ -286,7 +286,7 @@ def test_an_operation_that_depends_on_chance_is_named(tmp_path, monkeypatch, cap
     assert main("train", [*TINY, "train.deterministic=true", f"out={tmp_path}"]) == 1
     said = capsys.readouterr().err
     assert "some_backward_cuda" in said
-    assert "train.deterministic; warn goes on" in said
+    assert "train.deterministic=true forbids it; use warn" in said
 
 
 @pytest.mark.gpu

@@ -87,7 +87,7 @@ GONE = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer 
 def test_who_vanished_is_named(error):
     _, a, b = on_ranks(3, post_mortem, error, (0, ""))
     assert a == b
-    assert a.startswith("rank 0 of 3 vanished without a word")
+    assert a.startswith("rank 0 of 3 disappeared without an error message")
 
 
 def test_who_left_with_a_reason_is_quoted():

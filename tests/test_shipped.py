@@ -71,7 +71,7 @@ def test_init_writes_what_a_project_needs_and_keeps_what_was_changed(tmp_path, c
     assert main(None, ["init", str(mine), "--recipes"]) == 0
     said = capsys.readouterr().out
     assert (mine / "slurm" / "site.sh").read_text() == "sbatch_options=(--partition=mine)\n"
-    assert "differs from what comes with sslcells" in said
+    assert "it differs from the file of sslcells" in said
     assert said.count("slurm/site.sh\n") == 1
     assert (mine / "launch" / "gpu1.yaml").is_file()
     assert {f"configs/{name}.yaml" for name in shipped.recipes()} <= set(written(mine))
