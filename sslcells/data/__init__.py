@@ -20,7 +20,7 @@ from sslcells.data._decode import Header as Header
 from sslcells.data._decode import Unreadable as Unreadable
 from sslcells.data._found import Found as Found
 from sslcells.data._sources import check_pattern as check_pattern
-from sslcells.data._sources import find_sources as find_sources
+from sslcells.data._sources import look_up_sources as look_up_sources
 from sslcells.data._sources import read_table as read_table
 from sslcells.data._sources import source_ids as source_ids
 from sslcells.errors import UserError

@@ -27,7 +27,7 @@ def source_ids(images: Iterable[str], sources: Iterable[str | None]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def find_sources(images: Sequence[str], table: dict[str, str], pattern: str | None) -> list[str | None]:
+def look_up_sources(images: Sequence[str], table: dict[str, str], pattern: str | None) -> list[str | None]:
     """The source of each image (its path below data.path): as the table lists it, else as the pattern finds it."""
     search = re.compile(pattern).search if pattern is not None else lambda image: None
     found: list[str | None] = []

@@ -18,7 +18,7 @@ from sslcells.data import DataError, ImageSet
 from sslcells.data._decode import Decoder, Fit, Header, Intensity, Size, Stack, Unreadable
 from sslcells.data._found import Clock, Found
 from sslcells.data._scan import SUFFIXES, Listing, find_root, find_splits, is_image, is_split, subfolders, walk
-from sslcells.data._sources import check_pattern, find_sources, read_table, source_ids
+from sslcells.data._sources import check_pattern, look_up_sources, read_table, source_ids
 from sslcells.data._verified import Looks, look
 from sslcells.storage import is_file, is_folder, patiently
 from sslcells.values import place
@@ -310,7 +310,7 @@ def _sources(config: Config, root: Path, names: Sequence[str]) -> tuple[Tensor, 
     table: dict[str, str] = {}
     if config.sources is not None:
         table = read_table(_sources_file(config.sources, root), config.sources_path_column, config.sources_column)
-    found = find_sources(names, table, config.source_pattern)
+    found = look_up_sources(names, table, config.source_pattern)
     known = torch.tensor([source is not None for source in found], dtype=torch.bool)
     if 2 * int(known.sum()) < len(names):
         example = names[found.index(None)]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sslcells import launcher
 from sslcells.config import ConfigError, extra, installed, nearest
-from sslcells.data import Unreadable, check_pattern, find_sources, read_table, source_ids
+from sslcells.data import Unreadable, check_pattern, look_up_sources, read_table, source_ids
 from sslcells.delivery.encoder import Encoder, embed, find_run, load_encoder
 from sslcells.delivery.shards import MANIFEST, Embeddings, Shard, spelt
 from sslcells.evaluation.knn import neighbours
@@ -135,7 +135,7 @@ def source_finder(table: str | None, pattern: str | None) -> Sources:
             check_pattern(pattern)
         except ValueError as error:
             raise ConfigError(f"--source-pattern {pattern!r} {error}") from None
-    return lambda names: source_ids(names, find_sources(names, listed, pattern))
+    return lambda names: source_ids(names, look_up_sources(names, listed, pattern))
 
 
 def exactly(

@@ -9,7 +9,8 @@ from PIL import Image
 
 from sslcells.cli import main
 from sslcells.data._smear import draw_smear
-from sslcells.delivery.sources import Details, Sources, agreement, shared, sources
+from sslcells.data.find_sources import Details, Sources, agreement, shared
+from sslcells.delivery.sources import sources
 
 cv2 = pytest.importorskip("cv2", reason="the extra `sources` is not installed")
 
