@@ -6,7 +6,8 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,24 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         if error is not None:
             raise AssertionError(f"rank {rank} of {world} failed:\n{error}")
     return [value for value, _ in answers]
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """On a rank: the environment that a launcher sets, so that Accelerate joins the process group."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    said = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+    said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "ACCELERATE_USE_CPU": 1}
+    os.environ.update({key: str(value) for key, value in said.items()})
+    try:
+        yield
+    finally:
+        for key in said:
+            del os.environ[key]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def _start() -> None:

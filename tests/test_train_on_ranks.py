@@ -2,35 +2,16 @@
 
 import os
 import signal
-from contextlib import contextmanager
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from gloo import on_ranks
+from gloo import launched, on_ranks
 from test_train import NO_BATCHNORM, in_step, tiny, untimed
 
-from sslcells import ranks
 from sslcells.evaluation.during_training import Evaluation
 from sslcells.models import files
 from sslcells.run.interrupt import Stopped
 from sslcells.train import train
-
-
-@contextmanager
-def launched():
-    """What a launcher tells its ranks."""
-    said = {"RANK": ranks.rank(), "WORLD_SIZE": ranks.world(), "LOCAL_RANK": ranks.rank()}
-    said |= {"LOCAL_WORLD_SIZE": ranks.world(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "ACCELERATE_USE_CPU": 1}
-    os.environ.update({key: str(value) for key, value in said.items()})
-    try:
-        yield
-    finally:
-        for key in said:
-            del os.environ[key]
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
 
 SMALL = [
     "evaluate.pictures=false",

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from gloo import on_ranks
+from gloo import launched, on_ranks
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from sslcells import methods, models, ranks
+from sslcells import launcher, methods, models, ranks
 from sslcells.config import PLUGINS, Model, load
 from sslcells.data import Batch, ImageSet
 from sslcells.run import checkpoint
@@ -138,29 +138,36 @@ def test_two_ranks_equal_one(name, options):
         torch.testing.assert_close(buffers, dict(one.named_buffers()))  # queue and centre
 
 
-class Plain:
-    """Of an Accelerator what micro-batches need."""
-
-    def backward(self, loss):
-        loss.backward()
-
-    def no_sync(self, network):
-        return network.no_sync()
-
-
-def in_micro_batches(name, options):
-    network = learner(name, options)
-    ddp = DistributedDataParallel(network, gradient_as_bucket_view=True)
+def pieces_of(network, precision):
+    """This rank's network and batch, the batch in micro-batches of one image, and the Accelerator of the run."""
+    accelerator = launcher.start(True, 1.0, precision, threads=1)
+    ddp = accelerator.prepare(network)
     part = IMAGES // ranks.world()
-    whole = batch(slice(ranks.rank() * part, (ranks.rank() + 1) * part))
-    pieces = [batch(slice(i, i + 1)) for i in range(*slice(ranks.rank() * part, None).indices(IMAGES))][:part]
-    before = copy.deepcopy(network.state_dict())
-    for _ in range(2):  # the second shows that the first left DDP in order
+    first = ranks.rank() * part
+    return (
+        accelerator,
+        ddp,
+        batch(slice(first, first + part)),
+        [batch(slice(i, i + 1)) for i in range(first, first + part)],
+    )
+
+
+def in_micro_batches(name, options, precision):
+    """Gradients in micro-batches, and those of one pass with the same precision."""
+    network = learner(name, options)
+    with launched():
+        accelerator, ddp, whole, pieces = pieces_of(network, precision)
+        before = copy.deepcopy(network.state_dict())
+        rows = lambda piece, i: ddp(*crops(piece, network.method))  # noqa: E731
+        for _ in range(2):  # the second shows that the first left DDP in order
+            network.zero_grad()
+            network.load_state_dict(before)
+            cached_backward(accelerator, ddp, rows, network.method, pieces, whole)
+        apart = [g.clone() for g in gradients(network)]
         network.zero_grad()
         network.load_state_dict(before)
-        rows = lambda piece, i: ddp(*crops(piece, network.method))  # noqa: E731
-        cached_backward(Plain(), ddp, rows, network.method, pieces, whole)
-    return gradients(network)
+        accelerator.backward(network.method.loss(rows(whole, 0), whole)[0])
+        return apart, gradients(network)
 
 
 IN_MICRO_BATCHES = [
@@ -180,8 +187,58 @@ IN_MICRO_BATCHES = [
 def test_micro_batches_on_two_ranks_equal_one_pass(name, options):
     one = learner(name, options)
     backward(one, one.method)
-    for grads in on_ranks(2, in_micro_batches, name, options):
+    for grads, _ in on_ranks(2, in_micro_batches, name, options, "no"):
         assert_same(grads, gradients(one))
+
+
+def apart(grads, expected):
+    """The distance between gradients, as a fraction of the length of the expected one."""
+    ours, theirs = (torch.cat([g.flatten() for g in one]) for one in (grads, expected))
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize(("name", "options"), [("simclr", {"learn_temperature": True}), ("arcface", {"scale": 8})])
+def test_micro_batches_in_bf16_equal_one_pass_in_bf16(name, options):
+    one = learner(name, options)
+    backward(one, one.method)
+    for grads, in_one_pass in on_ranks(2, in_micro_batches, name, options, "bf16"):
+        assert apart(grads, in_one_pass) < 0.01
+        assert 1e-4 < apart(grads, gradients(one)) < 0.1  # float32's, but for bf16's rounding
+
+
+def with_a_scaler(scale):
+    """Gradients of fp16 micro-batches, unscaled; whether a step changed the network; and the scaler's next scale."""
+    network = learner("simclr", {})
+    with launched():
+        accelerator, ddp, whole, pieces = pieces_of(network, "no")
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # Accelerate itself makes one on GPUs alone
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+
+        def rows(piece, i):
+            with torch.autocast("cpu", torch.float16):
+                return ddp(*crops(piece, network.method)).float()
+
+        cached_backward(accelerator, ddp, rows, network.method, pieces, whole)
+        accelerator.scaler.unscale_(optimizer)
+        grads, before = gradients(network), copy.deepcopy(network.state_dict())
+        accelerator.scaler.step(optimizer)
+        accelerator.scaler.update()
+        changed = any(not torch.equal(value, before[key]) for key, value in network.state_dict().items())
+        return grads, changed, accelerator.scaler.get_scale()
+
+
+def test_micro_batches_with_the_loss_scaler_of_fp16():
+    one = learner("simclr", {})
+    backward(one, one.method)
+    for grads, changed, scale in on_ranks(2, with_a_scaler, 2.0**10):
+        assert 1e-5 < apart(grads, gradients(one)) < 0.02
+        assert (changed, scale) == (True, 2.0**10)
+
+
+def test_micro_batches_whose_scaled_gradient_overflows_leave_the_step_out():
+    for grads, changed, scale in on_ranks(2, with_a_scaler, 2.0**100):
+        assert not all(g.isfinite().all() for g in grads)
+        assert (changed, scale) == (False, 2.0**99)
 
 
 def two_steps(network, optimizer, count):
