@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from torch.nn import functional as F
 
 from sslcells import launcher
 from sslcells.config import extra
 from sslcells.data import Decoder, Unreadable
+from sslcells.losses import unit
 
 _SIDE = 320
 """The longer side of an image, in pixels, when its features are computed."""
@@ -210,7 +210,7 @@ def _nearest_groups(colours: Tensor, groups: Sequence[Sequence[int]], most: int)
     """At most `most` pairs of groups, by the cosine of their mean colours, in the order of `_candidates`."""
     mean = torch.stack([colours[members].mean(0) for members in groups]) if groups else colours
     each = -(-2 * most // max(1, len(groups)))  # neighbours of a group: every pair is met up to twice
-    return list(islice(_candidates(F.normalize(mean, dim=1), each), most))
+    return list(islice(_candidates(unit(mean), each), most))
 
 
 def _pairs_between(

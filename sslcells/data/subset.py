@@ -55,12 +55,12 @@ def labelled_part(images: ImageSet, fraction: float, seed: int) -> ImageSet:
         raise ConfigError(f"train.label_fraction={fraction}: the train split has no labels to take a part of")
     generator = torch.Generator().manual_seed(seed)
     turn = torch.randperm(len(images), generator=generator)
-    numbers, source = torch.unique(images.sources, return_inverse=True)  # type: ignore[no-untyped-call]
+    numbers, source = torch.unique(images.sources, return_inverse=True)
     first = torch.full((len(numbers),), len(images)).scatter_reduce(0, source, turn, "amin")
     place = first.argsort().argsort()[source]  # (N,) of each image's source in the order
     image, kind = _kinds(images)
     # How many images of a class a source holds, by class and then in the order of the sources.
-    held, count = torch.unique(kind * len(numbers) + place[image], return_counts=True)  # type: ignore[no-untyped-call]
+    held, count = torch.unique(kind * len(numbers) + place[image], return_counts=True)
     kind_of, place_of = held // len(numbers), held % len(numbers)
     total = torch.zeros(int(kind.max()) + 1, dtype=torch.int64).index_add_(0, kind_of, count)  # (K,)
     upto = count.cumsum(0) - (total.cumsum(0) - total)[kind_of]

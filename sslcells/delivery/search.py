@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from sslcells import launcher
 from sslcells.config import ConfigError, extra, installed, nearest
@@ -22,6 +21,7 @@ from sslcells.delivery.encoder import Encoder, embed, find_run, load_encoder
 from sslcells.delivery.shards import MANIFEST, Embeddings, Shard, spelt
 from sslcells.evaluation.knn import neighbours
 from sslcells.evaluation.sheets import Image, found_sheet
+from sslcells.losses import unit
 from sslcells.models import files
 from sslcells.storage import is_file, is_folder, write_atomically
 from sslcells.values import place
@@ -177,7 +177,7 @@ def approximately(
 ) -> list[list[Found]]:
     """As `exactly`, from a FAISS index that is made once and kept: for millions of images, and some may be missed."""
     index, starts = _index(embeddings)
-    asked: NDArray[np.float32] = F.normalize(query.float(), dim=1).cpu().numpy()
+    asked: NDArray[np.float32] = unit(query.float()).cpu().numpy()
     total = int(starts[-1])
     found: list[list[Found]] = []
     cache: dict[int, Shard] = {}
@@ -236,8 +236,8 @@ def _probing(library: Any, index: Any) -> Any:
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    unit: NDArray[np.float32] = F.normalize(torch.from_numpy(np.array(rows)), dim=1).numpy()
-    return unit
+    length_1: NDArray[np.float32] = unit(torch.from_numpy(np.array(rows))).numpy()
+    return length_1
 
 
 def _encoder_of(embeddings: Embeddings, given: str | None, device: torch.device) -> Encoder:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sslcells.evaluation.clustering import clusters
 from sslcells.evaluation.encode import spread
@@ -14,6 +13,7 @@ from sslcells.evaluation.figures import ClassScores
 from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.pictures import Map, coloured_map, confusion, similarity_histogram, tsne_map, umap_map
 from sslcells.evaluation.sheets import Image, neighbour_sheet
+from sslcells.losses import unit
 
 Drawn = tuple[str, Path | None, str]
 """Title, file or none, caption."""
@@ -119,13 +119,13 @@ def _pairs(features: SplitFeatures, views: tuple[Tensor, Tensor], seed: int) -> 
     apart = features.sources[one] != features.sources[other]
     both = apart & (features.labels[one] >= 0) & (features.labels[other] >= 0)
     same = features.labels[one] == features.labels[other]
-    unit = F.normalize(features.z, dim=1)
+    z = unit(features.z)
 
     def cosines(chosen: Tensor) -> Tensor:
         index = chosen.nonzero()[:PAIRS, 0]
-        return (unit[one[index]] * unit[other[index]]).sum(1)
+        return (z[one[index]] * z[other[index]]).sum(1)
 
     if both.any():
         return {"the same class, different sources": cosines(both & same), "different classes": cosines(both & ~same)}
-    first, second = (F.normalize(v, dim=1) for v in views)
+    first, second = (unit(v) for v in views)
     return {"two views of an image": (first * second).sum(1), "different images": cosines(apart)}

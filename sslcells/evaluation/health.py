@@ -8,7 +8,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from sslcells.losses import unit as of_length_1
 
 _SPECTRUM_ROWS = 25_600
 """As many as in the RankMe paper."""
@@ -22,7 +23,7 @@ def _unit(z: Tensor, most: int) -> Tensor:
     if len(z) > most:
         # At random: every n-th row would miss whole classes where plates or slides are listed in turn.
         z = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:most].to(z.device)]
-    return F.normalize(z.detach().cpu().double(), dim=1)
+    return of_length_1(z.detach().cpu().double())
 
 
 def effective_rank(z: Tensor) -> float:
@@ -30,11 +31,12 @@ def effective_rank(z: Tensor) -> float:
 
     1 for rows on one line, min(N, D) for rows that use every dimension alike. As in the paper the matrix is
     not centred, so rows with a large common mean count as of low rank. Unlike the paper there is no ε = 1e-7
-    (0·log 0 is 0), and rows are unit rows, as the losses and the neighbours see them. NaN for rows with NaN.
+    (0·log 0 is 0), and rows are unit rows, as the losses and the neighbours see them. NaN for rows with NaN,
+    and for none.
     """
     unit = _unit(z, _SPECTRUM_ROWS)
     gram = unit.T @ unit
-    if not gram.isfinite().all():  # eigvalsh would raise, and end a run for a figure
+    if not len(z) or not gram.isfinite().all():  # eigvalsh would raise, and end a run for a figure
         return math.nan
     # The eigenvalues are the squared singular values; rounding leaves tiny negative ones.
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
@@ -45,26 +47,35 @@ def effective_rank(z: Tensor) -> float:
 def row_std(z: Tensor) -> float:
     """√D times the standard deviation over the unit rows of z (N, D), mean over dimensions.
 
-    1 for rows spread over the sphere, 0 where all are the same (arXiv 2011.10566 section 4.1).
+    1 for rows spread over the sphere, 0 where all are the same (arXiv 2011.10566 section 4.1); NaN for none.
     """
+    if not len(z):
+        return math.nan
     return _unit(z, _SPECTRUM_ROWS).std(0, correction=0).mean().item() * math.sqrt(z.shape[1])
 
 
 def alignment(z0: Tensor, z1: Tensor) -> float:
     """Mean squared distance between z0 and z1 (N, D), two views of each image, as unit rows: 0 is best, 4 worst.
 
-    ArXiv 2005.10242 section 4.1.1 with α = 2.
+    ArXiv 2005.10242 section 4.1.1 with α = 2. NaN for none.
+
+    Raises:
+        ValueError: for views of two shapes.
     """
+    if z0.shape != z1.shape:
+        raise ValueError(f"z0 and z1 must both be (N, D); they are {tuple(z0.shape)} and {tuple(z1.shape)}")
     return (_unit(z0, _SPECTRUM_ROWS) - _unit(z1, _SPECTRUM_ROWS)).square().sum(1).mean().item()
 
 
 def uniformity(z: Tensor) -> float:
-    """Log of the mean Gaussian potential exp(−2·|a − b|²) over the pairs of unit rows of z (N, D), N ≥ 2.
+    """Log of the mean Gaussian potential exp(−2·|a − b|²) over the pairs of unit rows of z (N, D); NaN for N < 2.
 
     ArXiv 2005.10242 section 4.1.2 with t = 2: 0 where all rows are the same, about −4 for rows spread over the
     sphere in many dimensions.
     """
     unit = _unit(z, _PAIR_ROWS)
+    if len(unit) < 2:
+        return math.nan
     square = unit.square().sum(1)  # (N,): 1, or 0 for a zero row
     total = 0.0
     for start in range(0, len(unit), _CHUNK):

@@ -29,7 +29,7 @@ def neighbours(
     k = min(k, N). Among equal cosines the lowest index comes first.
 
     Raises:
-        ValueError: for k below 1, rows of two widths, or sources of one side alone.
+        ValueError: for k below 1, rows of two widths, sources of one side alone, or not one a row.
     """
     if k < 1:
         raise ValueError(f"k={k}: a query must have one neighbour at least")
@@ -37,6 +37,9 @@ def neighbours(
         raise ValueError(f"query and bank must be (M, F) and (N, F); they are {(*query.shape,)} and {(*bank.shape,)}")
     if (query_source is None) != (bank_source is None):
         raise ValueError("sources of the queries and of the bank: give both or neither")
+    for name, rows_of, ids in (("query_source", query, query_source), ("bank_source", bank, bank_source)):
+        if ids is not None and ids.shape != rows_of.shape[:1]:
+            raise ValueError(f"{name} must be ({len(rows_of)},), one a row; it is {(*ids.shape,)}")
     query, bank = (unit(x).float() for x in (query, bank))
     k, rows = min(k, len(bank)), max(1, _TILE // max(1, len(bank)))
     nearest = []
@@ -54,7 +57,14 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of x (m, N) with their indices, in order, equal ones by index.
 
     topk alone leaves open which of equal values it takes, and a stable sort of whole rows is far slower.
+
+    Raises:
+        ValueError: for k below 0 or above N.
     """
+    if not 0 <= k <= x.shape[1]:
+        raise ValueError(f"k={k} is not in 0..{x.shape[1]}, the values of a row")
+    if k == 0:
+        return x[:, :0], x.new_empty((len(x), 0), dtype=torch.int64)
     least = x.topk(k).values[:, -1:]
     above, tied = x > least, x == least
     missing = k - above.sum(1, keepdim=True)
@@ -83,8 +93,11 @@ def knn_scores(
     left these vote, and where none is the scores are 0.
 
     Raises:
-        ValueError: for labels that are not one a row of the bank, a temperature not above 0, or as `neighbours`.
+        ValueError: for labels that are not one a row of the bank, classes below 1, a temperature not above 0, or as
+            `neighbours`.
     """
+    if classes < 1:
+        raise ValueError(f"classes={classes}: votes are for one class at least")
     if bank_labels.shape != bank.shape[:1]:
         raise ValueError(f"bank_labels must be ({len(bank)},), one a row of the bank; it is {(*bank_labels.shape,)}")
     if temperature is not None and not temperature > 0:
@@ -110,7 +123,13 @@ def votes(cosine: Tensor, label: Tensor, classes: int, temperature: float | None
 
 
 def knn_predictions(scores: Tensor) -> Tensor:
-    """The class with the highest score, (M,) int64 from (M, K); −1 where no neighbour voted."""
+    """The class with the highest score, (M,) int64 from (M, K); −1 where no neighbour voted.
+
+    Raises:
+        ValueError: for scores of no class.
+    """
+    if scores.ndim != 2 or not scores.shape[1]:
+        raise ValueError(f"scores must be (M, K) of one class at least; they are {(*scores.shape,)}")
     best, label = scores.max(1)
     return label.where(best > 0, -1)
 
@@ -122,8 +141,10 @@ def knn_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     Labels below 0 are ignored; a query without neighbours is wrong.
 
     Raises:
-        ValueError: for a label that the scores have no column of.
+        ValueError: for labels that are not one a row of the scores, or a label that these have no column of.
     """
+    if labels.shape != scores.shape[:1]:
+        raise ValueError(f"labels must be ({len(scores)},), one a row of the scores; it is {(*labels.shape,)}")
     known = labels >= 0
     if not known.any():
         return {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslcells.evaluation.knn import knn_accuracy, knn_scores, neighbours
+from sslcells.losses import unit
 
 BINS = 16
 """Of the histogram of each channel."""
@@ -199,7 +200,7 @@ def _near(by_split: Mapping[str, SplitFeatures], pair: tuple[Tensor, Tensor] | N
         return {"findings": [_finding("near duplicates are not judged: nothing says which images differ")]}
     mean = train.z.mean(0)
     bank = train.z - mean
-    original, copy = (F.normalize(z - mean, dim=1) for z in pair)
+    original, copy = (unit(z - mean) for z in pair)
     copied = (original * copy).sum(1)
     strange = neighbours(bank[usable], bank[usable], 1, apart[usable], apart[usable])[0][:, 0]
     threshold = max(torch.quantile(copied, 1 - _RECALL).item(), _upper(strange, _STRANGERS))

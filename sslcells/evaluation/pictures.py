@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from sslcells.config import extra
+from sslcells.evaluation.scores import unit_rows
 
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 OKABE_ITO = (BLUE, ORANGE, GREEN, VERMILION, "#56B4E9", "#CC79A7", "#F0E442", "#000000")
@@ -223,7 +223,7 @@ def _map(name: str, z: Tensor, seed: int, place: Callable[[Floats], tuple[Floats
         return None
     # Drawn at random: every n-th row would miss whole classes where plates or slides are listed in turn.
     shown = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:_MAP_POINTS]
-    rows = F.normalize(z.detach().cpu().double()[shown], dim=1).numpy()
+    rows = unit_rows(z.detach().cpu()[shown]).numpy()
     if rows.std(0).max() < _SAME:
         # t-SNE would tear equal rows apart into clusters that are not there.
         return Map(name, shown, np.zeros((len(rows), 2)), "all rows are the same: collapsed", len(z))

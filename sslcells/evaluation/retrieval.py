@@ -21,7 +21,13 @@ def retrieval(z: Tensor, labels: Tensor, sources: Tensor) -> dict[str, Tensor]:
     mAP@R: the mean over i ≤ R of the precision among the i nearest where the i-th is right, else 0, arXiv 2003.08505
     equation 3. Among equal cosines the lowest index comes first. A row that is not finite finds nothing and is not
     found.
+
+    Raises:
+        ValueError: for labels or sources that are not one a row.
     """
+    for what, ids in (("labels", labels), ("sources", sources)):
+        if ids.shape != z.shape[:1]:
+            raise ValueError(f"{what} must be ({len(z)},), one a row; it is {(*ids.shape,)}")
     names = [*(f"recall@{k}" for k in RECALL_AT), "R-precision", "mAP@R"]
     out = {name: torch.full((len(z),), math.nan, dtype=torch.float64) for name in names}
     known = (labels >= 0).nonzero()[:, 0]

@@ -147,6 +147,8 @@ def auroc(score: Floats, positive: NDArray[np.bool_], weight: Floats) -> Floats:
 
     The weight of pairs in which the positive has the higher score, ties counting half, of that of all pairs.
     """
+    if not len(score):
+        return np.full(len(weight), np.nan)
     order = np.argsort(score, kind="stable")
     ordered, is_positive, w = score[order], positive[order], weight[:, order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])

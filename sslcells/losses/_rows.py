@@ -14,7 +14,12 @@ def unit(z: Tensor) -> Tensor:
 
     A zero row stays zero, with a finite gradient, and so does one of subnormal numbers alone; a row that is not finite
     holds a NaN.
+
+    Raises:
+        ValueError: for what is not (N, D) with D of 1 at least.
     """
+    if z.ndim != 2 or not z.shape[1]:
+        raise ValueError(f"rows must be (N, D), of one number at least; they are {tuple(z.shape)}")
     z = z if z.dtype == torch.float64 else z.float()
     z = z / _magnitude(z)
     norm = z.norm(dim=1, keepdim=True)
@@ -48,8 +53,10 @@ def sound(z: Tensor) -> Tensor:
 def row_std(z: Tensor) -> Tensor:
     """√D times the standard deviation over unit rows of z (N, D), mean over dimensions, detached: 0 for collapsed rows.
 
-    1 for rows spread over the sphere (arXiv 2011.10566, section 4.1).
+    1 for rows spread over the sphere (arXiv 2011.10566, section 4.1); NaN for no rows.
     """
+    if not len(z):
+        return z.new_full((), math.nan)
     spread: Tensor = unit(z.detach()).std(0, correction=0).mean()
     return spread * math.sqrt(z.shape[1])
 
@@ -88,13 +95,20 @@ class Gathered(NamedTuple):
         return slice(self.offset, self.offset + self.rows)
 
 
+def same_rows(z: Tensor) -> None:
+    """Raise a ValueError on every rank where the ranks bring different numbers of rows, or none."""
+    ranks.same_count(len(z), "rows")
+    if not len(z):
+        raise ValueError(f"there are no rows to have a loss of: they are {tuple(z.shape)}")
+
+
 def gather_rows(z: Tensor) -> Gathered:
     """Gather the rows of all ranks: (A, D) on every rank → (R, D).
 
     Raises:
-        ValueError: on every rank, where the ranks bring different numbers of rows.
+        ValueError: on every rank, where the ranks bring different numbers of rows, or none.
     """
-    ranks.same_count(len(z), "rows")
+    same_rows(z)
     return Gathered(ranks.gather(z), ranks.rank() * len(z), len(z))
 
 
@@ -102,7 +116,7 @@ def gather_groups(z: Tensor, positive: Tensor, source: Tensor | None) -> tuple[T
     """This rank's unit rows (A, D), those of all ranks, and their positive and source codes, (R,) int32 each.
 
     Raises:
-        ValueError: for z that is not (A, D), ids that are not (A,) integers, or different numbers of rows.
+        ValueError: for z that is not (A, D), ids that are not (A,) integers, no rows, or different numbers of rows.
     """
     if z.ndim != 2:
         raise ValueError(f"z must be (A, D); it is {tuple(z.shape)}")

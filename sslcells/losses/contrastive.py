@@ -137,13 +137,16 @@ class NTXentLoss(_ContrastiveLoss):
             source: (B,) int64; rows of equal source that are not the two views of one image are no negatives.
 
         Raises:
-            ValueError: for shapes that do not fit, or numbers of rows that differ between ranks.
+            ValueError: for shapes that do not fit, no rows, or numbers of rows that differ between ranks.
         """
         return self._pairs(z0, z1, source, _nt_xent)
 
 
 class DCLLoss(_ContrastiveLoss):
-    """Decoupled contrastive loss (arXiv 2110.06848, eq. 3): NT-Xent with the positive left out of the denominator."""
+    """Decoupled contrastive loss (arXiv 2110.06848, eq. 3): NT-Xent with the positive left out of the denominator.
+
+    An anchor without a negative has a loss of 0: there is nothing for its positive to be nearer than.
+    """
 
     def forward(self, z0: Tensor, z1: Tensor, source: Tensor | None = None) -> Tensor:
         """Loss of two views; arguments and errors as in NTXentLoss."""
@@ -181,7 +184,9 @@ class HardNegativeLoss(_ContrastiveLoss):
         return (1.0,) if self.beta == 0 else (1.0 + self.beta, self.beta)
 
     def _row_loss(self, logs: Sequence[Tensor], positive: Tensor, negatives: int) -> Tensor:
-        log_n = math.log(max(1, negatives))
+        if not negatives:
+            return 0 * sum(logs, positive)
+        log_n = math.log(negatives)
         log_sum = logs[0] if self.beta == 0 else logs[0] - logs[1] + log_n
         # log of max((Σ − prior · N · e^p) / (1 − prior), N · e^(−1/τ)), without leaving the logarithms
         share = positive - log_sum + log_n + (math.log(self.prior) if self.prior else -math.inf)
@@ -207,7 +212,7 @@ class SupConLoss(_ContrastiveLoss):
             source: (A,) int64; rows of equal source that are not positives are no negatives either.
 
         Raises:
-            ValueError: for shapes that do not fit, or numbers of rows that differ between ranks.
+            ValueError: for shapes that do not fit, no rows, or numbers of rows that differ between ranks.
         """
         return self._groups(z, positive, source, _sup_con)
 
@@ -260,7 +265,10 @@ class _Contrast(torch.autograd.Function):
             sums, positive = [s.total.requires_grad_() for s in found], (task.inv_t * cosine).requires_grad_()
             tiny = torch.finfo(refs.dtype).tiny
             logs = [s.clamp_min(tiny).log() + t for s, t in zip(sums, inv_ts, strict=True)]
-            loss = torch.where(known[batch.own], task.row_loss(logs, positive), 0.0).sum()
+            counts = known[batch.own]
+            if task.row_loss is _decoupled:
+                counts = counts & (sums[0] > 0)
+            loss = torch.where(counts, task.row_loss(logs, positive), 0.0).sum()
         if any(ctx.needs_input_grad):
             by = torch.autograd.grad(loss, [*sums, positive])
             ctx.save_for_backward(refs, ranks.gather(torch.stack(by, 1)), scale)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sslcells import ranks
+from sslcells.losses._rows import same_rows
 
 
 def gather_with_grad(z: Tensor, views: int = 1) -> Tensor:
@@ -17,9 +18,11 @@ def gather_with_grad(z: Tensor, views: int = 1) -> Tensor:
     the loss itself learns has the whole gradient on every rank already, and the mean leaves it as it is.
 
     Raises:
-        ValueError: on every rank, where the ranks bring different numbers of rows.
+        ValueError: on every rank, where the ranks bring different numbers of rows, none, or not as many of each view.
     """
-    ranks.same_count(len(z), "rows")
+    same_rows(z)
+    if z.ndim != 2 or views < 1 or len(z) % views:
+        raise ValueError(f"rows must be (V·B, D) of views={views}; they are {tuple(z.shape)}")
     rows: Tensor = _Whole.apply(z, views)
     return rows
 

@@ -48,7 +48,7 @@ class MoCoLoss(nn.Module):
             queue_image: (Q,) int64, the same of the queue's keys; a negative id is equal to none.
 
         Raises:
-            ValueError: for shapes that do not fit, or numbers of rows that differ between ranks.
+            ValueError: for shapes that do not fit, no rows, or numbers of rows that differ between ranks.
         """
         if q.ndim != 2 or q.shape != k.shape:
             raise ValueError(f"q and k must be (B, D) both; they are {tuple(q.shape)} and {tuple(k.shape)}")

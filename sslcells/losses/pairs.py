@@ -5,7 +5,7 @@ losses') and keeps the gradient of its own rows; no (R, R) matrix is kept, and b
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class _AllPairsLoss(nn.Module, ABC):
 
     def __init__(self, distance: Distance) -> None:
         super().__init__()
+        if distance not in get_args(Distance):
+            raise ValueError(f"distance={distance!r} is none of {', '.join(get_args(Distance))}")
         self.distance = distance
         self.stats: dict[str, Tensor] = {}
 
@@ -42,7 +44,7 @@ class _AllPairsLoss(nn.Module, ABC):
             source: (A,) int64; rows of equal source that are not positives are no negatives either.
 
         Raises:
-            ValueError: for shapes that do not fit, or numbers of rows that differ between ranks.
+            ValueError: for shapes that do not fit, no rows, or numbers of rows that differ between ranks.
         """
         rows, batch, group, sources = gather_groups(z, positive, source)
         with torch.autocast(rows.device.type, enabled=False):

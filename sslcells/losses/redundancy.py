@@ -118,7 +118,7 @@ def centred(z0: Tensor, z1: Tensor) -> Centred:
 
     The means carry no gradient: a sum of products of centred rows has none by a mean, since centred rows add up to 0.
     """
-    if z0.ndim != 2 or z0.shape != z1.shape:
+    if z0.ndim != 2 or z0.shape != z1.shape or not z0.shape[1]:
         raise ValueError(f"z0 and z1 must be (B, D) both; they are {tuple(z0.shape)} and {tuple(z1.shape)}")
     z = torch.stack([z0, z1])
     z = z if z.dtype == torch.float64 else z.float()

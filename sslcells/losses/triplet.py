@@ -69,7 +69,7 @@ class BatchHardTripletLoss(nn.Module):
             source: (A,) int64; rows of equal source that are not positives are no negatives either.
 
         Raises:
-            ValueError: for shapes that do not fit, or numbers of rows that differ between ranks.
+            ValueError: for shapes that do not fit, no rows, or numbers of rows that differ between ranks.
         """
         rows, batch, group, sources = gather_groups(z, positive, source)
         with torch.autocast(rows.device.type, enabled=False):

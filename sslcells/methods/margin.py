@@ -6,9 +6,9 @@ import torch
 from pydantic import Field
 from pytorch_metric_learning.losses import MarginLoss
 from torch import Tensor
-from torch.nn import functional as F
 
 from sslcells.data import Batch, ImageSet
+from sslcells.losses import unit
 from sslcells.methods._centres import Centres, classes, whole_batch
 from sslcells.methods._embedding import Embedding, drawn_by
 
@@ -69,7 +69,7 @@ def distance_weighted(
     A negative at distance d < `farthest` is drawn with weight 1 / q(max(d, cutoff)), q being the density of distances
     between random points of the sphere (section 4): drawn so, distances come evenly. Anchors without one are left out.
     """
-    z = F.normalize(z, dim=1)
+    z = unit(z)
     d = torch.cdist(z, z)
     same = label[:, None] == label
     at, dimension = d.clamp(cutoff, farthest), z.shape[1]

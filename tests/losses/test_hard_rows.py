@@ -20,6 +20,7 @@ from sslcells.losses import (
     PairLoss,
     SupConLoss,
     VICRegLoss,
+    gather_with_grad,
     sound,
     unit,
 )
@@ -178,3 +179,64 @@ def test_the_losses_need_torch_and_little_of_the_rest():
     done = subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", ALONE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["sslcells", "sslcells.errors", "sslcells.ranks"]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_rows_and_rows_of_no_numbers_are_named(name):
+    for shape in ((0, 5), (6, 0)):
+        with pytest.raises(ValueError, match=r"\(\d, \d\)|0 image"):
+            LOSSES[name](torch.empty(shape, requires_grad=True))
+
+
+def without_rows():
+    errors = []
+    for loss in (LOSSES["supcon"], LOSSES["pairs"], LOSSES["moco"], gather_with_grad):
+        try:
+            loss(torch.empty(0, 5))
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_no_rows_on_any_rank_are_named_on_every_rank():
+    for errors in on_ranks(2, without_rows):
+        assert len(errors) == 4
+        assert all("no rows" in error and "(0, 5)" in error for error in errors)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("vicreg", "barlow", "moco_queue")])
+def test_one_image_has_nothing_to_learn(name):
+    """No negative, or no positive: the loss is 0 with a zero gradient, but for what pulls a positive nearer."""
+    z = rows()[:2].requires_grad_()
+    value = LOSSES[name](z)
+    value.backward()
+    assert z.grad.isfinite().all()
+    if name not in ("pairs", "hinges"):
+        assert value.item() == pytest.approx(0, abs=1e-6)
+        assert z.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["vicreg", "barlow"])
+def test_one_image_has_no_statistics(name):
+    with pytest.raises(ValueError, match="1 image"):
+        LOSSES[name](rows()[:2])
+
+
+def test_anchors_without_a_negative_are_left_out_of_the_decoupled_loss():
+    z, source = rows(), torch.tensor([0, 0, 1, 1])
+    assert DCLLoss()(*z.chunk(2), torch.zeros(4, dtype=torch.int64)).item() == 0
+    few = DCLLoss()(z[:3], z[3:6], torch.tensor([0, 0, 0]))
+    assert few.item() == 0
+    assert DCLLoss()(*z.chunk(2), source).isfinite()
+
+
+def test_mistakes_are_named():
+    for call, message in (
+        (lambda: gather_with_grad(rows(), 3), r"views=3; they are \(8, 5\)"),
+        (lambda: gather_with_grad(rows(), 0), "views=0"),
+        (lambda: unit(torch.ones(4)), r"\(4,\)"),
+        (lambda: PairLoss(distance="manhattan"), "manhattan"),
+        (lambda: BatchAllTripletLoss(distance="manhattan"), "manhattan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
