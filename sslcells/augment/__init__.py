@@ -16,7 +16,7 @@ from sslcells.config import ConfigError, Recipe
 
 
 class Augment:
-    """A recipe at work: one call makes all views of a batch, every view of every image with its own random numbers."""
+    """Applies a recipe: one call makes all views of a batch, with separate random numbers for every view and image."""
 
     def __init__(self, config: Recipe, mean: Sequence[float], std: Sequence[float]) -> None:
         self.config = config
@@ -39,19 +39,18 @@ class Augment:
     ) -> Tensor:
         """(B, C, H, W) uint8 and image ids (B,) → (V·B, C, S, S) float32, view-major, normalised.
 
-        The views of an image depend on (seed, step, its id, the view's number) alone, and on its `occurrence` (B,) in
-        the global batch where that shows it more than once: not on the rank, the rank's batch, or what came before.
-        Numbers begin at `first`.
+        A view depends only on (seed, step, image id, view number), and on the image's `occurrence` (B,) if the global
+        batch repeats it; never on the rank, the rank's batch, or earlier calls. View numbers start at `first`.
         """
         draws = Draws(seed, step, image, views, first, occurrence)
         x = (pixels.float() / 255).repeat(views, 1, 1, 1)
         return self._normalised(self._views(self.config, x, draws))
 
     def local(self, size: int, scale: tuple[float, float]) -> "Augment":
-        """The same recipe for crops of another size, which are a part of the image's area between the two of `scale`.
+        """The same recipe for crops of `size` px whose share of the image's area lies in the range `scale`.
 
         Raises:
-            ConfigError: where the recipe does not crop.
+            ConfigError: if the recipe does not crop.
         """
         if "max_scale" not in type(self.config).model_fields:
             raise ConfigError(f"augment.recipe={self.config.recipe}: it has no crops, which local views need")  # type: ignore[attr-defined]
@@ -60,7 +59,7 @@ class Augment:
 
     @torch.no_grad()
     def plain(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 → (B, C, S, S) float32: resized and normalised, nothing random."""
+        """(B, C, H, W) uint8 → (B, C, S, S) float32: resized and normalised, without augmentation."""
         return self._normalised(resized(pixels.float() / 255, self.config.size))
 
     def _normalised(self, x: Tensor) -> Tensor:
@@ -69,7 +68,7 @@ class Augment:
 
 
 def resized(x: Tensor, size: int) -> Tensor:
-    """(N, C, H, W) → (N, C, size, size), smoothed where it shrinks."""
+    """(N, C, H, W) → (N, C, size, size), with antialiasing when it shrinks."""
     if x.shape[-2:] == (size, size):
         return x
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)

@@ -1,4 +1,4 @@
-"""What recipes share: how crops are drawn, and how cells are cropped, turned and blurred."""
+"""Shared by the recipes: drawing crops, and cropping, rotating and blurring cells."""
 
 import math
 from typing import Self
@@ -16,9 +16,9 @@ class Crops(Recipe):
     """A recipe that crops."""
 
     min_scale: float = Field(0.4, gt=0, le=1)
-    """Smallest crop, as a part of the image's area."""
+    """Smallest crop, as a fraction of the image's area."""
     max_scale: float = Field(1.0, gt=0, le=1)
-    """Largest crop."""
+    """Largest crop, as a fraction of the image's area."""
 
     @model_validator(mode="after")
     def _scales(self) -> Self:
@@ -35,8 +35,8 @@ _RATIO = 3 / 4, 4 / 3
 def random_resized_crop(config: Crops, height: int, width: int, draws: Draws) -> Tensor:
     """Crops as torchvision's RandomResizedCrop draws them: (N, 4) left, top, width and height, in whole pixels.
 
-    Area and ratio are drawn until a crop fits into the image, ten times at most; then it is the largest crop in the
-    middle whose ratio is allowed. Cutting what does not fit would make large crops frequent, and wide images square.
+    Area and ratio are drawn up to ten times until the crop fits into the image; otherwise it is the largest centred
+    crop with an allowed ratio. Trimming crops that do not fit would make large crops too frequent.
     """
     low, high = map(math.log, _RATIO)
     found = torch.zeros(len(draws), dtype=torch.bool)
@@ -56,19 +56,19 @@ def random_resized_crop(config: Crops, height: int, width: int, draws: Draws) ->
 
 
 class CellCrops(Crops):
-    """A recipe for cells: the middle of the image stays in the crop's middle half, and there is no up or down."""
+    """A recipe for cells: the centre of the image stays in the middle half of the crop, and orientation is random."""
 
     rotate: bool = True
-    """Turn by any angle."""
+    """Rotate by a random angle."""
     blur: float = Field(0.3, ge=0, le=1)
-    """Probability of a blur, sigma up to 2 % of the size, or 0.6 pixels."""
+    """Probability of a blur, with sigma up to 2 % of the size, or 0.6 pixels if that is more."""
 
 
 def cropped(config: CellCrops, x: Tensor, draws: Draws) -> Tensor:
-    """A crop of each image, turned and mirrored: (N, C, H, W) → (N, C, S, S).
+    """A crop of each image, rotated and mirrored: (N, C, H, W) → (N, C, S, S).
 
-    A crop has the image's own ratio, changed by up to a tenth on either side, and the area that was drawn: none is cut
-    to fit. Where one is wider than the image, its ends are reflections.
+    A crop keeps the image's aspect ratio up to a factor of exp(±0.1), and has the drawn area; it is not trimmed to fit.
+    Where it reaches beyond the image, the image is reflected.
     """
     side = draws.uniform(config.min_scale, config.max_scale).sqrt()
     ratio = draws.uniform(-0.1, 0.1).exp()
@@ -81,7 +81,7 @@ def cropped(config: CellCrops, x: Tensor, draws: Draws) -> Tensor:
 
 
 def blurred(config: CellCrops, x: Tensor, draws: Draws) -> Tensor:
-    """Some of the images blurred: (N, C, S, S) → the same."""
+    """Blur some of the images: (N, C, S, S) → the same."""
     most = max(0.6, 0.02 * config.size)
     sigma = draws.uniform(0.3, most)
     return on_some(x, draws.chance(config.blur), lambda y, s: blur(y, s, most), sigma)

@@ -1,9 +1,9 @@
 """Random numbers that are a function of (seed, step, image, view): the same on any rank, in any batch, at any replay.
 
-Where a global batch shows an image more than once, of its occurrence there too, or the copies would be identical.
+If a global batch repeats an image, the occurrence also counts, or the copies would be identical.
 
-A counter is hashed instead of a state advanced, so an augmentation does not depend on which rank draws it, on how many
-ranks there are, on the split into micro-batches, or on where a run was interrupted.
+The numbers are hashes of a counter, not states of a generator. So an augmentation does not depend on the rank, the
+number of ranks, the micro-batches, or where a run was interrupted.
 """
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _AGAIN = 0x80000000
-"""sets occurrences apart from the numbers of views"""
+"""keeps keys of occurrences distinct from keys of views"""
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A permutation of 32-bit numbers, held in int64, in which every bit of x moves half of the bits of the result.
+    """A permutation of 32-bit numbers, held in int64, in which each bit of x flips half of the result's bits.
 
     The multipliers are below 2³¹, so no product overflows int64 on any device (Wellons' `lowbias32`, 2018, with the
     constants of TheIronBorn).
@@ -26,15 +26,15 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class Draws:
-    """A stream of independent numbers for each of N = V·B views; every call takes the next column of all of them."""
+    """A stream of independent random numbers for each of N = V·B views; each call takes the next number of all."""
 
     def __init__(
         self, seed: int, step: int, image: Tensor, views: int, first: int = 0, occurrence: Tensor | None = None
     ) -> None:
         """Start the streams of `views` views, from `first` on, of the images with ids `image` (B,), view-major.
 
-        occurrence (B,) int64 says how often the image came before in the same step: 0, as where it is not given, adds
-        nothing to the key.
+        occurrence (B,) int64 counts how often the image came before in the same step; 0, the default, leaves the key
+        unchanged.
         """
         image = image.cpu()
         low, high = image & _MASK, (image >> 32) & _MASK

@@ -1,6 +1,6 @@
-"""Operations on (N, C, H, W) float images in 0..1, on their device, each row with parameters of its own.
+"""Operations on (N, C, H, W) float images in 0..1, on their device, with separate parameters for each row.
 
-Parameters come as (N,) CPU tensors, so that choosing the rows an operation applies to never waits for the device.
+Parameters are (N,) CPU tensors, so that selecting rows never waits for the device.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def on_some(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-    """Apply an operation to the chosen rows alone: chosen (N,) bool and parameters (N, ...) on the CPU."""
+    """Apply an operation to the chosen rows only: chosen (N,) bool and parameters (N, ...) on the CPU."""
     rows = chosen.nonzero()[:, 0]
     if len(rows) == 0:
         return x
@@ -23,11 +23,11 @@ def on_some(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parame
 
 
 def warp(x: Tensor, size: int, centre: Tensor, half: Tensor, angle: Tensor, flip: Tensor) -> Tensor:
-    """Crop, turn, flip and resize in one interpolation: (N, C, H, W) → (N, C, size, size).
+    """Crop, rotate, flip and resize in one interpolation: (N, C, H, W) → (N, C, size, size).
 
     Coordinates are x then y, −1 to 1 over the image: the crop has its centre at centre (N, 2) and reaches half (N, 2)
-    to each side; it is turned by angle (N,), in radians, about its centre, and mirrored where flip (N, 2) is true.
-    What lies outside the image is its reflection.
+    to each side; it is rotated by angle (N,), in radians, about its centre, and mirrored where flip (N, 2) is true.
+    Outside the image, its reflection is sampled.
 
     Where a crop shrinks it is smoothed as `resized` smooths at that scale, so that a view keeps as much of fine detail
     and noise as an image that is evaluated; else a view is one bilinear sample. `resized` averages under a triangle
@@ -170,10 +170,10 @@ def _mean(x: Tensor, axis: int, weight: Tensor, stride: int, count: int) -> Tens
 
 
 def colour_jitter(x: Tensor, chosen: Tensor, order: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """Brightness, contrast, saturation and hue of the chosen rows, in each row's own order (N, 4), factors (N,) each.
+    """Change brightness, contrast, saturation and hue of the chosen rows, in the order (N, 4) of each; factors (N,).
 
-    The first three factors are 1 for no change; hue is in radians, 0 for no change. With other than three channels
-    saturation and hue do nothing.
+    No change is 1 for the first three factors, and 0 for hue, in radians. Images that do not have three channels keep
+    saturation and hue.
     """
     operations = [
         kornia.enhance.adjust_brightness_accumulative,
@@ -189,10 +189,10 @@ def colour_jitter(x: Tensor, chosen: Tensor, order: Tensor, factors: Sequence[Te
 
 
 def linear_colour(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-    """The same four changes as one 3×3 matrix and one offset a row: hue turns the chroma plane of YIQ.
+    """The same four changes as one 3×3 matrix and one offset per row; hue rotates the chroma plane of YIQ.
 
-    One product replaces four passes over the images and two conversions of colour space. For other than three channels
-    brightness and contrast alone. hue in radians.
+    One product replaces four passes over the images and two colour conversions. Images that do not have three channels
+    change only brightness and contrast. hue is in radians.
     """
     mean = x.mean((1, 2, 3))
     brightness, contrast = (t.to(x.device, non_blocking=True) for t in (brightness, contrast))

@@ -1,4 +1,4 @@
-"""How much of each dye there is in a stained slide, changed in optical density: as a function, and for Kornia."""
+"""Stain jitter: changes the amount of each dye in optical density; as a function, and as a Kornia augmentation."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ STAINS = {
 
 
 def stain_jitter(x: Tensor, stain: str, amount: Tensor, base: Tensor) -> Tensor:
-    """Change how much of each dye there is: density of dye k times amount (N, 3) plus base (N, 3).
+    """Change the amount of each dye: density of dye k becomes density · amount (N, 3) + base (N, 3).
 
-    Images are taken to optical density (Beer–Lambert), apart into the dyes, changed, and back: what differs between
-    staining batches and laboratories. (N, 3, H, W) in 0..1 → the same.
+    Images are converted to optical density (Beer–Lambert), separated into dyes, changed, and converted back. This
+    imitates differences between staining batches and laboratories. (N, 3, H, W) in 0..1 → the same.
     """
     dyes = F.normalize(torch.tensor(STAINS[stain]), dim=1)
     apart = dyes.inverse()
@@ -29,10 +29,10 @@ def stain_jitter(x: Tensor, stain: str, amount: Tensor, base: Tensor) -> Tensor:
 
 
 class StainJitter(IntensityAugmentationBase2D):
-    """`stain_jitter` as an augmentation of Kornia's, for an AugmentationSequential: (N, 3, H, W) in 0..1 → the same.
+    """`stain_jitter` as a Kornia augmentation, for an AugmentationSequential: (N, 3, H, W) in 0..1 → the same.
 
-    The density of each dye is multiplied by 1 − strength … 1 + strength, and −base … base is added, drawn for each dye
-    and image from torch's generator. The recipe `cells` has draws of its own, which a resumed run repeats.
+    For each image and dye, the density is multiplied by a number in 1 − strength … 1 + strength, and a number in
+    −base … base is added. They come from torch's generator; the recipe `cells` uses `Draws`, which resume exactly.
 
     Raises:
         ValueError: for an unknown stain, or a strength or base that is not in 0..1.
@@ -65,7 +65,7 @@ class StainJitter(IntensityAugmentationBase2D):
     def apply_transform(
         self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
-        """Images (N, 3, H, W) with what was drawn for them."""
+        """Apply the drawn parameters to images (N, 3, H, W)."""
         if input.shape[1] != 3:
             raise ValueError(f"a stain has three channels; these images have {input.shape[1]}")
         amount, base = (params[key].cpu().float() for key in ("amount", "base"))

@@ -1,4 +1,4 @@
-"""Augmentation for cells: no up or down, the cell stays in view, colour and stain vary as between laboratories."""
+"""Augmentation for cells: any orientation, the cell stays in view, colour and stain vary as between laboratories."""
 
 import math
 from typing import Literal
@@ -18,13 +18,13 @@ class Config(CellCrops):
 
     recipe: Literal["cells"] = "cells"
     colour: float = Field(0.4, ge=0, le=1)
-    """Brightness, contrast and saturation change by up to this part, hue by up to a quarter of it of the circle."""
+    """Brightness, contrast and saturation change by up to this fraction; hue by up to a quarter of it, in turns."""
     stain: Literal["giemsa", "haematoxylin-eosin", "none"] = "giemsa"
-    """Which dyes the stain jitter takes apart, in images of three channels."""
+    """Dyes that the stain jitter separates, in images with three channels; `none` turns it off."""
     stain_strength: float = Field(0.3, ge=0, le=1)
-    """The density of each dye changes by up to this part."""
+    """The density of each dye changes by up to this fraction."""
     grey: float = Field(0.2, ge=0, le=1)
-    """Probability that an image of three channels loses its colour."""
+    """Probability of turning an image with three channels grey."""
 
 
 def views(config: Config, x: Tensor, draws: Draws) -> Tensor:

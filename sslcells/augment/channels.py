@@ -1,4 +1,4 @@
-"""Augmentation for channels that are no colours (fluorescence, multi-spectral): each varies, or lacks, on its own."""
+"""Augmentation for channels that are not colours (fluorescence, multi-spectral): each is changed or dropped alone."""
 
 from typing import Literal
 
@@ -15,13 +15,13 @@ class Config(CellCrops):
 
     recipe: Literal["channels"] = "channels"
     gain: float = Field(0.4, ge=0, lt=1)
-    """Each channel's intensities are multiplied by up to this part more or less."""
+    """The intensities of each channel change by up to this fraction."""
     offset: float = Field(0.1, ge=0, le=1)
-    """Each channel's background rises or falls by up to this part of the whole range."""
+    """The background of each channel rises or falls by up to this fraction of the full range."""
     gamma: float = Field(0.3, ge=0, le=2)
-    """Each channel's intensities are taken to a power between exp(−gamma) and exp(gamma)."""
+    """The intensities of each channel are raised to a power between exp(−gamma) and exp(gamma)."""
     drop: float = Field(0.1, ge=0, lt=1)
-    """Probability that a channel is black; one always stays."""
+    """Probability of setting a channel to black; at least one is always kept."""
 
 
 def views(config: Config, x: Tensor, draws: Draws) -> Tensor:

@@ -10,7 +10,7 @@ from sslcells.config import Recipe
 
 
 class Config(Recipe):
-    """Nothing to choose but the size."""
+    """Only the size can be set."""
 
     recipe: Literal["none"] = "none"
 

@@ -17,13 +17,13 @@ class Config(Crops):
 
     recipe: Literal["simclr"] = "simclr"
     min_scale: float = Field(0.08, gt=0, le=1)
-    """Smallest crop, as a part of the image's area."""
+    """Smallest crop, as a fraction of the image's area."""
     strength: float = Field(1.0, ge=0, le=1.25)
-    """Of the colour distortion, s in the paper; it uses 0.5 on CIFAR-10."""
+    """Strength of the colour distortion, s in the paper, which uses 0.5 on CIFAR-10."""
     blur: float = Field(0.5, ge=0, le=1)
-    """Probability of the blur, sigma up to 0.9 % of the size; the paper leaves it out on CIFAR-10."""
+    """Probability of the blur, with sigma up to 0.9 % of the size; the paper uses none on CIFAR-10."""
     flip: float = Field(0.5, ge=0, le=1)
-    """Probability of the mirror image."""
+    """Probability of a horizontal flip."""
 
 
 def views(config: Config, x: Tensor, draws: Draws) -> Tensor:
@@ -43,10 +43,10 @@ def views(config: Config, x: Tensor, draws: Draws) -> Tensor:
 
 
 def blurred(config: Config, x: Tensor, draws: Draws) -> Tensor:
-    """Some of the views blurred: (N, C, S, S) → the same.
+    """Blur some of the views: (N, C, S, S) → the same.
 
-    The paper's sigma is 0.1 to 2.0 pixels of its views of 224, and its kernel a tenth of the view: sigma is a part of
-    the view here too, or one of 28 pixels would be blurred eight times as much; a tenth of it is ±5.6 of the largest.
+    The paper's sigma is 0.1 to 2.0 pixels for views of 224 px, with a kernel of a tenth of the view. Here sigma scales
+    with the view, as 28 px views would otherwise be blurred eight times as much.
     """
     sigma = draws.uniform(0.1, 2.0) * config.size / 224
     most = 2.0 * config.size / 224

@@ -38,9 +38,9 @@ class Batch(NamedTuple):
     image: Tensor
     """(B,) int64: the image's index in its split"""
     source: Tensor
-    """(B,) int64: what the image was made from; a number of the image's own where unknown"""
+    """(B,) int64: what the image was made from; the image's own number if unknown"""
     occurrence: Tensor
-    """(B,) int64: how often the image came before in the same global batch, where a sampler repeats some"""
+    """(B,) int64: how often the image came before in the same global batch, for samplers that repeat images"""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with every tensor on `device`."""
@@ -48,12 +48,12 @@ class Batch(NamedTuple):
 
     @staticmethod
     def ids(parts: Sequence["Batch"]) -> "Batch":
-        """The ids of all parts together, without pixels: what a loss and a sampler's figures are about."""
+        """Join the ids of several parts, without pixels, for the loss and the sampler's figures."""
         return Batch(parts[0].pixels[:0], *(torch.cat(ids) for ids in list(zip(*parts, strict=True))[1:]))
 
 
 class Pick(NamedTuple):
-    """An image that a sampler names."""
+    """An image that a sampler chose."""
 
     image: int
     """its index in the split"""
@@ -62,59 +62,59 @@ class Pick(NamedTuple):
 
 
 class ImageSet(ABC):
-    """One split: images read by index, their labels and sources known beforehand."""
+    """One split: images are read by index; labels and sources are known from the start."""
 
     light: bool = True
-    """whether the set is small when pickled, so that one rank opens it for all"""
+    """True if the set is small when pickled; then rank 0 opens it for all ranks"""
     channels: int
     """C"""
     classes: tuple[str, ...]
-    """names of the K classes; empty where there are no labels"""
+    """names of the K classes; empty without labels"""
     labels: Tensor
     """(N,) int64 class; -1 where unknown"""
     sources: Tensor
     """(N,) int64: what each image was made from; equal numbers in any split of one data set are the same source"""
     about: str = ""
-    """of which images it is, where it is no split of the data set itself"""
+    """description of a set that is not a split of the data set itself"""
     targets: Tensor | None = None
-    """(N, K) uint8, 1 for each class of an image, in sets whose images have several; their labels count as unknown"""
+    """(N, K) uint8, 1 for each class of an image, for sets with several labels per image, which have no `labels`"""
     found: Found | None = None
-    """how the split was read, in sets that are files"""
+    """how the split was read from files"""
     sourced: Tensor | None = None
-    """(N,) bool: whose source is known; None where nothing says what images were made from"""
+    """(N,) bool: True where the source is known; None if the data set has no sources"""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def labelled(self) -> bool:
-        """Whether at least two classes are known."""
+        """True if there are labels of at least two classes."""
         return len(self.classes) > 1 and bool((self.labels >= 0).any())
 
     @abstractmethod
     def pixels(self, index: int) -> Tensor:
-        """Image `index`: (C, H, W) uint8, of the same size for every index.
+        """Image `index`: (C, H, W) uint8, the same size for every index.
 
         Raises:
-            DataError: naming the image, where it cannot be read.
+            DataError: if the image cannot be read; the message names it.
         """
 
     def values(self, index: int) -> NDArray[Any]:
-        """The numbers that image `index` was made from, in the shape and number type that they are kept in.
+        """The raw values of image `index`, in the shape and number type of the file.
 
         Raises:
-            DataError: as `pixels`.
+            DataError: like `pixels`.
         """
         values: NDArray[Any] = np.asarray(self.pixels(index))
         return values
 
     def header(self, index: int) -> Header | None:
-        """What the file of image `index` says of itself; None where it has none of its own, or no readable one."""
+        """The file header of image `index`; None if it has no file of its own, or the header cannot be read."""
         return None
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What a person would call image `index`: its path, or its place in the file."""
+        """A readable name of image `index`: its path, or its position in the file."""
 
 
 class DataError(UserError):
@@ -124,10 +124,10 @@ class DataError(UserError):
 
 
 def open_splits(config: Section) -> dict[str, ImageSet]:
-    """The splits "train", "val" and "test" that the data set has; every rank takes part, rank 0 looks first.
+    """Open those of the splits "train", "val" and "test" that exist; all ranks must call it, and rank 0 looks first.
 
     Raises:
-        ConfigError: where the data set is not there, is not what the configuration says, or has no train split.
+        ConfigError: if the data set is missing, contradicts the configuration, or has no train split.
     """
     opened: dict[str, ImageSet] = {}
 
@@ -142,7 +142,7 @@ def open_splits(config: Section) -> dict[str, ImageSet]:
 def _open_splits(config: Section) -> dict[str, ImageSet]:
     splits = {name: images for name in SPLITS if (images := open_split(config, name)) is not None}
     if "train" not in splits:
-        raise ConfigError(f"data: there is no train split to learn from, only {', '.join(splits) or 'nothing'}")
+        raise ConfigError(f"data: there is no train split, only {', '.join(splits) or 'nothing'}")
     channels = {name: images.channels for name, images in splits.items()}
     if len({*channels.values()}) > 1:
         each = ", ".join(f"{name} {count}" for name, count in channels.items())
@@ -151,10 +151,10 @@ def _open_splits(config: Section) -> dict[str, ImageSet]:
 
 
 def open_split(config: Section, split: str) -> ImageSet | None:
-    """The split "train", "val" or "test" of the data set that `config` describes; None where it has no such split.
+    """Open the split "train", "val" or "test" of the data set in `config`; None if it has no such split.
 
     Raises:
-        ConfigError: where the data set is not there, or is not what the configuration says.
+        ConfigError: if the data set is missing, or contradicts the configuration.
     """
     module = importlib.import_module(f"sslcells.data.{config.kind}")  # type: ignore[attr-defined]
     images: ImageSet | None = module.open_split(config, split)
@@ -162,9 +162,9 @@ def open_split(config: Section, split: str) -> ImageSet | None:
 
 
 def reading(config: Section | None, size: int) -> dict[str, Any]:
-    """How image files become pixels for an encoder trained on this data set: what a Decoder has, but for C.
+    """How an encoder trained on this data set reads image files: the fields of a Decoder except the channels.
 
-    As the folder was read that it learned from; where it learned from no folder, squares of `size` px, cut.
+    For a folder, the settings of its training; for other data sets, images are cropped to squares of `size` px.
     """
     if getattr(config, "kind", None) == "folder" and config is not None:
         return config.model_dump(mode="json", include={"size", "fit", "intensity", "stack", "percentiles"})

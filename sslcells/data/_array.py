@@ -1,4 +1,4 @@
-"""A split that lies in memory as one array."""
+"""A split held in memory as one array."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from sslcells.data import SPLITS, Found, ImageSet
 
 
 class ArrayImages(ImageSet):
-    """Images of one (N, H, W, C) uint8 array, which forked data loader workers share; each is its own source."""
+    """Images of one (N, H, W, C) uint8 array, shared with forked data loader workers; each is its own source."""
 
     light = False
 
@@ -32,12 +32,12 @@ class ArrayImages(ImageSet):
         self.classes = classes
         self.labels = torch.from_numpy(labels.astype(np.int64))
         self.targets = None if targets is None else torch.from_numpy(targets.astype(np.uint8))
-        self.sources = torch.arange(len(images)) + (SPLITS.index(split) << 32)  # apart from other splits' numbers
+        self.sources = torch.arange(len(images)) + (SPLITS.index(split) << 32)  # no number is used by two splits
 
     def pixels(self, index: int) -> Tensor:
         """Image `index`: (C, H, W) uint8."""
         return torch.from_numpy(self._images[index].transpose(2, 0, 1).copy())
 
     def name(self, index: int) -> str:
-        """The image's place in its file."""
+        """The position of the image in its file."""
         return f"{self._origin}[{index}]"

@@ -1,4 +1,4 @@
-"""From an image file of any sort to uint8 pixels of one size and channel count."""
+"""Decodes image files of any supported format to uint8 pixels of one size and channel count."""
 
 import errno
 import os
@@ -21,21 +21,21 @@ Percentiles = tuple[float, float]
 Size = tuple[int, int]
 """(H, W)"""
 
-# Named, because Pillow would otherwise try every format it knows, PostScript with its interpreter among them.
+# Listed, as Pillow would otherwise try every format, including PostScript, which runs an interpreter.
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")
 _ORIENTATION = 0x0112
 _TURNED = range(5, 9)  # the EXIF orientations that swap height and width
 
 
 READER = 1
-"""Raised whenever this file comes to read, or to refuse, other files than before: what was looked at is again."""
+"""Version of this decoder. Increase it when it accepts or refuses other files, so that images are verified again."""
 
 
 class Header(NamedTuple):
-    """What a file says of itself."""
+    """The header of an image file."""
 
     size: Size
-    """of the upright image"""
+    """(H, W) of the upright image"""
     kind: str
     """format, colours and bits, such as `PNG RGB 8 bit`"""
     pages: int
@@ -43,14 +43,14 @@ class Header(NamedTuple):
 
 
 class Unreadable(Exception):
-    """A file cannot be turned into pixels; the message is the reason, without the file's name."""
+    """A file cannot be decoded; the message is the reason, without the file's name."""
 
 
 @dataclass(frozen=True)
 class Decoder:
     """Reads image files as (C, H, W) uint8: upright, on white where transparent, 8 bit, of one size.
 
-    With `stack` files are TIFF, and their channels no colours: any number of them, each with a range of its own.
+    With `stack`, files are TIFF with any number of channels that are not colours; each channel is scaled on its own.
     """
 
     channels: int
@@ -61,10 +61,10 @@ class Decoder:
     percentiles: Percentiles = (0.1, 99.9)
 
     def __call__(self, file: str) -> Tensor:
-        """The pixels of one file: (C, H, W) uint8, H and W being `size`, or the image's own where that is None.
+        """The pixels of one file: (C, H, W) uint8, H and W being `size`, or the image's own size if that is None.
 
         Raises:
-            Unreadable: where the file is missing, cut short, or no image.
+            Unreadable: if the file is missing, truncated, or not an image.
         """
         try:
             _regular(file)
@@ -76,10 +76,10 @@ class Decoder:
             raise Unreadable(_reason(error, file)) from error
 
     def header(self, file: str, whole: bool = False) -> Header:
-        """What the file's header says; with `whole` all that `__call__` does is done too, to see whether it can be.
+        """The header of a file; with `whole` the image is also decoded, to check that it can be.
 
         Raises:
-            Unreadable: where the file is missing, has no image's header, or with `stack` other channels.
+            Unreadable: if the file is missing, is not an image, or with `stack` has other channels.
         """
         try:
             _regular(file)
@@ -89,21 +89,21 @@ class Decoder:
                     self._stacked(_channels_first(file, self.channels, self.stack))
                 return header
             with Image.open(file, formats=_FORMATS) as image:
-                (width, height), kind = image.size, _kind(image)  # first: to ask for EXIF may load the image
+                (width, height), kind = image.size, _kind(image)  # first, as reading EXIF may load the image
                 several = getattr(image, "is_animated", False)
                 turned = image.getexif().get(_ORIENTATION) in _TURNED
                 if whole:
                     self.pixels(image)
                 pages = 1
                 if several:
-                    with suppress(Exception):  # later pages are not read: nothing of theirs makes a file broken
+                    with suppress(Exception):  # later pages are not read, so errors in them do not count
                         pages = getattr(image, "n_frames", 1)
                 return Header((width, height) if turned else (height, width), kind, pages)
         except Exception as error:  # as above
             raise Unreadable(_reason(error, file)) from error
 
     def values(self, file: str) -> NDArray[Any]:
-        """The numbers in the file, before anything is made of them: (H, W), (H, W, C), or (C, H, W) of a stack.
+        """The raw values in the file: (H, W), (H, W, C), or (C, H, W) for a stack.
 
         Raises:
             Unreadable: as `__call__`.
@@ -118,7 +118,7 @@ class Decoder:
             raise Unreadable(_reason(error, file)) from error
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """The pixels of an image that Pillow has opened, which is turned upright in place: (C, H, W) uint8."""
+        """The pixels of an image opened by Pillow, which is rotated upright in place: (C, H, W) uint8."""
         if self.size is not None:
             # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the time; twice the size leaves the rest to _fit.
             image.draft(None, (2 * max(self.size), 2 * max(self.size)))
@@ -137,14 +137,14 @@ class Decoder:
 
 
 def _regular(file: str) -> None:
-    """Raise unless this is a file, as opening a pipe would wait for ever, and reading a device never end."""
+    """Raise unless this is a regular file: opening a pipe or reading a device could hang."""
     try:
         mode = os.stat(file).st_mode
     except OSError as error:
         target = os.path.realpath(file)
         nowhere = error.errno == errno.ENOENT and os.path.isdir(os.path.dirname(target))
         if os.path.islink(file) and (nowhere or error.errno == errno.ELOOP):
-            raise ValueError(_broken_link(file)) from None  # no waiting for storage to come back
+            raise ValueError(_broken_link(file)) from None  # not a storage problem, so not retried
         raise
     if not stat.S_ISREG(mode):
         raise ValueError(f"{_WHAT.get(stat.S_IFMT(mode), 'something')}, not a file")
@@ -177,7 +177,7 @@ _DEEP = {"1": "1 bit", "I": "32 bit", "F": "float32", "I;16": "16 bit", "I;16B":
 
 
 def _kind(image: Image.Image) -> str:
-    """`PNG RGB 8 bit`: bits as the file has them, whatever Pillow makes of them."""
+    """Such as `PNG RGB 8 bit`, with the bit depth of the file, not of Pillow's mode."""
     bits = _DEEP.get(image.mode, "8 bit")
     if image.format == "TIFF":
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
@@ -209,8 +209,8 @@ def _channels_first(file: str, channels: int, stack: Stack) -> NDArray[Any]:
 def _channel_axis(series: Any, channels: int, stack: Stack) -> tuple[tuple[int, ...], int]:
     """The shape of a TIFF series with three axes, and which of these, 0 or 2, has the channels.
 
-    `auto` believes the axis that the file calls C (channel) or S (sample); where there is none, the first or the last
-    that has the right length, if only one has.
+    `auto` takes the axis that the file names C (channel) or S (sample); without one, the first or the last axis, if
+    exactly one of them has the right length.
     """
     kept = [(int(n), name) for n, name in zip(series.shape, series.axes, strict=True) if n > 1]
     shape, names = tuple(n for n, _ in kept), "".join(name for _, name in kept)
@@ -223,7 +223,7 @@ def _channel_axis(series: Any, channels: int, stack: Stack) -> tuple[tuple[int, 
     asked = {"first": [0], "last": [2], "auto": named if len(named) == 1 else fits}[stack]
     if len(asked) > 1:
         raise ValueError(
-            f"it holds {_times(shape)} values: the channels may be first or last; say data.stack=first or last"
+            f"it holds {_times(shape)} values: the channels may be first or last; set data.stack=first or last"
         )
     if not asked or asked[0] not in fits:
         where = {"first": "first", "last": "last", "auto": "first or last"}[stack]
@@ -250,7 +250,7 @@ def _scale(values: NDArray[Any], intensity: Intensity, percentiles: Percentiles)
         low, high = np.percentile(finite, percentiles)
     else:
         low, high = 0.0, float(np.iinfo(values.dtype).max) if values.dtype.kind in "iu" else 1.0
-    span = high - low if high > low else 1.0  # of one even grey, nothing is left
+    span = high - low if high > low else 1.0  # a constant image becomes black
     scaled: NDArray[np.uint8] = np.rint(np.clip((finite - low) / span, 0, 1) * 255).astype(np.uint8)
     return scaled
 
@@ -265,7 +265,7 @@ def _fit(image: Image.Image, size: Size, fit: Fit) -> NDArray[np.uint8]:
     inner = np.asarray(ImageOps.contain(image, (width, height), Image.Resampling.BICUBIC))
     top, left = (height - inner.shape[0]) // 2, (width - inner.shape[1]) // 2
     below, right = height - inner.shape[0] - top, width - inner.shape[1] - left
-    # The nearest pixels go on as the border: black would be a signal in bright field, white in fluorescence.
+    # The border repeats the edge pixels: black would be a signal in bright field, white in fluorescence.
     return np.pad(inner, ((top, below), (left, right), (0, 0))[: inner.ndim], mode="edge")
 
 

@@ -1,4 +1,4 @@
-"""What a data set knows of how it was read."""
+"""How a split was read: files, sizes, and what was left out."""
 
 import time
 from collections import Counter
@@ -10,29 +10,29 @@ from sslcells.data._decode import Header, Size
 
 @dataclass(frozen=True)
 class Found:
-    """How a split was read: where from, and what was left out of it."""
+    """How a split was read from files."""
 
     where: str
-    """the folder or file, and why this one"""
+    """the folder or file, and why it was chosen"""
     ignored: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    """kind of file → how many there were that are no images, and the path of one"""
+    """kind of file that is not an image → number of files, and an example"""
     broken: Mapping[str, str] = field(default_factory=dict)
-    """path → reason, of the images that were left out"""
+    """path → reason, for images that were left out"""
     sizes: Sequence[tuple[Size, int, str]] = ()
-    """(H, W) of the files as they are, how many, and one: the smallest, the largest and the most common size"""
+    """(H, W) in the files, number of files, and an example, for the smallest, the largest and the most common size"""
     kinds: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    """format, colours and bits → how many files, and one"""
+    """format, colours and bits → number of files, and an example"""
     paged: tuple[int, str, int] | None = None
-    """how many files have further pages or frames, which are not read; one of them, and its number of pages"""
+    """number of files with further pages or frames, which are not read; an example, and its number of pages"""
     headers: int = 0
-    """of how many files sizes, kinds and pages are known"""
+    """number of files whose size, kind and pages are known"""
     looked: int = 0
-    """how many files were opened to verify them; the others were remembered"""
+    """number of files opened to verify them; the others were verified before"""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """what the time of opening went into"""
+    """step of opening → seconds"""
 
     def with_headers(self, names: Sequence[str], headers: Sequence[Header]) -> "Found":
-        """This, and what the headers of files with these names say."""
+        """A copy with the sizes, kinds and pages from these headers."""
         if not headers:
             return self
         sizes = Counter(header.size for header in headers)
@@ -57,14 +57,14 @@ class Found:
 
 
 class Clock:
-    """Seconds from one lap to the next."""
+    """Measures the seconds of named steps."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._began = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """What passed since the last was this."""
+        """Add the time since the last lap to the step `name`."""
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._began
         self._began = now

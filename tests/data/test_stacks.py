@@ -82,7 +82,7 @@ def test_pages_ome_and_samples_say_where_the_channels_are(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "stack", "words"),
     [
-        ((5, 9, 5), "auto", "5×9×5 values: the channels may be first or last; say data.stack=first or last"),
+        ((5, 9, 5), "auto", "5×9×5 values: the channels may be first or last; set data.stack=first or last"),
         ((4, 9, 8), "auto", "4×9×8 values: 5 channels are not the first or last"),
         ((5, 9, 8), "last", "5×9×8 values: 5 channels are not the last"),
         ((9, 8), "auto", "9×8 values, not 5 channels"),
