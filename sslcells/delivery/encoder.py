@@ -1,4 +1,4 @@
-"""A trained encoder in Python: the network with what must happen to images before it."""
+"""A trained encoder in Python: the network together with the preparation of its images."""
 
 import hashlib
 import json
@@ -27,9 +27,9 @@ Pictures = Picture | Sequence[Picture]
 
 
 class Encoder(nn.Module):
-    """Images as they are → features (N, F) float32: brought to the size, and normalised, as in training.
+    """Images of any size → features (N, F) float32; images are resized and normalised as in training.
 
-    `backbone` is the bare network, which takes what `prepare` returns. Gradients flow; `sslcells.embed` needs none.
+    `backbone` is the bare network, which takes what `prepare` returns. Gradients flow; `sslcells.embed` computes none.
     """
 
     mean: Tensor
@@ -45,7 +45,7 @@ class Encoder(nn.Module):
         self.reading = reading
         """how files become pixels: size, fit, intensity, stack, percentiles"""
         self.decoder = _decoder(self.channels, reading)
-        """from files and PIL images to pixels; none where it learned from neither files nor colours"""
+        """reads files and PIL images; None if the channels are neither grey nor RGB, nor those of a stack of files"""
         self.digest = digest
         """equal for equal weights and preprocessing"""
         self.register_buffer("mean", torch.tensor(spec["mean"])[:, None, None], persistent=False)
@@ -55,7 +55,7 @@ class Encoder(nn.Module):
         """Images → (N, F) float32 on the encoder's device.
 
         Raises:
-            ValueError: where they are no images, or of another number of channels.
+            ValueError: if they are not images, or have another number of channels.
         """
         features: Tensor = self.backbone(self.prepare(images)).float()
         return features
@@ -85,10 +85,12 @@ class Encoder(nn.Module):
         if isinstance(image, Tensor):
             return image
         if not isinstance(image, Image.Image):
-            raise ValueError(f"neither a PIL image nor a tensor: {type(image).__name__}; numpy: PIL.Image.fromarray(x)")
+            raise ValueError(
+                f"neither a PIL image nor a tensor: {type(image).__name__}; for numpy: PIL.Image.fromarray(x)"
+            )
         if self.reader().stack is not None:
             raise ValueError(
-                f"PIL images have colours; the encoder takes {self.channels} channels: TIFF files, or tensors"
+                f"PIL images have 3 channels; the encoder takes {self.channels}: give it TIFF files or tensors"
             )
         return self.reader().pixels(image.copy())
 
@@ -96,7 +98,7 @@ class Encoder(nn.Module):
         """The decoder.
 
         Raises:
-            ConfigError: where files hold no images of so many channels.
+            ConfigError: if image files cannot have this number of channels.
         """
         if self.decoder is None:
             raise ConfigError(
@@ -120,8 +122,8 @@ class Encoder(nn.Module):
             low, high = (x.min().item(), x.max().item()) if x.numel() else (0.0, 1.0)
             if not (low >= 0 and high <= 1):
                 raise ValueError(
-                    f"float images are pixels in 0..1; these go from {low:.4g} to {high:.4g}. uint8 is 0..255; what is "
-                    f"normalised already goes to encoder.backbone"
+                    f"float images are pixels in 0..1; these go from {low:.4g} to {high:.4g}. uint8 images are 0..255; "
+                    f"give normalised images to encoder.backbone"
                 )
         else:
             raise ValueError(f"images are uint8 or float in 0..1, not {pixels.dtype}")
@@ -132,16 +134,23 @@ def _decoder(channels: int, reading: dict[str, Any]) -> Decoder | None:
     stack, size = reading.get("stack"), reading["size"]
     if stack is None and channels not in (1, 3):
         return None
-    low, high = reading.get("percentiles", (0.1, 99.9))  # in files from before there was a choice
+    low, high = reading.get("percentiles", (0.1, 99.9))  # older files do not name them
     size = None if size is None else (int(size[0]), int(size[1]))
     return Decoder(channels, size, reading["fit"], reading["intensity"], stack, (low, high))
 
 
 def load_encoder(run: str | os.PathLike[str] | Run, device: str | torch.device = "cpu") -> Encoder:
-    """The encoder of a run's folder, or of an exported one, in eval mode: `encoder(images)` gives (N, F) float32.
+    """Load the encoder of a run's folder, or of an exported one, in eval mode.
+
+    >>> import sslcells, torch
+    >>> encoder = sslcells.load_encoder("runs/quickstart")
+    >>> images = torch.zeros(5, 3, 48, 48, dtype=torch.uint8)
+    >>> features = encoder(images)
+    >>> features.shape == (5, encoder.features)
+    True
 
     Raises:
-        ConfigError: where there is no such folder, or no whole encoder in it.
+        ConfigError: if there is no such folder, or no complete encoder in it.
     """
     folder = find_run(run.folder if isinstance(run, Run) else run)
     backbone, spec = files.load(folder)
@@ -154,15 +163,21 @@ def embed(
     encoder: "Encoder | str | os.PathLike[str]",
     batch: int = 64,
 ) -> Tensor:
-    """The features of images: (N, F) float32 on the CPU, one row an image, in their order.
+    """Compute the features of images: (N, F) float32 on the CPU, one row an image, in their order.
 
-    `images`: a folder, whose images at any depth come in the order of their paths; a file; a list of files; or what an
-    Encoder takes. `encoder`: one, or the folder of a run. Evaluation mode, no gradient, `batch` images at a time.
+    `images` is a folder, whose images at any depth are sorted by path; a file; a list of files; or what an Encoder
+    takes. `encoder` is an Encoder or a run's folder; it runs in eval mode, without gradients, on `batch` images at a
+    time.
+
+    >>> import sslcells
+    >>> vectors = sslcells.embed("cells", "runs/quickstart")
+    >>> len(vectors)  # the folder "cells" holds two images
+    2
 
     Raises:
-        ConfigError: where there is no such folder, image or encoder.
-        DataError: where a file cannot be read, naming it, or the encoder gives no finite features.
-        ValueError: where tensors are no images, or of another number of channels.
+        ConfigError: if there is no such folder, image or encoder.
+        DataError: if a file cannot be read, naming it, or the encoder gives features that are not finite.
+        ValueError: if tensors are not images, or have another number of channels.
     """
     if not isinstance(encoder, Encoder):
         encoder = load_encoder(encoder)
@@ -206,7 +221,7 @@ def _opened(file: str | os.PathLike[str], decoder: Decoder) -> Tensor:
 
 
 def _files(path: Path) -> list[Path]:
-    """The image files that a path names: itself, or those below it in the order of their paths."""
+    """The path itself if it is a file, else the image files below it, sorted by path."""
     path = place(path)
     if is_file(path):
         return [path]
@@ -214,10 +229,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def find_run(path: str | os.PathLike[str]) -> Path:
-    """The folder of an encoder, named itself or by one of its two files.
+    """Find the folder of an encoder from its path, or from the path of one of its two files.
 
     Raises:
-        ConfigError: where there is none, with the nearest name that is.
+        ConfigError: if there is none, with the most similar name that exists.
     """
     folder = place(path)
     if folder.name in (files.SPEC, files.WEIGHTS) and is_file(folder):
@@ -225,12 +240,12 @@ def find_run(path: str | os.PathLike[str]) -> Path:
     if not is_folder(folder):
         raise ConfigError(f"{path}: no such run's folder{nearest_folder(folder)}")
     if not is_file(folder / files.SPEC) and is_file(folder / "config.yaml"):
-        raise ConfigError(f"{path} holds no {files.SPEC}: the run has not come to its end; its own command goes on")
+        raise ConfigError(f"{path} holds no {files.SPEC}: the run has not finished; its own command resumes it")
     return folder
 
 
 def _reading_of(folder: Path, size: int) -> dict[str, Any]:
-    """How files are read, for an encoder.json that does not say: as the configuration beside it has it."""
+    """How files are read, from the configuration beside an encoder.json that does not say it."""
     config = folder / "config.yaml"
     return reading(load(str(config)).data if is_file(config) else None, size)
 

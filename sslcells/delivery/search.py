@@ -177,11 +177,11 @@ def approximately(
 ) -> list[list[Found]]:
     """As `exactly`, from a FAISS index that is made once and kept: for millions of images, and some may be missed."""
     index, starts = _index(embeddings)
-    asked: NDArray[np.float32] = unit(query.float()).cpu().numpy()
+    unit_queries: NDArray[np.float32] = unit(query.float()).cpu().numpy()
     total = int(starts[-1])
     found: list[list[Found]] = []
     cache: dict[int, Shard] = {}
-    for row, own in zip(asked, source.tolist(), strict=True):
+    for row, own in zip(unit_queries, source.tolist(), strict=True):
         more, near = 2 * k + 1, list[Found]()
         while total:
             cosines, rows = index.search(row[None], min(more, total))
@@ -218,10 +218,10 @@ def _index(embeddings: Embeddings) -> tuple[Any, NDArray[np.int64]]:
         lists = int(4 * math.sqrt(total))
         index = library.IndexIVFFlat(index, embeddings.features, lists, library.METRIC_INNER_PRODUCT)
         share = min(1.0, 64 * lists / total)  # of each shard, so that every part of the folder is seen
-        sample = [_unit(shard.vector[:: max(1, round(1 / share))]) for shard in embeddings.read_all()]
+        sample = [_unit_rows(shard.vector[:: max(1, round(1 / share))]) for shard in embeddings.read_all()]
         index.train(np.concatenate(sample))
     for shard in embeddings.read_all():
-        index.add(_unit(shard.vector))
+        index.add(_unit_rows(shard.vector))
     starts = np.cumsum([0, *counts]).astype(np.int64)
     write_atomically(file, lambda opened: opened.write(library.serialize_index(index).tobytes()))
     write_atomically(starts_file, lambda opened: np.save(opened, starts))
@@ -235,9 +235,9 @@ def _probing(library: Any, index: Any) -> Any:
     return index
 
 
-def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    length_1: NDArray[np.float32] = unit(torch.from_numpy(np.array(rows))).numpy()
-    return length_1
+def _unit_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    out: NDArray[np.float32] = unit(torch.from_numpy(np.array(rows))).numpy()
+    return out
 
 
 def _encoder_of(embeddings: Embeddings, given: str | None, device: torch.device) -> Encoder:

@@ -119,11 +119,11 @@ def _pairs(features: SplitFeatures, views: tuple[Tensor, Tensor], seed: int) -> 
     apart = features.sources[one] != features.sources[other]
     both = apart & (features.labels[one] >= 0) & (features.labels[other] >= 0)
     same = features.labels[one] == features.labels[other]
-    z = unit(features.z)
+    rows = unit(features.z)
 
     def cosines(chosen: Tensor) -> Tensor:
         index = chosen.nonzero()[:PAIRS, 0]
-        return (z[one[index]] * z[other[index]]).sum(1)
+        return (rows[one[index]] * rows[other[index]]).sum(1)
 
     if both.any():
         return {"the same class, different sources": cosines(both & same), "different classes": cosines(both & ~same)}

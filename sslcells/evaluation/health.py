@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from sslcells.losses import unit as of_length_1
+from sslcells import losses
 
 _SPECTRUM_ROWS = 25_600
 """As many as in the RankMe paper."""
@@ -18,12 +18,17 @@ _PAIR_ROWS = 4_096
 _CHUNK = 1_024
 
 
-def _unit(z: Tensor, most: int) -> Tensor:
-    """At most `most` rows of z (N, D), of norm 1; the same choice for equal N."""
+def _sample(z: Tensor, most: int) -> Tensor:
+    """At most `most` rows of z (N, D) as float64 on the CPU; the same choice for equal N."""
     if len(z) > most:
         # At random: every n-th row would miss whole classes where plates or slides are listed in turn.
         z = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:most].to(z.device)]
-    return of_length_1(z.detach().cpu().double())
+    return z.detach().cpu().double()
+
+
+def _unit(z: Tensor, most: int) -> Tensor:
+    """At most `most` rows of z (N, D), of norm 1."""
+    return losses.unit(_sample(z, most))
 
 
 def effective_rank(z: Tensor) -> float:
@@ -51,7 +56,7 @@ def row_std(z: Tensor) -> float:
     """
     if not len(z):
         return math.nan
-    return _unit(z, _SPECTRUM_ROWS).std(0, correction=0).mean().item() * math.sqrt(z.shape[1])
+    return losses.row_std(_sample(z, _SPECTRUM_ROWS)).item()
 
 
 def alignment(z0: Tensor, z1: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Retrieval: how much of what lies near an image is of its class."""
+"""Retrieval: how many of an image's nearest neighbours are of its class."""
 
 import math
 
@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from sslcells.evaluation import knn
-from sslcells.losses import unit
 
 RECALL_AT = (1, 5, 10)
 
 
 @torch.no_grad()
 def retrieval(z: Tensor, labels: Tensor, sources: Tensor) -> dict[str, Tensor]:
-    """Figures of each row as a query among the other rows, (N,) float64 each; NaN where nothing could be found.
+    """Figures of each row as a query among the other rows, (N,) float64 each; NaN where there is nothing to find.
 
-    z (N, F), labels and sources (N,) int64. Rows of the query's own source, itself among them, are left out of what is
-    searched; labels below 0 neither ask nor count. With R rows of the query's class left:
-    recall@k: whether one of the k nearest is of its class; R-precision: how many of the R nearest are;
+    z (N, F), labels and sources (N,) int64. Rows of the query's own source, the query itself included, are not
+    searched; rows with labels below 0 are neither queries nor searched. With R rows of the query's class left:
+    recall@k: 1 if one of the k nearest is of its class, else 0; R-precision: share of the R nearest that are;
     mAP@R: the mean over i ≤ R of the precision among the i nearest where the i-th is right, else 0, arXiv 2003.08505
     equation 3. Among equal cosines the lowest index comes first. A row that is not finite finds nothing and is not
     found.
@@ -31,7 +30,7 @@ def retrieval(z: Tensor, labels: Tensor, sources: Tensor) -> dict[str, Tensor]:
     names = [*(f"recall@{k}" for k in RECALL_AT), "R-precision", "mAP@R"]
     out = {name: torch.full((len(z),), math.nan, dtype=torch.float64) for name in names}
     known = (labels >= 0).nonzero()[:, 0]
-    z, labels, sources = unit(z[known]).float(), labels[known], sources[known]
+    z, labels, sources = z[known], labels[known], sources[known]
     rows = max(1, knn._TILE // max(1, len(z)))
     for start in range(0, len(z), rows):
         part = slice(start, start + rows)
@@ -39,8 +38,7 @@ def retrieval(z: Tensor, labels: Tensor, sources: Tensor) -> dict[str, Tensor]:
         relevant = (labels[part, None] == labels) & ~own
         count = relevant.sum(1)  # (m,): R
         most = min(len(z), max(*RECALL_AT, int(count.max())))
-        cosine = (z[part] @ z.T).nan_to_num_(nan=-math.inf).masked_fill_(own, -math.inf)
-        near, index = knn.largest(cosine, most)
+        near, index = knn.neighbours(z[part], z, most, sources[part], sources)
         # Rows that are not finite, and those left out, stand last in the order of their index: they are not found.
         right = relevant.gather(1, index) & near.isfinite()  # (m, most), nearest first
         place = torch.arange(1, most + 1)

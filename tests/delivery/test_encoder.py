@@ -108,7 +108,7 @@ def test_mistakes_in_the_run_are_named(run, tmp_path):
     with pytest.raises(ConfigError, match="holds no whole encoder"):
         sslcells.load_encoder(run)
     (run / "encoder.json").unlink()
-    with pytest.raises(ConfigError, match="has not come to its end"):
+    with pytest.raises(ConfigError, match="has not finished"):
         sslcells.load_encoder(run)
 
 
