@@ -200,7 +200,8 @@ def test_another_configuration_does_not_go_on(finished):
 
 def test_what_does_not_change_the_training_may_change(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "quickstart")
-    train(tiny(tmp_path, "log.every_steps=1", "checkpoint.keep=5"))
+    folder = train(tiny(tmp_path, "log.every_steps=1", "checkpoint.keep=5"))
+    assert untimed(folder) == untimed(finished)  # it was finished, and is not trained again
 
 
 def test_what_auto_stood_for_stays_with_the_run(tmp_path, monkeypatch, capsys):

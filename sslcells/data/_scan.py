@@ -1,4 +1,4 @@
-"""Where in a folder the splits are, and the image files below them."""
+"""Finds the splits of a folder, and the image files in them."""
 
 import os
 import posixpath
@@ -13,7 +13,7 @@ from sslcells.values import place
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
 OURS = ".sslcells"
-"""Folder below the images in which the project keeps what it learned about them."""
+"""Folder beside the images in which sslcells remembers which ones it verified."""
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -24,7 +24,7 @@ _SHOWN = 10  # names in one message
 
 
 def is_split(folder: str) -> bool:
-    """Whether a folder of this name is taken for a split."""
+    """True if a folder of this name is read as a split."""
     return any(folder.casefold() in names for names in _SPLIT_NAMES.values())
 
 
@@ -32,7 +32,7 @@ def find_root(path: str) -> Path:
     """The folder that data.path names.
 
     Raises:
-        ConfigError: where it is none, with the nearest name that is.
+        ConfigError: if it is not a folder; the message has the most similar name.
     """
     root = place(path)
     if is_folder(root):
@@ -48,10 +48,10 @@ def find_root(path: str) -> Path:
 
 
 def find_splits(root: Path, given: dict[str, str | None]) -> dict[str, str]:
-    """The sub-folder of each split there is, as `given` or found by its name; "" is the whole folder.
+    """Split → sub-folder, as `given` or found by name; "" is the whole folder.
 
     Raises:
-        ConfigError: where a given one is missing, a found one is ambiguous, train is missing, or two overlap.
+        ConfigError: if a given folder is missing, a name is ambiguous, train is missing, or two splits overlap.
     """
     present = subfolders(root)
     found: dict[str, str] = {}
@@ -61,7 +61,7 @@ def find_splits(root: Path, given: dict[str, str | None]) -> dict[str, str]:
             continue
         matches = [folder for folder in present if folder.casefold() in _SPLIT_NAMES[split]]
         if len(matches) > 1:
-            raise ConfigError(f"{root} holds {' and '.join(matches)}: say which is meant with data.{split}=")
+            raise ConfigError(f"{root} holds {' and '.join(matches)}: set data.{split}= to one of them")
         if matches:
             found[split] = matches[0]
     if found and "train" not in found:
@@ -84,7 +84,7 @@ def _named_split(root: Path, split: str, name: str, present: Sequence[str]) -> s
 
 
 def _apart(root: Path, folders: dict[str, str]) -> None:
-    """Refuse splits that share images: what is measured on them would flatter."""
+    """Raise a ConfigError if splits share images, as results would be too good."""
     real = {split: (root / folder).resolve() for split, folder in folders.items()}
     for outer, outside in real.items():
         for inner, inside in real.items():
@@ -99,32 +99,32 @@ def subfolders(folder: Path) -> list[str]:
     """Sorted names of the folders in a folder.
 
     Raises:
-        ConfigError: where it cannot be listed.
+        ConfigError: if it cannot be listed.
     """
     found = (entry.name for entry in _entries(str(folder)) if not _hidden(entry.name) and _is_folder(entry))
     return sorted(name for name in found if not _turns_back(f"{folder}/{name}", [os.path.realpath(folder)]))
 
 
 Ignored = dict[str, tuple[int, str]]
-"""Kind of file → how many there are, and the path of one."""
+"""Kind of file → number of files, and an example."""
 
 
 class Listing(NamedTuple):
-    """The image files below a folder, sorted by their paths relative to it, and what else lies there."""
+    """The image files in a folder, sorted by relative path, and what was ignored."""
 
     names: list[str]
     sizes: list[int]
-    """bytes; −1 of a link that leads nowhere"""
+    """bytes; −1 for a broken link"""
     times: list[int]
-    """of the last change, in nanoseconds; −1 likewise"""
+    """last change in nanoseconds; −1 for a broken link"""
     ignored: Ignored
 
     @classmethod
     def of(cls, folder: Path, prefix: str = "") -> "Listing":
-        """Look, at any depth; paths get `prefix` before them.
+        """List a folder at any depth; every path starts with `prefix`.
 
         Raises:
-            ConfigError: where a folder cannot be listed.
+            ConfigError: if a folder cannot be listed.
         """
         ignored: Ignored = {}
         files = sorted((f"{prefix}{name}", *_size_and_time(entry)) for name, entry in _walk(folder, ignored))
@@ -133,20 +133,20 @@ class Listing(NamedTuple):
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Paths of the images below `folder`, relative to it, in the order of the file system; links are followed.
+    """Relative paths of the images in `folder`, in the order of the file system; links are followed.
 
-    What is called like an image is one here, also where it cannot be read: who reads it says so by its name. Asks the
-    file system for directory listings and nothing else, as there may be a million files.
+    Every file with an image's suffix counts, readable or not. Only directory listings are read, as there may be a
+    million files.
 
     Raises:
-        ConfigError: where a folder cannot be listed.
+        ConfigError: if a folder cannot be listed.
     """
     return (name for name, _ in _walk(folder, {}))
 
 
 def _walk(folder: Path, ignored: Ignored) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
-    """As `walk`, with the file system's entry of each; what is left out is counted in `ignored`."""
-    # Beside each folder the real paths that led to it, one for each link on the way: none is come to twice.
+    """Like `walk`, with the directory entry of each image; other files are counted in `ignored`."""
+    # Each folder comes with the real paths that led to it, one per link, so that circular links are noticed.
     waiting = [("", [os.path.realpath(folder)])]
     while waiting:
         prefix, real = waiting.pop()
@@ -171,7 +171,7 @@ def _walk(folder: Path, ignored: Ignored) -> Iterator[tuple[str, "os.DirEntry[st
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image."""
+    """True if a file of this name is read as an image."""
     return not _hidden(name) and name.lower().endswith(SUFFIXES)
 
 
@@ -187,7 +187,7 @@ def _hidden(name: str) -> bool:
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or to where one may not look: whoever opens it is told
+    except OSError:  # a link to itself, or without permission: opening it reports the error
         return False
 
 
@@ -200,7 +200,7 @@ def _size_and_time(entry: "os.DirEntry[str]") -> tuple[int, int]:
 
 
 def _entries(folder: str) -> Iterator["os.DirEntry[str]"]:
-    """What lies in a folder."""
+    """The entries of a folder."""
     try:
         with os.scandir(folder) as entries:
             yield from entries
@@ -209,7 +209,7 @@ def _entries(folder: str) -> Iterator["os.DirEntry[str]"]:
 
 
 def _turns_back(path: str, real: Sequence[str]) -> bool:
-    """Whether a link leads to a folder on the way to it, given as real paths, or to one that such a folder lies in."""
+    """True if a link leads to a folder on the way to it (`real`), or to a parent of one."""
     if not os.path.islink(path):
         return False
     target = os.path.realpath(path)

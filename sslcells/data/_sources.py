@@ -1,4 +1,4 @@
-"""What images were made from, as numbers that are the same in every split and every process."""
+"""Sources of images, as numbers that are the same in every split and every process."""
 
 import csv
 import hashlib
@@ -19,16 +19,16 @@ def source_id(source: str) -> int:
 
 
 def source_ids(images: Iterable[str], sources: Iterable[str | None]) -> Tensor:
-    """(N,) int64; an image without a known source is its own.
+    """(N,) int64; an image without a known source is its own source.
 
-    A source that is itself the path of an image gets that image's number: the original of augmented copies.
+    A source may be the path of an image, such as the original of augmented copies; then both share a number.
     """
     ids = [source_id(image if source is None else source) for image, source in zip(images, sources, strict=True)]
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def look_up_sources(images: Sequence[str], table: dict[str, str], pattern: str | None) -> list[str | None]:
-    """The source of each image (its path below data.path): as the table lists it, else as the pattern finds it."""
+    """The source of each image (path relative to data.path): from the table, or else from the pattern."""
     search = re.compile(pattern).search if pattern is not None else lambda image: None
     found: list[str | None] = []
     for image in images:
@@ -44,18 +44,18 @@ def check_pattern(pattern: str) -> None:
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        raise ValueError(f"no regular expression: {error}") from None
+        raise ValueError(f"not a regular expression: {error}") from None
     if groups != 1:
         raise ValueError(f"needs one group in parentheses, the source; it has {groups}")
 
 
 def read_table(file: Path, path_column: str, source_column: str) -> dict[str, str]:
-    """Image path → source, from a CSV with a header line, its columns parted by comma, semicolon or tab.
+    """Read image path → source from a CSV with a header line and commas, semicolons or tabs.
 
-    Paths come out with forward slashes; rows without a source are left out.
+    Paths get forward slashes; rows without a source are skipped.
 
     Raises:
-        ConfigError: where the file is not readable, lacks a column, or gives one image two sources.
+        ConfigError: if the file cannot be read, lacks a column, or gives one image two sources.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")

@@ -1,8 +1,7 @@
-"""What was found out about image files, remembered, so that no file is decoded twice to see whether it can be.
+"""Verifies image files once, and remembers the result, so that no file is decoded twice.
 
-One Parquet file for each split and way of reading, below the images, or in the user's cache folder where nothing can be
-written there. A file counts as looked at while its name, size and time of change are the same. What was broken is not
-remembered: it is looked at again.
+There is one Parquet file for each split and way of reading, beside the images, or in the user's cache folder if that is
+read-only. A result is valid while name, size and time of change stay the same. Broken files are not remembered.
 """
 
 import hashlib
@@ -29,17 +28,17 @@ from sslcells.data._scan import OURS, Listing
 from sslcells.storage import write_atomically
 
 _THREADS = 16
-"""that look at images; at most one per core"""
+"""threads that verify images; at most one per core"""
 _BLOCK = 64
-"""images that a thread looks at in one go"""
+"""images that a thread verifies at a time"""
 _KEPT = 24
-"""files of memory in one folder: three splits, and eight ways to read them"""
+"""Parquet files kept in one folder: three splits, and eight ways to read them"""
 _SAVE = 60.0
-"""seconds of looking that a kill may lose"""
+"""seconds of work that a kill may lose"""
 _TELL = 10.0
-"""seconds until a word is said about how long it takes"""
+"""seconds until the expected time is printed"""
 _FRESH = 2 * 10**9
-"""nanoseconds: a file changed so lately may change again within the same tick of the file system's clock"""
+"""nanoseconds: a file changed so recently may change again with the same time stamp"""
 
 _SCHEMA = pa.schema(
     [
@@ -57,16 +56,16 @@ _log = logging.getLogger(__name__)
 
 
 class Looks:
-    """What is known of the files of a listing: the header of each, or why it is broken."""
+    """The result for the files of a listing: the header of each, or why it is broken."""
 
     def __init__(self, headers: list[Header | None], broken: dict[str, str], looked: int) -> None:
         self.headers, self.broken = headers, broken
         self.looked = looked
-        """how many files were opened for it; the others were remembered"""
+        """number of files opened; the others were remembered"""
 
 
 def look(root: Path, listing: Listing, decoder: Decoder, whole: bool, part: str) -> Looks:
-    """Read every file's header, or decode it whole, unless that was done before; `part` names the split's folder."""
+    """Read the header of every file, or decode it, unless remembered; `part` names the split's folder."""
     memory = _Memory(root, decoder, whole, part)
     headers = memory.of(listing)
     missing = [i for i, header in enumerate(headers) if header is None]
@@ -101,7 +100,7 @@ def look(root: Path, listing: Listing, decoder: Decoder, whole: bool, part: str)
 
 
 def _headers(root: Path, names: Sequence[str], decoder: Decoder, whole: bool) -> Iterator[list[Header | str]]:
-    """In order, the header of each file, or why it is broken."""
+    """The header of each file, or why it is broken, in order."""
 
     def look_at(block: Sequence[str]) -> list[Header | str]:
         found: list[Header | str] = []
@@ -117,7 +116,7 @@ def _headers(root: Path, names: Sequence[str], decoder: Decoder, whole: bool) ->
 
 
 class _Memory:
-    """What was looked at before, in the same way."""
+    """The results of earlier runs that read the files in the same way."""
 
     def __init__(self, root: Path, decoder: Decoder, whole: bool, part: str) -> None:
         self._now = time.time_ns()
@@ -134,19 +133,19 @@ class _Memory:
         self._places = [root / OURS / name, _cache() / _digest(os.path.realpath(root)) / name]
 
     def of(self, listing: Listing) -> list[Header | None]:
-        """The header of each file that is as it was; from the first place that has a whole memory."""
+        """The remembered header of each unchanged file, from the first place that has an intact Parquet file."""
         for place in self._places:
             with suppress(FileNotFoundError):
                 try:
                     return _match(listing, pq.read_table(place, schema=_SCHEMA, memory_map=False))
                 except FileNotFoundError:
                     raise
-                except Exception as error:  # damaged in whatever way: then everything is looked at once more
-                    _log.warning("%s is not whole (%s): looking at the images again", place, _first_line(error))
+                except Exception as error:  # damaged in any way: verify everything again
+                    _log.warning("%s is damaged (%s): verifying the images again", place, _first_line(error))
         return [None] * len(listing.names)
 
     def keep(self, listing: Listing, headers: Sequence[Header | None]) -> None:
-        """Write what is known, in one go, at the first place where that is possible."""
+        """Write the results to the first place that can be written."""
         rows = [
             (os.fsencode(name), size, changed, *header.size, header.kind, header.pages)
             for name, size, changed, header in zip(listing.names, listing.sizes, listing.times, headers, strict=True)
@@ -168,7 +167,7 @@ class _Memory:
 
 
 def _match(listing: Listing, table: pa.Table) -> list[Header | None]:
-    """The remembered header of each file whose size and time are the same."""
+    """The remembered header of each file with the same size and time."""
     at = {name: row for row, name in enumerate(table["name"].to_pylist())}
     kinds = table["kind"].to_pylist()
     size, changed, height, width, pages = (
@@ -185,7 +184,7 @@ def _match(listing: Listing, table: pa.Table) -> list[Header | None]:
 
 
 def _forget(folder: Path) -> None:
-    """Remove the oldest memories, that other ways to read have left."""
+    """Remove the oldest Parquet files, left by other ways of reading."""
     with suppress(OSError):
         files = sorted(folder.glob("verified-*.parquet"), key=lambda file: file.stat().st_mtime, reverse=True)
         for old in files[_KEPT:]:

@@ -37,47 +37,47 @@ def _height_width(value: Any) -> Any:
 
 
 class Config(Section):
-    """Images as files: PATH/[split/][class/]…/image.png, found at any depth; hidden ones and other files ignored."""
+    """Image files at any depth in a folder: PATH/[split/][class/]…/image.png; hidden and other files are ignored."""
 
     kind: Literal["folder"] = "folder"
-    """JPEG, PNG, TIFF (its first page; with `stack` all channels), BMP and WebP files in a folder."""
+    """A folder of JPEG, PNG, TIFF (first page; with `stack` all channels), BMP and WebP files."""
     path: str = Field(min_length=1)
-    """The folder that holds the images."""
+    """Folder with the images."""
     train: str | None = None
-    """Sub-folder of the training images; none looks for train/, in any case, and without any split takes all images."""
+    """Sub-folder of the training images; none: train/ in any letter case, or all images if there are no splits."""
     val: str | None = None
-    """Sub-folder of the validation images; none looks for val/, valid/ or validation/."""
+    """Sub-folder of the validation images; none: val/, valid/ or validation/, if there is one."""
     test: str | None = None
-    """Sub-folder of the test images; none looks for test/."""
+    """Sub-folder of the test images; none: test/, if there is one."""
     size: Annotated[
         tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None, BeforeValidator(_height_width)
     ] = None
-    """Pixels that images are brought to: one number, or [height, width]; none where all files have one size."""
+    """Resize images to this many pixels: one number, or [height, width]; none if all files have the same size."""
     fit: Fit = "crop"
-    """`crop` cuts the longer side's ends off, `pad` goes on with the border's pixels, `stretch` changes the aspect."""
+    """`crop` cuts off the ends of the longer side, `pad` repeats the border pixels, `stretch` distorts the image."""
     channels: int = Field(3, ge=1, le=12)
-    """Images are converted to grey (1) or RGB (3); transparency becomes white. With `stack` any number, as it is."""
+    """Convert images to grey (1) or RGB (3), transparent parts to white. With `stack`: channels in the files."""
     stack: Stack | None = None
-    """Where a TIFF's channels are that are no colours (fluorescence): `first` (C, H, W), `last` (H, W, C), `auto`."""
+    """For TIFF files whose channels are not colours (fluorescence): the axis, `first` (C, H, W), `last` or `auto`."""
     intensity: Intensity = "percentile"
-    """Grey images deeper than 8 bit, and every channel of a stack: `percentiles` become 0..255, or the number type's
-    `full` range."""
+    """Scaling of grey images above 8 bit, and of each channel of a stack, to 0..255. `percentile`: between its
+    `percentiles`; `full`: over the full range of its number type."""
     percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.1, 99.9)
-    """Of each image, and each channel of a stack, that become 0 and 255."""
+    """Percentiles of an image, or of a channel of a stack, that become 0 and 255."""
     labels: Literal["folder", "none"] = "folder"
-    """`folder`: the first sub-folder below the split is the class; images beside it have none."""
+    """`folder`: the first sub-folder in the split is the class; images outside sub-folders have no label."""
     sources: str | None = None
-    """CSV file, as given or below `path`, that lists the source (slide, donor, photograph) of each image."""
+    """CSV file with the source (slide, donor, photograph) of each image; its path may be relative to `path`."""
     sources_path_column: str = "path"
-    """Its column with the image's path below `path`."""
+    """Column with the image's path relative to `path`."""
     sources_column: str = "source"
-    """Its column with the source."""
+    """Column with the source."""
     source_pattern: str | None = None
-    """Regular expression whose one group, searched in an image's path below `path`, is its source."""
+    """Regular expression, searched in the image's path relative to `path`; its one group is the source."""
     verify: Literal["full", "header", "none"] = "full"
-    """At the start, every image is decoded once, or only its header is read, or it is believed."""
+    """Check at the start: decode every image once (`full`), read only headers, or check nothing."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What broken images do at the start: stop the run, or are left out with a warning."""
+    """On broken images at the start: stop, or leave them out with a warning."""
 
     @field_validator("source_pattern")
     @classmethod
@@ -90,22 +90,22 @@ class Config(Section):
     def _channels(self) -> Self:
         if self.stack is None and self.channels not in (1, 3):
             raise ValueError(
-                f"channels={self.channels} are no colours: stack=auto, first or last reads so many from TIFF files"
+                f"channels={self.channels} are not colours: use stack=auto, first or last to read them from TIFF files"
             )
         if self.percentiles[0] >= self.percentiles[1]:
             raise ValueError(f"percentiles={list(self.percentiles)}: the first must be below the second")
         return self
 
     def decoder(self) -> Decoder:
-        """From files to pixels, as these fields say."""
+        """The decoder that these fields describe."""
         return Decoder(self.channels, self.size, self.fit, self.intensity, self.stack, self.percentiles)
 
 
 class FolderImages(ImageSet):
-    """One split of a folder; only paths, labels and sources are kept in memory."""
+    """One split of a folder; only paths, labels and sources are in memory."""
 
     skipped: dict[str, str]
-    """path below data.path → reason, of the images that were left out"""
+    """path relative to data.path → reason, for images that were left out"""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class FolderImages(ImageSet):
         """Image `index`: (C, H, W) uint8.
 
         Raises:
-            DataError: naming the file, where it has become unreadable.
+            DataError: if the file can no longer be read; the message names it.
         """
         file = f"{self._root}/{self._names[index]}"
 
@@ -143,7 +143,7 @@ class FolderImages(ImageSet):
                 return self._decoder(file)
             except Unreadable as error:
                 if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
-                    raise error.__cause__ from None  # not the file's fault
+                    raise error.__cause__ from None  # a storage error, which may pass
                 raise
 
         try:
@@ -154,7 +154,7 @@ class FolderImages(ImageSet):
             raise DataError(f"{file}: {error}") from None
 
     def values(self, index: int) -> NDArray[Any]:
-        """The numbers in the file of image `index`, before anything is made of them."""
+        """The raw values in the file of image `index`."""
         file = f"{self._root}/{self._names[index]}"
         try:
             return self._decoder.values(file)
@@ -162,22 +162,22 @@ class FolderImages(ImageSet):
             raise DataError(f"{file}: {error}") from None
 
     def header(self, index: int) -> Header | None:
-        """What the file of image `index` says of itself; None where it cannot be read."""
+        """The file header of image `index`; None if it cannot be read."""
         try:
             return self._decoder.header(f"{self._root}/{self._names[index]}")
         except Unreadable:
             return None
 
     def name(self, index: int) -> str:
-        """The image's path below data.path."""
+        """The image's path relative to data.path."""
         return self._names[index]
 
 
 def list_images(folder: Path) -> list[str]:
-    """Paths below a folder of the images in it at any depth, sorted.
+    """Sorted relative paths of the images in a folder, at any depth.
 
     Raises:
-        ConfigError: where there is no such folder, or no image in it.
+        ConfigError: if there is no such folder, or no image in it.
     """
     if not is_folder(folder):
         what = "is a file, not a folder of images" if folder.is_file() else f"no such folder{nearest_folder(folder)}"
@@ -189,7 +189,7 @@ def list_images(folder: Path) -> list[str]:
 
 
 def class_of(name: str) -> str | None:
-    """The first sub-folder on an image's path, or the first below a split's; None where there is none."""
+    """The first sub-folder on an image's path, not counting a split's; None if there is none."""
     folders = name.split("/")[:-1]
     if folders and is_split(folders[0]):
         folders = folders[1:]
@@ -197,17 +197,17 @@ def class_of(name: str) -> str | None:
 
 
 def nearest_folder(missing: Path) -> str:
-    """` (did you mean x?)`, x being a folder where the path stops to exist, or nothing where no name is near."""
+    """` (did you mean x?)` for the first part of the path that does not exist; empty if no folder is similar."""
     while not missing.parent.is_dir() and missing.parent != missing:
         missing = missing.parent
     return nearest(missing.name, subfolders(missing.parent)) if missing.parent.is_dir() else ""
 
 
 def open_split(config: Config, split: str) -> FolderImages | None:
-    """The images of one split in the order of their paths; None where the folder has no such split.
+    """The images of one split, sorted by path; None if the folder has no such split.
 
     Raises:
-        ConfigError: where folders, images or sources are not what the configuration says.
+        ConfigError: if folders, images or sources contradict the configuration.
     """
     clock = Clock()
     root = find_root(config.path)
@@ -245,7 +245,7 @@ def _where(root: Path, folder: str, given: str | None, split: str) -> str:
 
 
 def _beside(root: Path, folders: dict[str, str]) -> dict[str, tuple[int, str]]:
-    """What lies in the folder beside the splits, and so belongs to none."""
+    """Files and folders beside the splits, which belong to none."""
     used = {folder.split("/")[0] for folder in folders.values()}
     if "" in used:
         return {}
@@ -261,7 +261,7 @@ def _beside(root: Path, folders: dict[str, str]) -> dict[str, tuple[int, str]]:
 
 
 def _verify(config: Config, root: Path, listing: Listing, decoder: Decoder, folder: str) -> Looks:
-    """Look at the images as `verify` says; the broken ones are those that `on_error` allowed to skip."""
+    """Check the images as `verify` says; raises on broken images unless `on_error` is `skip`."""
     names = listing.names
     if config.verify == "none" and config.size is not None:
         return Looks([], {}, 0)
@@ -283,12 +283,12 @@ def _verify(config: Config, root: Path, listing: Listing, decoder: Decoder, fold
                 sizes.setdefault(header.size, name)
         if len(sizes) > 1:
             one, other = [f"{root / name} is {h}×{w}" for (h, w), name in list(sizes.items())[:2]]
-            raise ConfigError(f"images have several sizes (height × width): {one}, {other}; give data.size=")
+            raise ConfigError(f"images have several sizes (height × width): {one}, {other}; set data.size=")
     return looks
 
 
 def _classes(root: Path, folders: dict[str, str]) -> tuple[str, ...]:
-    """Names of the classes of all splits, so that a number means one class in each of them."""
+    """Names of the classes of all splits, so that a number means the same class in each split."""
     names: set[str] = set()
     for folder in folders.values():
         below = root / folder
@@ -297,14 +297,14 @@ def _classes(root: Path, folders: dict[str, str]) -> tuple[str, ...]:
 
 
 def _labels(names: Sequence[str], start: int, classes: tuple[str, ...]) -> Tensor:
-    """(N,) int64: the number of the class that the path goes on with at `start`; -1 without one."""
+    """(N,) int64: the class in each path at position `start`; -1 if it has none."""
     number = {name: k for k, name in enumerate(classes)}
     labels = (number.get(name[start:].partition("/")[0], -1) for name in names)
     return torch.from_numpy(np.fromiter(labels, np.int64, len(names)))
 
 
 def _sources(config: Config, root: Path, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-    """(N,) int64, and (N,) bool where known; at least half of the images must have a known source, if any has."""
+    """(N,) int64 sources, and (N,) bool whether known. If sources are configured, at least half must be known."""
     if config.sources is None and config.source_pattern is None:
         return source_ids(names, [None] * len(names)), None
     table: dict[str, str] = {}
@@ -332,7 +332,7 @@ def _sources_file(given: str, root: Path) -> Path:
 
 
 class _Packed:
-    """Strings in one bytes object: cheap to send to workers, and not copied by forked ones that count references."""
+    """Strings in one bytes object: cheap to send to workers, and forked workers do not copy it."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         encoded = [os.fsencode(s) for s in strings]

@@ -42,22 +42,22 @@ class Config(Section):
     """A .npz file in MedMNIST's layout, named by `path`, or one of MedMNIST's own sets, named by `set`."""
 
     kind: Literal["medmnist"] = "medmnist"
-    """One .npz file that holds train, val and test as arrays."""
+    """One .npz file with train, val and test as arrays."""
     path: str | None = None
     """The .npz file; or give `set`."""
     set: str | None = None
     """One of MedMNIST's 2D sets, such as bloodmnist; or give `path`."""
     resolution: Literal[28, 64, 128, 224] = 28
-    """Pixels on each side of the images of `set`."""
+    """Height and width in pixels of the images of `set`."""
     root: str = "~/.medmnist"
-    """Folder in which the file of `set` lies, or to which it is downloaded."""
+    """Folder that has the file of `set`, or to which it is downloaded."""
     download: bool = False
-    """Download `set` where it is missing; needs the medmnist package."""
+    """Download `set` if it is missing; needs the medmnist package."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes 0, 1, …; none takes MedMNIST's own where it knows the set, else the numbers."""
+    """Names of the classes 0, 1, …; empty: MedMNIST's names if it knows the set, else the numbers."""
     long_tail: float | None = Field(None, gt=1)
-    """How many times fewer train images the rarest class keeps than the commonest has, the others exponentially in
-    between, arXiv 1901.05555 section 5; none keeps all. val and test stay whole."""
+    """Make train long-tailed: the most common class has this many times the images of the rarest, with the others
+    exponentially in between, arXiv 1901.05555 section 5. none keeps all; val and test are not changed."""
 
     @field_validator("set")
     @classmethod
@@ -76,12 +76,12 @@ class Config(Section):
 
 
 def open_split(config: Config, split: str) -> ImageSet | None:
-    """One split, its images in memory; None where the file has neither images nor labels of it.
+    """One split, in memory; None if the file has neither images nor labels for it.
 
-    A set whose images have several labels each, such as chestmnist, has them as targets, and counts as unlabelled.
+    A set with several labels per image, such as chestmnist, has `targets` and counts as unlabelled.
 
     Raises:
-        ConfigError: where the file is missing, or is not in MedMNIST's layout.
+        ConfigError: if the file is missing, or is not in MedMNIST's layout.
     """
     file = _file(config)
     try:
@@ -112,7 +112,7 @@ def _read(config: Config, file: Path, arrays: Any, split: str) -> ImageSet:
         for s, given in labels.items():
             _check_range(file, f"{s}_labels", given, 0, 1, "of several labels an image each is 0 or 1")
         return ArrayImages(images, np.full(len(images), -1), (), split, origin, labels[split], where=where)
-    # More classes than images cannot be meant, and their names alone would fill the memory.
+    # More classes than images must be a mistake, and their names could fill the memory.
     most = max(_CLASSES, sum(map(len, labels.values())))
     for s, given in labels.items():
         _check_range(file, f"{s}_labels", given, -1, most - 1, "classes are numbered 0, 1, …; −1 is unknown")
@@ -125,7 +125,7 @@ def _read(config: Config, file: Path, arrays: Any, split: str) -> ImageSet:
 
 
 _CLASSES = 10_000
-"""that a file may have however few its images"""
+"""number of classes that is always allowed, however few the images"""
 
 
 def _alike(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -144,10 +144,10 @@ def _check_range(file: Path, key: str, labels: NDArray[np.int64], low: int, high
 
 
 def long_tail(labels: NDArray[np.int64], factor: float) -> NDArray[np.int64]:
-    """Which images a long tail keeps, in their order: (N,) classes → (n,) indices.
+    """Indices of the images that a long tail keeps, in order: (N,) classes → (n,) indices.
 
-    The c-th of K classes, commonest first, keeps its first n_max · factor^(−c / (K − 1)) images, rounded, but at least
-    one, and no more than it has.
+    The c-th of K classes, most common first, keeps its first n_max · factor^(−c / (K − 1)) images, rounded, but at
+    least one, and no more than it has.
     """
     classes, counts = np.unique(labels, return_counts=True)
     order = np.argsort(-counts, kind="stable")
@@ -159,7 +159,7 @@ def long_tail(labels: NDArray[np.int64], factor: float) -> NDArray[np.int64]:
 
 
 def _file(config: Config) -> Path:
-    """The .npz file, downloaded where it is missing and may be."""
+    """The .npz file, downloaded if it is missing and `download` allows it."""
     if config.set is not None:
         suffix = "" if config.resolution == 28 else f"_{config.resolution}"
         file = place(config.root) / f"{config.set}{suffix}.npz"
@@ -176,14 +176,14 @@ def _file(config: Config) -> Path:
             if file.exists():
                 what = f"is {'a folder' if file.is_dir() else 'no file but a pipe or device'}, not a .npz file"
             raise ConfigError(f"data.path={config.path!r}: {what}")
-    file.open("rb").close()  # zipfile says "no archive" of one that may not be read
+    file.open("rb").close()  # raises without permission, where zipfile would say "not an archive"
     if not zipfile.is_zipfile(file):
-        raise ConfigError(f"{file} is no .npz archive")
+        raise ConfigError(f"{file} is not a .npz archive")
     return file
 
 
 def _download(name: str, resolution: int, file: Path) -> None:
-    """Fetch a set through the medmnist package, so that `file` appears whole or not at all."""
+    """Download a set with the medmnist package; `file` appears complete or not at all."""
     try:
         package = importlib.import_module("medmnist")
     except ImportError:
@@ -194,7 +194,7 @@ def _download(name: str, resolution: int, file: Path) -> None:
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             getattr(package, info["python_class"])("val", download=True, root=folder, size=resolution)
             os.replace(Path(folder) / file.name, file)
-    except (RuntimeError, OSError) as error:  # medmnist hides what went wrong behind its own RuntimeError
+    except (RuntimeError, OSError) as error:  # medmnist replaces the cause with its own RuntimeError
         url = info.get("url" if resolution == 28 else f"url_{resolution}")
         raise ConfigError(
             f"data.set={name!r} cannot be downloaded: {error.__context__ or error}; put {url} at {file} by hand"
@@ -229,7 +229,7 @@ def _labels(file: Path, arrays: Any, key: str) -> NDArray[np.int64]:
 
 
 def _shape(file: Path, arrays: Any, key: str) -> tuple[int, ...]:
-    """The shape of an array, from its header: its values stay where they are."""
+    """The shape of an array, read from its header without loading the values."""
     if key not in arrays.files:
         raise ConfigError(f"{file} has no {key}{nearest(key, arrays.files)}; it has: {', '.join(arrays.files)}")
     with arrays.zip.open(f"{key}.npy") as member:
@@ -259,7 +259,7 @@ def _class_names(config: Config, file: Path, count: int) -> tuple[str, ...]:
 
 
 def _published_names(name: str) -> Sequence[str]:
-    """What the medmnist package, where it is installed, calls the classes of one of its sets."""
+    """The class names of a MedMNIST set, if the medmnist package is installed; else empty."""
     with suppress(ImportError):
         info: dict[str, Any] = importlib.import_module("medmnist").INFO
         return list(info.get(name, {"label": {}})["label"].values())

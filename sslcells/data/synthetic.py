@@ -1,4 +1,4 @@
-"""Stained blood smears drawn by the project itself: any number, any size, no download; for trying out and for tests."""
+"""Generated images of stained blood smears, any number, any size, no download: for first trials and for tests."""
 
 from typing import Literal
 
@@ -14,32 +14,32 @@ _SPLITS = {"train": 0, "val": 1, "test": 2}
 
 
 class Config(Section):
-    """How many, and how large."""
+    """Number and size of the generated images."""
 
     kind: Literal["synthetic"] = "synthetic"
     size: int = Field(48, ge=16, le=1024)
-    """Height and width in pixels of an image, which shows 24 µm."""
+    """Height and width in pixels; an image shows 24 µm."""
     train: int = Field(2560, ge=2)
-    """Images of the train split."""
+    """Number of images in the train split."""
     val: int = Field(512, ge=0)
-    """Images of the val split."""
+    """Number of images in the val split."""
     test: int = Field(512, ge=0)
-    """Images of the test split."""
+    """Number of images in the test split."""
     classes: int = Field(5, ge=2, le=5)
-    """How many kinds of white cell: neutrophil, eosinophil, basophil, lymphocyte, monocyte."""
+    """Number of classes, in this order: neutrophil, eosinophil, basophil, lymphocyte, monocyte."""
     seed: int = Field(0, ge=0)
-    """Of the drawings; the run's own seed does not change the images."""
+    """Seed of the images, independent of the run's seed."""
 
 
 class Smears(ImageSet):
-    """Images drawn when they are first asked for, and kept."""
+    """Images that are generated at first use and kept in memory."""
 
     channels = 3
 
     def __init__(self, config: Config, split: str) -> None:
         self._config, self._split = config, split
         self._drawn: dict[int, Tensor] = {}
-        self.found = Found("synthetic, drawn by the project itself: no data of yours")
+        self.found = Found("synthetic, generated images: no data of yours")
         self.classes = CLASSES[: config.classes]
         count = getattr(config, split)
         self.labels = torch.arange(count) % config.classes
@@ -54,10 +54,10 @@ class Smears(ImageSet):
         return self._drawn[index]
 
     def name(self, index: int) -> str:
-        """Its place in the series."""
+        """The image's position in its split."""
         return f"synthetic/{self._split}/{index}"
 
 
 def open_split(config: Config, split: str) -> ImageSet | None:
-    """The split, or None where it has no images."""
+    """The split, or None if it has no images."""
     return Smears(config, split) if getattr(config, split) else None

@@ -1,4 +1,4 @@
-"""Well-known sets as torchvision reads them: MNIST, FashionMNIST, CIFAR10, STL10."""
+"""Data sets of torchvision: MNIST, FashionMNIST, CIFAR10, STL10."""
 
 from typing import Any, Literal, Self
 
@@ -15,18 +15,18 @@ _SETS = ("MNIST", "FashionMNIST", "CIFAR10", "STL10")
 
 
 class Config(Section):
-    """One of torchvision's sets, to try things out."""
+    """A data set of torchvision, to try things out."""
 
     kind: Literal["torchvision"] = "torchvision"
-    """A set that torchvision knows by name; it has train and test, no val."""
+    """A data set of torchvision, with train and test, but no val."""
     name: str = "MNIST"
     """MNIST, FashionMNIST, CIFAR10 or STL10."""
     root: str = "data"
-    """The folder that holds torchvision's own folder of the set, such as MNIST/."""
+    """Folder that contains torchvision's folder of the set, such as MNIST/."""
     download: bool = False
-    """Download the set where it is missing."""
+    """Download the set if it is missing."""
     train: Literal["train", "unlabeled", "train+unlabeled"] = "train"
-    """Which images of STL10 are `train`; its 100,000 unlabelled ones take 2.8 GB of memory."""
+    """Images of STL10 to use as `train`; the 100,000 unlabelled ones take 2.8 GB of memory."""
 
     @field_validator("name")
     @classmethod
@@ -40,7 +40,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _only_stl10_has_unlabelled(self) -> Self:
         if self.train != "train" and self.name != "STL10":
-            raise ValueError(f"train={self.train!r} is of STL10 alone; {self.name} has no unlabelled images")
+            raise ValueError(f"train={self.train!r} exists only for STL10; {self.name} has no unlabelled images")
         return self
 
 
@@ -48,7 +48,7 @@ def open_split(config: Config, split: str) -> ArrayImages | None:
     """The set's train or test images, in memory; None for val.
 
     Raises:
-        ConfigError: where the set is missing, damaged, or cannot be downloaded.
+        ConfigError: if the set is missing, damaged, or cannot be downloaded.
     """
     if split == "val":
         return None
@@ -60,7 +60,7 @@ def open_split(config: Config, split: str) -> ArrayImages | None:
         known = getattr(datasets, config.name)(root, download=config.download, **part)
         images, classes = _images(known.data), tuple(known.classes)
         labels = np.asarray(known.labels if config.name == "STL10" else known.targets)
-    except Exception as error:  # torchvision raises RuntimeError where files are missing, and anything where damaged
+    except Exception as error:  # torchvision raises RuntimeError for missing files, and anything for damaged ones
         advice = "" if config.download else "; data.download=true fetches it"
         raise ConfigError(f"data.name={config.name!r} cannot be read from {root}: {_reason(error)}{advice}") from None
     return ArrayImages(images, labels, classes, split, f"{config.name} {split}", where=f"{config.name} in {root}")
@@ -75,4 +75,4 @@ def _images(data: Any) -> NDArray[np.uint8]:
 
 
 def _reason(error: Exception) -> str:
-    return "it is not there, or not whole" if "not found" in str(error) else str(error) or type(error).__name__
+    return "it is missing or incomplete" if "not found" in str(error) else str(error) or type(error).__name__

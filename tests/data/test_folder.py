@@ -589,7 +589,7 @@ def test_unclear_splits(tmp_path):
     assert "holds val but no folder called train" in mistake(tmp_path)
     assert names(opened(tmp_path, train="images")) == ["images/1.png"]
     image(tmp_path / "valid/1.png")
-    assert "val and valid: say which" in mistake(tmp_path, train="images")
+    assert "val and valid: set data.val= to one of them" in mistake(tmp_path, train="images")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may list every folder")
@@ -619,8 +619,8 @@ def test_a_folder_below_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         ({"size": 0}, "greater than or equal to 1"),
         ({"size": "big"}, "such as 128, or"),
         ({"size": [1, 2, 3]}, "at most 2 items"),
-        ({"channels": 2}, "channels=2 are no colours"),
-        ({"source_pattern": "(a"}, "no regular expression"),
+        ({"channels": 2}, "channels=2 are not colours"),
+        ({"source_pattern": "(a"}, "not a regular expression"),
         ({"source_pattern": "(a)(b)"}, "needs one group in parentheses, the source; it has 2"),
         ({"path": ""}, "at least 1 character"),
     ],

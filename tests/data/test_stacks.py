@@ -1,4 +1,4 @@
-"""TIFF files whose channels are no colours: where these are, how they are scaled, and from folder to embedding."""
+"""TIFF files whose channels are not colours: where these are, how they are scaled, and from folder to embedding."""
 
 import importlib
 import sys
@@ -142,7 +142,7 @@ def read_any(tmp_path, array, like, photometric="minisblack"):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"channels": 5}, "channels=5 are no colours: stack=auto, first or last"),
+        ({"channels": 5}, "channels=5 are not colours: use stack=auto, first or last"),
         ({"channels": 13, "stack": "auto"}, "less than or equal to 12"),
         ({"percentiles": [99, 1]}, "the first must be below the second"),
         ({"channels": 5, "stack": "middle"}, "'auto', 'first' or 'last'"),

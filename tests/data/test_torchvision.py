@@ -105,7 +105,7 @@ def test_stl10_and_its_unlabelled_images(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "CIFAR10", "STL10"])
 def test_missing(tmp_path, name):
     message = mistake(tmp_path, name=name)
-    assert f"data.name='{name}' cannot be read from {tmp_path}: it is not there" in message
+    assert f"data.name='{name}' cannot be read from {tmp_path}: it is missing" in message
     assert "data.download=true" in message
 
 

@@ -123,7 +123,7 @@ def test_a_damaged_memory_is_ignored(cells, seen, damage, caplog):
     seen.clear()
     assert len(opened(cells)) == 6
     assert len(seen) == 6
-    assert "is not whole" in caplog.text
+    assert "is damaged" in caplog.text
     seen.clear()
     opened(cells)
     assert not seen

@@ -261,7 +261,8 @@ def test_training_lowers_the_loss_and_resumes_exactly(name, options, tmp_path):
     checkpoint.write(tmp_path, 4, checkpoint.files(4, network, {"optimizer": optimizer.state_dict()}), keep=1)
     saved = copy.deepcopy(network.state_dict())
     rest = two_steps(network, optimizer, 8)
-    assert min(rest) < start[0]
+    late = rest[:2] if name == "dino" else rest[-3:]  # DINO's teacher and centre move on, and its loss rises with them
+    assert max(late) < min(start[:2])
 
     again = learner(name, options)
     step, states = checkpoint.load(checkpoint.newest(tmp_path), again)

@@ -21,6 +21,13 @@ def owner(folder, **changes):
     (folder / FILE).write_text(json.dumps(other | changes))
 
 
+def taken(folder):
+    """The lock, whose file now names this process."""
+    mine = Lock(folder)
+    assert json.loads((folder / FILE).read_text())["process"] == os.getpid()
+    return mine
+
+
 def test_one_at_a_time(tmp_path):
     first = Lock(tmp_path)
     with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on "):
@@ -54,12 +61,12 @@ def test_an_earlier_start_of_the_same_job_has_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     owner(tmp_path, job="12", start="0")
-    Lock(tmp_path).release()
+    taken(tmp_path).release()
 
 
 def test_a_torn_file_is_nobodys(tmp_path):
     (tmp_path / FILE).write_text('{"host": "els')
-    Lock(tmp_path).release()
+    taken(tmp_path).release()
 
 
 def test_who_loses_the_folder_is_told(tmp_path, monkeypatch):
