@@ -88,7 +88,7 @@ def check_rows(encoder: nn.Module, method: methods.Method, run: Run, plan: Plan,
             with torch.no_grad():
                 features = alone(x)
                 if plan.micro_batch * method.views_in_all == 1:
-                    head(features)
+                    head(features, progress=0.0)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -123,7 +123,7 @@ def consequences(run: Run, world: int) -> str:
     check_rows(encoder, method, run, plan, images.channels)
     anchors, references = plan.batch * method.views, plan.global_batch * method.views
     negatives, where = method.negatives(plan.global_batch), "the global batch" + " and the queue" * bool(method.queued)
-    dimension = method(torch.zeros(2, features)).shape[1]
+    dimension = method(torch.zeros(2, features), progress=0.0).shape[1]
     parts = plan.batch // plan.micro_batch
     cached = (
         f"micro-batches: {parts} a rank of {plan.micro_batch} images, about 4/3 of the plain step's compute; the "

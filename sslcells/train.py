@@ -139,13 +139,13 @@ class Training:
         batch = Batch.ids(parts)
         rate = optim.learning_rate(run.optim, self.step, plan.steps, plan.warmup)
         optim.set_learning_rate(self._optimizer, rate)
-        self._method.done = self.step / plan.steps
-        loss, figures = self._backward(parts, batch)
+        progress = self.step / plan.steps
+        loss, figures = self._backward(parts, batch, progress)
         self._watch("loss", loss)  # ()
         norm = self._accelerator.clip_grad_norm_(self._network.parameters(), run.optim.clip_norm or math.inf)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._learner.follow()
+        self._learner.follow(progress)
 
         self.step = step = self.step + 1
         meter.add(loss, norm, figures)
@@ -190,16 +190,16 @@ class Training:
         log.close()
         ranks.barrier()
 
-    def _backward(self, parts: Sequence[Batch], ids: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _backward(self, parts: Sequence[Batch], ids: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, figures, and the gradients in the parameters: in one pass, or in micro-batches."""
         whole = ids.to(self._device)
         if len(parts) > 1:
-            return cached_backward(self._accelerator, self._network, self._rows, self._method, parts, whole)
-        loss, figures = self._method.loss(self._rows(parts[0], 0), whole)
+            return cached_backward(self._accelerator, self._network, self._embed, self._method, parts, whole, progress)
+        loss, figures = self._method.loss(self._embed(parts[0], 0, progress), whole, progress)
         self._accelerator.backward(loss)
         return loss, figures
 
-    def _rows(self, part: Batch, index: int) -> Tensor:
+    def _embed(self, part: Batch, index: int, progress: float) -> methods.Outputs:
         """Augment and embed images: the same numbers whenever the same part of the same step is asked for."""
         seed, pixels = self._run.seed, part.pixels.to(self._device, non_blocking=True)
         key: dict[str, Any] = {"seed": seed, "step": self.step, "occurrence": part.occurrence}
@@ -210,9 +210,10 @@ class Training:
         for x in crops:
             self._watch("views", x)  # (V·b, C, S, S) float32
         torch.manual_seed(stream(seed, self.step, ranks.rank(), index))
-        rows: Tensor = self._network(*(x.contiguous(memory_format=self._plan.memory_format) for x in crops))
-        self._watch("rows", rows)  # (V·b, D)
-        return rows
+        crops = [x.contiguous(memory_format=self._plan.memory_format) for x in crops]
+        outputs: methods.Outputs = self._network(*crops, progress=progress)
+        self._watch("rows", outputs.rows)  # (V·b, D)
+        return outputs
 
     def _measured(self, look: Callable[[], T]) -> T:
         """What is seen of a network that is sound, and the same on every rank.
@@ -280,10 +281,11 @@ _FAILED = 1000
 def cached_backward(
     accelerator: Accelerator,
     network: nn.Module,
-    rows_of: Callable[[Batch, int], Tensor],
+    embed: Callable[[Batch, int, float], methods.Outputs],
     method: methods.Method,
     parts: Sequence[Batch],
     batch: Batch,
+    progress: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of a batch whose activations do not fit at once: GradCache, arXiv 2101.06983, section 3.
 
@@ -292,16 +294,24 @@ def cached_backward(
     alone sees the statistics of a part instead of the batch (and moves its running ones twice). DDP synchronises once.
     """
     with torch.no_grad():
-        apart = [by_view(rows_of(part, i), method.views_in_all) for i, part in enumerate(parts)]  # (V, b, D) each
-    rows = torch.cat(apart, 1).flatten(0, 1).requires_grad_()  # (V·B, D), view-major
-    loss, figures = method.loss(rows, batch)
+        apart = [embed(part, i, progress) for i, part in enumerate(parts)]
+    rows = joined([x.rows for x in apart], method.views_in_all).requires_grad_()
+    teacher = [x.teacher for x in apart if x.teacher is not None]
+    outputs = methods.Outputs(rows, joined(teacher, method.views) if teacher else None)
+    loss, figures = method.loss(outputs, batch, progress)
     accelerator.backward(loss)
     assert rows.grad is not None
-    grads = torch.split(by_view(rows.grad, method.views_in_all), [x.shape[1] for x in apart], 1)
+    images = [len(x.rows) // method.views_in_all for x in apart]
+    grads = torch.split(by_view(rows.grad, method.views_in_all), images, 1)
     for i, (part, grad) in enumerate(zip(parts, grads, strict=True)):
         with accelerator.no_sync(network) if i + 1 < len(parts) else nullcontext():
-            torch.autograd.backward(rows_of(part, i), grad.flatten(0, 1))
+            torch.autograd.backward(embed(part, i, progress).rows, grad.flatten(0, 1))
     return loss, figures
+
+
+def joined(parts: Sequence[Tensor], views: int) -> Tensor:
+    """Rows (V·b, D) of each part → rows of the batch (V·B, D), view-major."""
+    return torch.cat([by_view(x, views) for x in parts], 1).flatten(0, 1)
 
 
 def by_view(rows: Tensor, views: int) -> Tensor:

@@ -39,8 +39,8 @@ def after_step(monkeypatch, step, act):
     """Act on the learner after a step, counted from 1."""
     follow, count = methods.Learner.follow, iter(range(1, 1000))
 
-    def acting(self):
-        follow(self)
+    def acting(self, progress):
+        follow(self, progress)
         if next(count) == step:
             act(self)
 

@@ -97,7 +97,7 @@ def test_an_image_is_no_negative_of_itself(changes):
     made = method(changes)
     first, second = nn.functional.normalize(torch.randn(2, 6), dim=1)
     rows = torch.stack([first, second, first, second]).requires_grad_()
-    loss, _ = made.loss(rows, batch(torch.tensor([4, 4])))
+    loss, _ = made.loss(methods.Outputs(rows), batch(torch.tensor([4, 4])), 0.0)
     loss.backward()
     towards = first - (first @ second) * second
     assert -rows.grad[[1, 3]].sum(0) @ towards >= -1e-6
@@ -109,7 +109,7 @@ def test_simclr_with_a_repeated_image_by_hand(repeated):
     made.repeated = repeated
     image = torch.tensor([5, 6, 5, 7])
     z = nn.functional.normalize(torch.randn(8, 6), dim=1)
-    loss, _ = made.loss(z, batch(image))
+    loss, _ = made.loss(methods.Outputs(z), batch(image), 0.0)
     ids, total = image.repeat(2), 0.0
     for i in range(8):
         partner = (i + 4) % 8
@@ -126,7 +126,7 @@ def test_moco_with_a_repeated_image_by_hand(queue):
     unit = nn.functional.normalize(torch.randn(2, 2, 6, 6), dim=3)  # (steps, rows and keys, 2B, D)
     held, names = made.queue.clone(), [-1] * queue
     for rows, keys in unit:
-        loss, _ = made.loss(torch.cat([rows, keys], 1), batch(image))
+        loss, _ = made.loss(methods.Outputs(rows, keys), batch(image), 0.0)
         total = 0.0
         for own, others in ((0, 3), (3, 0)):
             for i in range(3):

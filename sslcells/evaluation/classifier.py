@@ -14,7 +14,7 @@ from sslcells.config import Run
 from sslcells.data import ImageSet
 from sslcells.evaluation.encode import encode, spread
 from sslcells.evaluation.scores import of_classes, of_ranking
-from sslcells.methods import Classifier, Learner
+from sslcells.methods import Classifier, Learner, Logits
 from sslcells.storage import write_atomically
 
 
@@ -90,7 +90,7 @@ def predict(learner: Learner, images: ImageSet, run: Run, augment: Augment, devi
     def plain(pixels: Tensor, image: Tensor) -> Tensor:
         return augment.plain(pixels)
 
-    found = encode(images, learner, plain, device, run.evaluate.batch, run.train.workers, index.tolist())
+    found = encode(images, Logits(learner), plain, device, run.evaluate.batch, run.train.workers, index.tolist())
     classes = images.classes or range(found.z.shape[1])
     labels = F.one_hot(labels[index], found.z.shape[1]) if method.several and labels.ndim == 1 else labels[index]
     probabilities = method.probabilities(found.z).double()

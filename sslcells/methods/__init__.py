@@ -1,7 +1,7 @@
 """Methods: what is learned from a batch; one file each.
 
-A method is a module with a `Config(Section)` and a `Method(config, features, images)`; the folder is the registry. It
-turns features into rows inside the network that DDP wraps, and rows into a loss outside of it.
+A method is a module with a `Config(Section)` and a `Method(config, features, images)`; the folder is the registry. A
+method turns features into rows inside the network that DDP wraps, and rows into a loss outside of it.
 """
 
 import copy
@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sslcells import models
 from sslcells.config import Section
@@ -26,62 +25,70 @@ class Local(NamedTuple):
     size: int
     """height and width in pixels"""
     scale: tuple[float, float]
-    """smallest and largest crop, as a part of the image's area"""
+    """smallest and largest crop, as a fraction of the image's area"""
+
+
+class Outputs(NamedTuple):
+    """What a `Learner` returns for the A rows of a batch, view-major, local views last."""
+
+    rows: Tensor
+    """(A + L·B, D) of the student"""
+    teacher: Tensor | None = None
+    """(A, D) of the teacher, for the full-size views, without gradient; None where there is no teacher"""
 
 
 class Method(nn.Module, ABC):
-    """Head and loss of a method; V = `views` augmented views of each image."""
+    """Head and loss of a method; V = `views` augmented views of each image.
+
+    `progress` is the fraction of the training's steps that are finished, 0 to 1.
+    """
 
     views: int
     head: nn.Module
     negative_views: int | None = None
-    """how many views of every other image are negatives of a row; none for all, 0 where there are no negatives"""
+    """how many views of every other image are negatives of a row; None for all, 0 where there are no negatives"""
     queued: int = 0
     """negatives of a row from earlier steps"""
     local: Local | None = None
-    """the small views of each image, whose rows come after those of the others"""
-    momentum: float | None = None
-    """of the teacher, at the first step; none where there is no teacher"""
-    taught: str = "head"
-    """the part of the method that the teacher has a copy of; it takes features"""
-    delivers: Literal["student", "teacher"] = "student"
+    """the small views of each image; their rows come after those of the full-size views"""
+    momentum: float
+    """of the teacher at the first step; methods with a teacher set it"""
+    exported: Literal["student", "teacher"] = "student"
     """whose backbone is evaluated and exported"""
     repeated: bool = True
-    """whether an image may come more than once in a global batch; the loop says what the sampler does"""
-    done: float = 0.0
-    """part of the training's steps that are done; the loop says it before each step"""
+    """whether an image may occur more than once in a global batch; the train loop sets it from the sampler"""
 
     @property
     def views_in_all(self) -> int:
-        """Rows of each image: of its full-size views and of its local ones."""
+        """Rows per image: its full-size views and its local ones."""
         return self.views + (self.local.views if self.local else 0)
 
     def negatives(self, images: int) -> int:
-        """Negatives of a row in a global batch of so many images."""
+        """Negatives of a row in a global batch of `images`."""
         views = self.views if self.negative_views is None else self.negative_views
         return views * (images - 1) + self.queued
 
     @abstractmethod
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, progress: float) -> Tensor:
         """(A, F) features, view-major → (A, D) rows."""
 
     @abstractmethod
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(A, D) rows and the batch they came from → the loss, a scalar, and detached figures for the log.
+    def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The rows and the batch they came from → the loss, a scalar, and detached figures for the log."""
 
-        Where there is a teacher, rows are those of the student and, as further columns, those of the teacher, which
-        carry no gradient; those of the teacher for local views are zeros.
-        """
+    @abstractmethod
+    def teacher_copies(self) -> nn.Module | None:
+        """The part of the method, (A, F) → (A, D), that the teacher keeps a copy of; None for no teacher."""
 
     def loss_parameters(self) -> list[nn.Parameter]:
-        """What the loss learns, beside the head: a temperature, class centres."""
+        """What the loss learns besides the head: a temperature, class centres."""
         return [p for name, p in self.named_parameters() if not name.startswith("head.")]
 
 
 class Teacher(nn.Module):
-    """An exponential moving average of the backbone and of the head that it is followed by.
+    """An exponential moving average of the backbone and of the head after it.
 
-    BatchNorm sees the batch, as the student's does; dropout and drop path are off.
+    BatchNorm uses the batch's statistics, as the student's does; dropout and drop path are off.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -107,7 +114,7 @@ class Classifier(Method, ABC):
     """A method whose rows are logits of the K classes."""
 
     several: bool
-    """whether an image may have several classes"""
+    """whether an image may have more than one class"""
 
     @abstractmethod
     def probabilities(self, rows: Tensor) -> Tensor:
@@ -115,9 +122,9 @@ class Classifier(Method, ABC):
 
 
 class Learner(nn.Module):
-    """Backbone and method's head: what is trained; the head alone, on a backbone in eval mode, where it is frozen.
+    """What is trained: the backbone and the method's head, and the teacher that follows them where there is one.
 
-    And the teacher that follows them, where the method has one.
+    A frozen backbone stays in eval mode, and only the head is trained.
     """
 
     teacher: Teacher | None
@@ -125,38 +132,32 @@ class Learner(nn.Module):
     def __init__(self, backbone: nn.Module, method: Method, frozen: bool = False) -> None:
         super().__init__()
         self.backbone, self.method, self._frozen = backbone, method, frozen
-        # What a method keeps, such as a queue, is the same on every rank: DDP need not send it at every forward pass.
+        # The method's own buffers, such as a queue, are equal on all ranks: DDP need not send them each forward pass.
         self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name, _ in method.named_buffers(recurse=False)]
         backbone.requires_grad_(not frozen)
-        has = method.momentum is not None
-        self.teacher = Teacher(backbone, method.get_submodule(method.taught)) if has else None
+        copied = method.teacher_copies()
+        self.teacher = None if copied is None else Teacher(backbone, copied)
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """As every module's, but a frozen backbone stays in eval mode."""
+        """Set training mode as in every module; a frozen backbone stays in eval mode."""
         super().train(mode)
         self.backbone.train(mode and not self._frozen)
         return self
 
-    def forward(self, *crops: Tensor) -> Tensor:
-        """(A, C, S, S), and the local views (L·B, C, s, s) where the method has some → rows (A + L·B, D).
-
-        With a teacher D is the sum of the widths of its rows and of the student's.
-        """
-        rows: Tensor = self.method(torch.cat([self.backbone(x) for x in crops]))
+    def forward(self, *crops: Tensor, progress: float) -> Outputs:
+        """Full-size views (A, C, S, S), and local views (L·B, C, s, s) where the method has them → Outputs."""
+        rows: Tensor = self.method(torch.cat([self.backbone(x) for x in crops]), progress)
         for parameter in self.method.loss_parameters():
-            rows = rows + 0 * parameter.sum()  # so that DDP, which sees no loss, waits for its gradient and averages it
-        if self.teacher is None:
-            return rows
-        taught = self.teacher(crops[0])
-        taught = F.pad(taught, (0, 0, 0, len(rows) - len(taught)))
-        return torch.cat([rows, taught.to(rows.dtype)], 1)
+            rows = rows + 0 * parameter.sum()  # DDP sees no loss: this makes it wait for the gradient and average it
+        return Outputs(rows, None if self.teacher is None else self.teacher(crops[0]))
 
-    def follow(self) -> None:
-        """Move the teacher, after the optimizer's step: momentum goes to 1 by half a cosine (arXiv 2006.07733, 3.2)."""
-        if self.teacher is not None and self.method.momentum is not None:
-            momentum = 1 - (1 - self.method.momentum) * (1 + math.cos(math.pi * self.method.done)) / 2
-            self.teacher.follow(self.backbone, self.method.get_submodule(self.method.taught), momentum)
+    def follow(self, progress: float) -> None:
+        """Move the teacher after the optimizer's step; momentum rises to 1 by half a cosine (arXiv 2006.07733, 3.2)."""
+        copied = self.method.teacher_copies()
+        if self.teacher is not None and copied is not None:
+            momentum = 1 - (1 - self.method.momentum) * (1 + math.cos(math.pi * progress)) / 2
+            self.teacher.follow(self.backbone, copied, momentum)
 
     def no_weight_decay(self) -> set[str]:
         """The backbone's parameters that timm takes no weight decay of: positional embeddings, tokens."""
@@ -166,23 +167,37 @@ class Learner(nn.Module):
     @property
     def encoder(self) -> nn.Module:
         """The backbone that is evaluated and exported."""
-        return (
-            self.teacher.backbone if self.teacher is not None and self.method.delivers == "teacher" else self.backbone
-        )
+        if self.teacher is not None and self.method.exported == "teacher":
+            return self.teacher.backbone
+        return self.backbone
+
+
+class Logits(nn.Module):
+    """A trained classifier as one network: (N, C, S, S) → logits (N, K)."""
+
+    def __init__(self, learner: Learner) -> None:
+        super().__init__()
+        self.learner = learner
+        self.training = learner.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, S, S) → (N, K)."""
+        outputs: Outputs = self.learner(x, progress=1.0)
+        return outputs.rows
 
 
 def build(config: Section, features: int, images: ImageSet) -> Method:
-    """The method that `config` is the section of, on F features, to learn from the images of a train split.
+    """The method whose section `config` is, on F features, for the images of a train split.
 
     Raises:
-        ConfigError: where these images have not what the method learns from, such as labels.
+        ConfigError: where these images lack what the method learns from, such as labels.
     """
     method: Method = _class_of(config)(config, features, images)
     return method
 
 
 def classifies(config: Section) -> bool:
-    """Whether the method that `config` is the section of is a Classifier."""
+    """True where the method of this section is a Classifier."""
     return issubclass(_class_of(config), Classifier)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sslcells import ranks
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import gather_ids, gather_with_grad, sound
+from sslcells.methods import Outputs
 from sslcells.methods._embedding import Embedding, Head, check_labels
 
 
@@ -28,8 +29,9 @@ class CentreMethod(Embedding):
         super().__init__(config, features, config.views)
         self._loss = loss
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the labelled rows of the global batch; and for how many the nearest centre is their own's."""
+        rows = outputs.rows
         known, label = _known(batch.label.repeat(self.views))
         total = ranks.gather(known.sum()[None]).sum()
         if not len(label):

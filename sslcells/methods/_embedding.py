@@ -46,10 +46,13 @@ class Embedding(methods.Method):
         self.views = views
         self.head = projection(features, config.hidden, config.dimension, config.layers, config.norm)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, progress: float) -> Tensor:
         """(V·B, F) → (V·B, D)."""
         rows: Tensor = self.head(features)
         return rows
+
+    def teacher_copies(self) -> None:
+        """There is no teacher."""
 
 
 def check_positives(kind: Positive, images: ImageSet, views: int) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import BarlowTwinsLoss
+from sslcells.methods import Outputs
 from sslcells.methods._embedding import Embedding, WideHead
 
 
@@ -27,7 +28,7 @@ class Method(Embedding):
         super().__init__(config, features, views=2)
         self._loss = BarlowTwinsLoss(config.off_diagonal)
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """BarlowTwinsLoss of the two views."""
-        loss: Tensor = self._loss(*rows.chunk(2))
+        loss: Tensor = self._loss(*outputs.rows.chunk(2))
         return loss, self._loss.stats

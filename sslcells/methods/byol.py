@@ -33,7 +33,6 @@ class Method(methods.Method):
 
     views = 2
     negative_views = 0
-    taught = "head.0"
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__()
@@ -42,15 +41,20 @@ class Method(methods.Method):
         self.head = nn.Sequential(projector, projection(out, hidden, out, 2, norm))
         self.momentum = config.momentum
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, progress: float) -> Tensor:
         """(2B, F) → predictions (2B, D)."""
         rows: Tensor = self.head(features)
         return rows
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 2, the squared distance of unit rows, in both directions; rows (2B, 2D)."""
-        predicted, taught = rows.chunk(2, 1)
-        first, second = unit(taught.detach()).chunk(2)
-        loss = (unit(predicted) - unit(taught.detach()).roll(len(first), 0)).square().sum(1).mean() * 2
-        figures = {"teacher_alignment": (first - second).square().sum(1).mean(), "row_std": row_std(taught)}
+    def teacher_copies(self) -> nn.Module:
+        """The projector."""
+        return self.head.get_submodule("0")
+
+    def loss(self, outputs: methods.Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 2, the squared distance of unit rows, in both directions."""
+        assert outputs.teacher is not None
+        target = unit(outputs.teacher.detach())  # (2B, D)
+        first, second = target.chunk(2)
+        loss = (unit(outputs.rows) - target.roll(len(first), 0)).square().sum(1).mean() * 2
+        figures = {"teacher_alignment": (first - second).square().sum(1).mean(), "row_std": row_std(outputs.teacher)}
         return loss, figures

@@ -61,17 +61,16 @@ class Config(Section):
 
 
 class Prototypes(nn.Module):
-    """Cosines with K learned directions; `frozen` keeps these as they are, but for weight decay, which turns none."""
+    """Cosines with K learned directions."""
 
     def __init__(self, dimension: int, count: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(count, dimension))
-        self.frozen = False
 
-    def forward(self, z: Tensor) -> Tensor:
-        """(A, D) → (A, K)."""
-        # Frozen, the gradient is zero and not none: DDP waits for one.
-        weight = self.weight.detach() + 0 * self.weight if self.frozen else self.weight
+    def forward(self, z: Tensor, frozen: bool = False) -> Tensor:
+        """(A, D) → (A, K). Frozen directions get a zero gradient; weight decay shortens them, but turns none."""
+        # Zero and not None, as DDP waits for a gradient.
+        weight = self.weight.detach() + 0 * self.weight if frozen else self.weight
         return F.linear(F.normalize(z, dim=1), F.normalize(weight, dim=1))
 
 
@@ -80,7 +79,7 @@ class Method(methods.Method):
 
     views = 2
     negative_views = 0
-    delivers = "teacher"
+    exported = "teacher"
     centre: Tensor
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
@@ -95,29 +94,34 @@ class Method(methods.Method):
         self._config = config
         self.register_buffer("centre", torch.zeros(config.prototypes))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, progress: float) -> Tensor:
         """(V·B, F), local views last → (V·B, K)."""
-        self.head.get_submodule("1").frozen = self.done < self._config.freeze  # type: ignore[assignment]
-        rows: Tensor = self.head(features)
+        projector, prototypes = self.head.children()
+        rows: Tensor = prototypes(projector(features), frozen=progress < self._config.freeze)
         return rows
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 1 to 3: the teacher's full-size views against every other view of the student; rows (V·B, 2K)."""
-        c, images = self._config, len(rows) // self.views_in_all
-        by_view = rows.float().view(-1, images, rows.shape[1])  # (V, B, 2K)
-        student, taught = by_view[..., : self._prototypes], by_view[:2, :, self._prototypes :].detach()
-        rise = min(1.0, self.done / c.teacher_warmup) if c.teacher_warmup else 1.0
+    def teacher_copies(self) -> nn.Module:
+        """Head and prototypes."""
+        return self.head
+
+    def loss(self, outputs: methods.Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 1 to 3: the teacher's full-size views against every other view of the student."""
+        assert outputs.teacher is not None
+        c, images = self._config, len(outputs.teacher) // self.views
+        student = outputs.rows.float().view(-1, images, self._prototypes)  # (V, B, K)
+        teacher = outputs.teacher.detach().float().view(-1, images, self._prototypes)  # (2, B, K)
+        rise = min(1.0, progress / c.teacher_warmup) if c.teacher_warmup else 1.0
         temperature = c.teacher_temperature + rise * (c.final_teacher_temperature - c.teacher_temperature)
-        log_target = ((taught - self.centre) / temperature).log_softmax(2)
+        log_target = ((teacher - self.centre) / temperature).log_softmax(2)
         target = log_target.exp()  # (2, B, K)
         log_student = (student / c.temperature).log_softmax(2)
         cross = -torch.einsum("tbk,sbk->ts", target, log_student) / images  # (2, V): of each pair of views
         others = 1 - torch.eye(*cross.shape, device=cross.device)
-        loss = (cross * others).sum() / others.sum() * sound(rows)
+        loss = (cross * others).sum() / others.sum() * sound(outputs.rows) * sound(outputs.teacher)
 
         entropy = -(target * log_target).sum(2).mean()
         usage = target.mean((0, 1))
-        mean = ranks.total(taught.mean((0, 1))) / ranks.world()
+        mean = ranks.total(teacher.mean((0, 1))) / ranks.world()
         self.centre.lerp_(mean, 1 - c.centre_momentum)
         return loss, {
             "teacher_entropy": entropy / math.log(self._prototypes),  # 1: the same for every image

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import unit
+from sslcells.methods import Outputs
 from sslcells.methods._centres import Centres, classes, whole_batch
 from sslcells.methods._embedding import Embedding, drawn_by
 
@@ -48,10 +49,10 @@ class Method(Embedding):
             num_classes=count if config.learn == "per_class" else None,
         )
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Equation 4, over each positive pair of the global batch and one negative of its anchor, drawn for it."""
-        with torch.autocast(rows.device.type, enabled=False):
-            z, label, whole = whole_batch(rows, batch, self.views)
+        with torch.autocast(outputs.rows.device.type, enabled=False):
+            z, label, whole = whole_batch(outputs.rows, batch, self.views)
             boundary = self._loss.beta.detach().mean().to(z.device)
             if not len(label):
                 return (0 * z).sum() * whole, {"boundary": boundary}

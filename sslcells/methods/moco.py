@@ -41,7 +41,6 @@ class Method(methods.Method):
 
     views = 2
     negative_views = 1
-    taught = "head.0"
     queue: Tensor
     queue_image: Tensor
 
@@ -55,19 +54,23 @@ class Method(methods.Method):
         self.register_buffer("queue", unit(torch.randn(config.queue, out)))
         self.register_buffer("queue_image", torch.full((config.queue,), -1), persistent=config.queue > 0)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, progress: float) -> Tensor:
         """(2B, F) → queries (2B, D)."""
         rows: Tensor = self.head(features)
         return rows
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Algorithm 1: 2τ · InfoNCE in both directions; rows (2B, 2D). The keys then join the queue.
+    def teacher_copies(self) -> nn.Module:
+        """The projector."""
+        return self.head.get_submodule("0")
+
+    def loss(self, outputs: methods.Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Algorithm 1: 2τ · InfoNCE in both directions. The keys then join the queue.
 
         No other key of the query's own image is its negative: none in the queue, and none where the batch shows the
         image again.
         """
-        predicted, taught = rows.chunk(2, 1)
-        queries, keys = predicted.chunk(2), unit(taught.detach()).chunk(2)
+        assert outputs.teacher is not None
+        queries, keys = outputs.rows.chunk(2), unit(outputs.teacher.detach()).chunk(2)
         queue, ids = (self.queue, self.queue_image) if len(self.queue) else (None, None)
         image = batch.image if self.repeated or queue is not None else None
         loss = self._loss(queries[0], keys[1], queue, image, ids)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import PairLoss
+from sslcells.methods import Outputs
 from sslcells.methods._embedding import Embedding, Head, Positive, check_positives, positives
 
 
@@ -50,8 +51,8 @@ class Method(Embedding):
             config.margin, config.positive_margin, config.loss == "contrastive", distance=config.distance
         )
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the positive pairs with a loss, and that over the negative ones."""
         source = batch.source.repeat(self.views) if self._config.same_source == "ignore" else None
-        loss: Tensor = self._loss(rows, positives(self._config.positive, batch, self.views), source)
+        loss: Tensor = self._loss(outputs.rows, positives(self._config.positive, batch, self.views), source)
         return loss, self._loss.stats

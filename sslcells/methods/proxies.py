@@ -8,6 +8,7 @@ from pytorch_metric_learning.losses import ProxyAnchorLoss, ProxyNCALoss
 from torch import Tensor
 
 from sslcells.data import Batch, ImageSet
+from sslcells.methods import Outputs
 from sslcells.methods._centres import Centres, classes, whole_batch
 from sslcells.methods._embedding import Embedding
 
@@ -37,10 +38,10 @@ class Method(Embedding):
         else:
             self._loss = ProxyNCALoss(count, config.dimension, softmax_scale=config.softmax_scale)
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the global batch; and for how many of its rows the nearest proxy is their own's."""
-        with torch.autocast(rows.device.type, enabled=False):
-            z, label, whole = whole_batch(rows, batch, self.views)
+        with torch.autocast(outputs.rows.device.type, enabled=False):
+            z, label, whole = whole_batch(outputs.rows, batch, self.views)
             if not len(label):
                 return (0 * z).sum() * whole, {"top1": z.new_ones(())}
             loss: Tensor = self._loss(z, label) * whole

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import gather_ids, gather_with_grad, sound
+from sslcells.methods import Outputs
 from sslcells.methods._embedding import Embedding, Head, Positive, check_positives, drawn_by, positives
 
 
@@ -54,14 +55,14 @@ class Method(Embedding):
         logit: Tensor = self._judge(pair)
         return logit[:, 0]
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the pairs of the global batch, which every rank judges; and how many are judged rightly."""
-        z = gather_with_grad(rows.float(), self.views)  # (R, D)
+        z = gather_with_grad(outputs.rows.float(), self.views)  # (R, D)
         whole = Batch(z, *(gather_ids(ids) for ids in batch[1:]))
         source = whole.source.repeat(self.views) if self._config.same_source == "ignore" else None
         generator = torch.Generator().manual_seed(drawn_by(batch))
         chosen, exists = partners(positives(self._config.positive, whole, self.views), source, generator)
-        with torch.autocast(rows.device.type, enabled=False):
+        with torch.autocast(z.device.type, enabled=False):
             said = self.judge(z.repeat(2, 1), z[chosen.flatten()])  # (2R,): the positive pairs, then the negative ones
         same = torch.arange(2 * len(z), device=z.device) < len(z)
         if self._config.judge == "cosine":

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
+from sslcells.methods import Outputs
 from sslcells.methods._embedding import Embedding, Head
 
 
@@ -45,11 +46,12 @@ class Method(Embedding):
         self._ignore = config.same_source == "ignore"
         self._loss = _loss(config)
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """NT-Xent of the two views; SupCon's loss by source where images of one source are positives.
 
         An image that the batch shows again is no negative of itself: its other rows are left out.
         """
+        rows = outputs.rows
         if isinstance(self._loss, SupConLoss):
             loss: Tensor = self._loss(rows, torch.cat([batch.source, batch.source]))
         else:

@@ -41,14 +41,17 @@ class Method(methods.Method):
         projector = projection(features, config.hidden, out, config.layers, norm, last=True)
         self.head = nn.Sequential(projector, projection(out, config.bottleneck, out, 2, norm))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, progress: float) -> Tensor:
         """(2B, F) → predictions and rows, side by side: (2B, 2D)."""
         rows = self.head.get_submodule("0")(features)
         return torch.cat([self.head.get_submodule("1")(rows), rows], 1)
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def teacher_copies(self) -> None:
+        """There is no teacher."""
+
+    def loss(self, outputs: methods.Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 3 and 4: minus the cosine of a view's prediction and the other view's row, which gets no gradient."""
-        predicted, given = rows.chunk(2, 1)
-        other = unit(given.detach()).roll(len(rows) // 2, 0)
+        predicted, given = outputs.rows.chunk(2, 1)
+        other = unit(given.detach()).roll(len(given) // 2, 0)
         loss = -(unit(predicted) * other).sum(1).mean()
         return loss, {"row_std": row_std(given)}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import SupConLoss
+from sslcells.methods import Outputs
 from sslcells.methods._embedding import Embedding, Head, check_positives, positives
 
 
@@ -33,8 +34,8 @@ class Method(Embedding):
         self._config = config
         self._loss = SupConLoss(config.temperature, learnable=config.learn_temperature)
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """L_out, equation 2: the mean over all positives outside of the logarithm."""
         source = batch.source.repeat(self.views) if self._config.same_source == "ignore" else None
-        loss: Tensor = self._loss(rows, positives(self._config.positive, batch, self.views), source)
+        loss: Tensor = self._loss(outputs.rows, positives(self._config.positive, batch, self.views), source)
         return loss, self._loss.stats

@@ -62,14 +62,17 @@ class Method(methods.Classifier):
         self.register_buffer("_targets", None if targets is None else targets.to(torch.uint8), persistent=False)
         self.head = _logits(features, config, len(shown))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, progress: float) -> Tensor:
         """(B, F) → logits (B, K)."""
         rows: Tensor = self.head(features)
         return rows
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def teacher_copies(self) -> None:
+        """There is no teacher."""
+
+    def loss(self, outputs: methods.Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss over the labelled images of the global batch, weighted by class; 0 where none is labelled."""
-        rows = rows.float()
+        rows = outputs.rows.float()
         if self._targets is not None:
             target = self._targets[batch.image].float()  # (B, K)
             each = F.binary_cross_entropy_with_logits(rows, target, pos_weight=self._weights, reduction="none").mean(1)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import BatchAllTripletLoss, BatchHardTripletLoss
+from sslcells.methods import Outputs
 from sslcells.methods._embedding import Embedding, Head, Positive, check_positives, positives
 
 
@@ -48,10 +49,10 @@ class Method(Embedding):
         self._config = config
         self._triplets = _loss(config)
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The triplet loss over the global batch."""
         source = batch.source.repeat(self.views) if self._config.same_source == "ignore" else None
-        loss: Tensor = self._triplets(rows, positives(self._config.positive, batch, self.views), source)
+        loss: Tensor = self._triplets(outputs.rows, positives(self._config.positive, batch, self.views), source)
         return loss, self._triplets.stats
 
 

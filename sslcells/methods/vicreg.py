@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import VICRegLoss
+from sslcells.methods import Outputs
 from sslcells.methods._embedding import Embedding, WideHead
 
 
@@ -31,7 +32,7 @@ class Method(Embedding):
         super().__init__(config, features, views=2)
         self._loss = VICRegLoss(config.invariance, config.variance, config.covariance)
 
-    def loss(self, rows: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """VICRegLoss of the two views."""
-        loss: Tensor = self._loss(*rows.chunk(2))
+        loss: Tensor = self._loss(*outputs.rows.chunk(2))
         return loss, self._loss.stats

@@ -51,7 +51,7 @@ def test_the_loss_is_theirs(name, options, unknown):
     theirs.load_state_dict(method._loss.state_dict())
     label, z = LABEL.clone(), rows()
     label[:unknown] = -1
-    got, figures = method.loss(z, batch(label))
+    got, figures = method.loss(methods.Outputs(z), batch(label), 0.0)
     want = theirs(z[unknown:], label[unknown:])
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     ours = torch.autograd.grad(got, [z, *method._loss.parameters()])
@@ -63,7 +63,7 @@ def test_the_loss_is_theirs(name, options, unknown):
 def test_the_margin_loss_is_theirs_on_the_triplets_drawn():
     method, z = build("margin"), rows()
     theirs = losses.MarginLoss(learn_beta=True, num_classes=3)
-    one, two = (method.loss(z, batch(LABEL))[0] for _ in range(2))
+    one, two = (method.loss(methods.Outputs(z), batch(LABEL), 0.0)[0] for _ in range(2))
     generator = torch.Generator().manual_seed(drawn_by(batch(LABEL)))
     want = theirs(z, LABEL, distance_weighted(z.detach(), LABEL, 0.5, generator))
     assert one.item() == two.item() == pytest.approx(want.item(), rel=1e-5)
@@ -91,14 +91,15 @@ def test_no_negative_near_enough():
     z = torch.eye(4)[[0, 0, 1, 1]] * torch.tensor([1.0, 1, -1, -1])[:, None]
     found = distance_weighted(z, torch.tensor([0, 0, 1, 1]), 0.5, torch.Generator())
     assert [x.tolist() for x in found] == [[]] * 3
-    loss, _ = build("margin").loss(torch.zeros(4, D).requires_grad_(), batch(torch.tensor([0, 1, 2, -1])))
+    z = torch.zeros(4, D).requires_grad_()
+    loss, _ = build("margin").loss(methods.Outputs(z), batch(torch.tensor([0, 1, 2, -1])), 0.0)
     assert loss.item() == 0
 
 
 @pytest.mark.parametrize("name", ["arcface", "proxies", "margin"])
 def test_a_batch_without_labels_is_zero(name):
     z = rows()
-    loss, _ = build(name).loss(z, batch(torch.full((N,), -1)))
+    loss, _ = build(name).loss(methods.Outputs(z), batch(torch.full((N,), -1)), 0.0)
     loss.backward()
     assert loss.item() == 0
     assert not z.grad.any()

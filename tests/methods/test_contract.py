@@ -103,7 +103,7 @@ def crops(b, method):
 
 def backward(network, method, rows=slice(None)):
     b = batch(rows)
-    loss, figures = method.loss(network(*crops(b, method)), b)
+    loss, figures = method.loss(network(*crops(b, method), progress=0.0), b, 0.0)
     loss.backward()
     return loss.detach(), figures
 
@@ -158,15 +158,15 @@ def in_micro_batches(name, options, precision):
     with launched():
         accelerator, ddp, whole, pieces = pieces_of(network, precision)
         before = copy.deepcopy(network.state_dict())
-        rows = lambda piece, i: ddp(*crops(piece, network.method))  # noqa: E731
+        embed = lambda piece, i, progress: ddp(*crops(piece, network.method), progress=progress)  # noqa: E731
         for _ in range(2):  # the second shows that the first left DDP in order
             network.zero_grad()
             network.load_state_dict(before)
-            cached_backward(accelerator, ddp, rows, network.method, pieces, whole)
+            cached_backward(accelerator, ddp, embed, network.method, pieces, whole, 0.0)
         apart = [g.clone() for g in gradients(network)]
         network.zero_grad()
         network.load_state_dict(before)
-        accelerator.backward(network.method.loss(rows(whole, 0), whole)[0])
+        accelerator.backward(network.method.loss(embed(whole, 0, 0.0), whole, 0.0)[0])
         return apart, gradients(network)
 
 
@@ -214,11 +214,11 @@ def with_a_scaler(scale):
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # Accelerate itself makes one on GPUs alone
         optimizer = torch.optim.SGD(network.parameters(), 0.1)
 
-        def rows(piece, i):
+        def embed(piece, i, progress):
             with torch.autocast("cpu", torch.float16):
-                return ddp(*crops(piece, network.method)).float()
+                return methods.Outputs(ddp(*crops(piece, network.method), progress=progress).rows.float())
 
-        cached_backward(accelerator, ddp, rows, network.method, pieces, whole)
+        cached_backward(accelerator, ddp, embed, network.method, pieces, whole, 0.0)
         accelerator.scaler.unscale_(optimizer)
         grads, before = gradients(network), copy.deepcopy(network.state_dict())
         accelerator.scaler.step(optimizer)
@@ -247,7 +247,7 @@ def two_steps(network, optimizer, count):
         loss, figures = backward(network, network.method)
         optimizer.step()
         optimizer.zero_grad()
-        network.follow()
+        network.follow(0.0)
         losses.append(loss.item())
         assert all(not v.requires_grad and v.isfinite() for v in figures.values())
     return losses
@@ -279,4 +279,4 @@ def test_recipe_and_registry(name):
     run = load(None, [f"method.name={name}"])
     method = methods.build(run.method, 24, Images())
     assert method.views in (1, 2)
-    assert method(torch.randn(6, 24)).shape[0] == 6
+    assert method(torch.randn(6, 24), 0.0).shape[0] == 6

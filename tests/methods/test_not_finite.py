@@ -17,29 +17,31 @@ BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def rows_of(name, options):
-    """A method, and rows of all views of 8 images, some of them unlabelled, as its loss takes them."""
+    """A method, and its outputs for all views of 8 images, some of them unlabelled, as its loss takes them."""
     torch.manual_seed(0)
     kind = PLUGINS["method"].config(name)
     small = {k: v for k, v in {"norm": "layer", "hidden": 16, "dimension": 8}.items() if k in kind.model_fields}
     method = methods.build(kind(**{**small, **options}), FEATURES, Images())
     features = torch.randn(method.views_in_all * IMAGES, FEATURES)
     with torch.no_grad():
-        rows = method(features)
-        if method.momentum is not None:
-            rows = torch.cat([rows, method.get_submodule(method.taught)(features)], 1)
+        copied = method.teacher_copies()
+        teacher = None if copied is None else copied(features[: method.views * IMAGES])
+        outputs = methods.Outputs(method(features, 0.0), teacher)
     image = torch.arange(IMAGES)
     label = image % 3 if options.get("loss") == "bce" else torch.where(image < 6, image % 3, -1)
-    return method, rows, Batch(torch.zeros(IMAGES, 1, 1, 1), label, image, image // 2, 0 * image)
+    return method, outputs, Batch(torch.zeros(IMAGES, 1, 1, 1), label, image, image // 2, 0 * image)
 
 
 def loss(name, options, plant):
-    """Its loss on rows that `plant` was let change, and their gradient."""
-    method, rows, batch = rows_of(name, options)
-    plant(rows)
-    rows.requires_grad_()
-    value, _ = method.loss(rows, batch)
+    """Its loss on rows, of student and teacher, that `plant` was let change, and the gradient of the student's."""
+    method, outputs, batch = rows_of(name, options)
+    for rows in outputs:
+        if rows is not None:
+            plant(rows)
+    outputs.rows.requires_grad_()
+    value, _ = method.loss(outputs, batch, 0.0)
     value.backward()
-    return value, rows.grad
+    return value, outputs.rows.grad
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=CASE_IDS)
@@ -62,13 +64,15 @@ def on_a_rank(cases):
     """Losses of halves of the rows, one of rank 1 being NaN, as each rank sees them."""
     values = []
     for name, options in cases:
-        method, rows, batch = rows_of(name, options)
+        method, outputs, batch = rows_of(name, options)
         half = IMAGES // ranks.world()
         part = slice(ranks.rank() * half, (ranks.rank() + 1) * half)
-        rows = rows.view(method.views_in_all, IMAGES, -1)[:, part].flatten(0, 1)
+        own = [None if x is None else x.view(-1, IMAGES, x.shape[1])[:, part].flatten(0, 1) for x in outputs]
         if ranks.rank() == 1:
-            rows[0] = math.nan
-        values.append(method.loss(rows, Batch(*(x[part] for x in batch)))[0].detach())
+            for rows in own:
+                if rows is not None:
+                    rows[0] = math.nan
+        values.append(method.loss(methods.Outputs(*own), Batch(*(x[part] for x in batch)), 0.0)[0].detach())
     return torch.stack(values)
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from sslcells import ranks
 from sslcells.config import ConfigError
 from sslcells.data import Batch, ImageSet
+from sslcells.methods import Outputs
 from sslcells.methods.supervised import Config, Method
 
 
@@ -41,7 +42,7 @@ def batch(labels, part=slice(None)):
 
 def loss(labels=LABELS, part=slice(None), **options):
     method = Method(Config(**options), 4, Images(labels))
-    value, figures = method.loss(ROWS[part], batch(labels, part))
+    value, figures = method.loss(Outputs(ROWS[part]), batch(labels, part), 0.0)
     return value, figures
 
 
@@ -75,18 +76,18 @@ def test_ranks_with_unequal_weights_make_the_mean_of_the_global_batch(weights):
 def test_several_classes_an_image():
     targets = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 0, 1]], dtype=torch.uint8)
     method = Method(Config(loss="bce", class_weights="balanced"), 4, Images([-1] * 4, (), targets))
-    value, _ = method.loss(ROWS[:4], batch([-1] * 4))
+    value, _ = method.loss(Outputs(ROWS[:4]), batch([-1] * 4), 0.0)
     weight = torch.tensor([2 / 2, 3 / 1, 1 / 3])  # negatives of a class for each of its positives
     p = ROWS[:4].sigmoid()
     expected = -(weight * targets * p.log() + (1 - targets.float()) * (1 - p).log()).mean()
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert method(torch.randn(2, 4)).shape == (2, 3)
+    assert method(torch.randn(2, 4), 0.0).shape == (2, 3)
 
 
 def test_no_labelled_image_in_the_batch_is_a_loss_of_0():
     method = Method(Config(), 4, Images(LABELS))
     rows = ROWS[:2].clone().requires_grad_()
-    value, _ = method.loss(rows, batch([-1, -1]))
+    value, _ = method.loss(Outputs(rows), batch([-1, -1]), 0.0)
     value.backward()
     assert value.item() == 0
     assert not rows.grad.any()
@@ -107,6 +108,7 @@ def test_labels_that_do_not_fit(options, images, message):
 
 
 def test_bce_of_one_class_an_image():
-    value = Method(Config(loss="bce"), 4, Images([0, 1, 2])).loss(ROWS[:3], batch([0, 1, 2]))[0]
+    method = Method(Config(loss="bce"), 4, Images([0, 1, 2]))
+    value, _ = method.loss(Outputs(ROWS[:3]), batch([0, 1, 2]), 0.0)
     expected = F.binary_cross_entropy_with_logits(ROWS[:3], torch.eye(3))
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)

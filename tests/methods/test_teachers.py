@@ -49,14 +49,12 @@ def test_the_teacher_follows_and_nothing_else_moves_it(name):
         for p in network.parameters():
             if p.requires_grad:
                 p += 1
-    network.method.done = 1 / 3
-    network.follow()
+    network.follow(1 / 3)
     momentum = 1 - (1 - network.method.momentum) * (1 + math.cos(math.pi / 3)) / 2
     for old, new in zip(before, network.teacher.parameters(), strict=True):
         torch.testing.assert_close(new, old + (1 - momentum))
-    network.method.done = 1.0
     kept = [p.clone() for p in network.teacher.parameters()]
-    network.follow()
+    network.follow(1.0)
     assert all(torch.equal(a, b) for a, b in zip(kept, network.teacher.parameters(), strict=True))
 
 
@@ -68,23 +66,23 @@ def test_a_teacher_has_no_dropout():
     assert not torch.equal(encoder(x), encoder(x))
 
 
-def test_rows_of_student_and_teacher_and_zeros_for_local_views():
+def test_rows_of_the_student_for_all_views_and_of_the_teacher_for_full_size_ones():
     network = learner(*DINO)
-    rows = network(torch.randn(8, 3, 32, 32), torch.randn(8, 3, 16, 16))
-    assert rows.shape == (16, 64)
-    assert rows[:8, 32:].any(1).all()
-    assert not rows[8:, 32:].any()
+    rows, teacher = network(torch.randn(8, 3, 32, 32), torch.randn(8, 3, 16, 16), progress=0.0)
+    assert rows.shape == (16, 32)
+    assert teacher.shape == (8, 32)
+    assert teacher.any(1).all()
+    assert not teacher.requires_grad
 
 
 def test_dinos_centre_is_the_mean_of_the_teacher_and_frozen_prototypes_stay():
     network = learner(*DINO, "method.freeze=0.5", "method.centre_momentum=0.5")
     crops = torch.randn(8, 3, 32, 32), torch.randn(8, 3, 16, 16)
     prototypes = network.method.head[1].weight
-    for done, moves in ((0.4, False), (0.6, True)):
-        network.method.done = done
-        rows, centre = network(*crops), network.method.centre.clone()
-        loss, figures = network.method.loss(rows, None)
-        torch.testing.assert_close(network.method.centre, (centre + rows[:8, 32:].mean(0)) / 2)
+    for progress, moves in ((0.4, False), (0.6, True)):
+        outputs, centre = network(*crops, progress=progress), network.method.centre.clone()
+        loss, figures = network.method.loss(outputs, None, progress)
+        torch.testing.assert_close(network.method.centre, (centre + outputs.teacher.mean(0)) / 2)
         network.zero_grad()
         loss.backward()
         assert prototypes.grad.any() == moves
@@ -97,7 +95,8 @@ def test_mocos_queue_takes_the_newest_keys():
     old = network.method.queue.clone()
     keys = torch.randn(8, 8)
     image = torch.tensor([3, 1, 4, 1])
-    network.method.loss(torch.cat([torch.randn(8, 8), keys], 1), Batch(keys, image, image, image, 0 * image))
+    outputs = methods.Outputs(torch.randn(8, 8), keys)
+    network.method.loss(outputs, Batch(keys, image, image, image, 0 * image), 0.0)
     torch.testing.assert_close(network.method.queue, torch.cat([torch.nn.functional.normalize(keys, dim=1), old[:4]]))
     assert network.method.queue_image.tolist() == [*image.tolist() * 2, *[-1] * 4]
 
