@@ -1,9 +1,10 @@
 # shellcheck shell=bash
-# What the templates share: on a login node check and submit; in a job check, train, and go back into the queue or not.
+# All that the templates do. On a login node: check and submit. In a job: check, train, and requeue where that helps.
+# A template holds only what must be in the submitted file itself: the #SBATCH line, which sbatch reads nowhere else.
 
-# main RECIPE [ARGUMENT ...]: a --config among the arguments comes later than the recipe, and so replaces it.
-main() {
-  source slurm/site.sh
+# train RECIPE [ARGUMENT ...]: a --config among the arguments comes after the recipe and so replaces it.
+train() {
+  begin
   local recipe
   recipe=$(recipe_of "$1")
   shift
@@ -15,7 +16,14 @@ main() {
   fi
 }
 
-# recipe_of NAME: its file in configs/ here, which may be edited; else its name, for the one that sslcells brings.
+# begin: stop at the first error; the cluster's own options and environment.
+begin() {
+  set -euo pipefail
+  source slurm/site.sh
+}
+
+# recipe_of NAME: the file configs/NAME.yaml where there is one, as it may be edited; otherwise the name, for the recipe
+# that sslcells ships.
 recipe_of() {
   if [[ -f configs/$1.yaml ]]; then
     echo "configs/$1.yaml"
@@ -24,10 +32,10 @@ recipe_of() {
   fi
 }
 
-# sweep RECIPE FILE [ARGUMENT ...]: as main, once for each line of FILE that is neither empty nor a comment. In a job
-# array a task takes the line of its number, counted from 0.
+# sweep RECIPE FILE [ARGUMENT ...]: like train, for each line of FILE that is neither empty nor a comment. In a job
+# array, task N runs line N, counted from 0.
 sweep() {
-  source slurm/site.sh
+  begin
   local recipe file=${2:-} lines arguments i configuration name wrong=0
   local -A line_of=()
   recipe=$(recipe_of "$1")
@@ -37,7 +45,7 @@ sweep() {
   ((${#lines[@]})) || fail "$file holds no line with a run" 2
 
   if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    i=${SLURM_ARRAY_TASK_ID:-} # none in a job that is no array
+    i=${SLURM_ARRAY_TASK_ID:-} # empty in a job that is not an array
     [[ -n $i && -n ${lines[i]:-} ]] ||
       fail "task ${i:-without a number}, but $file holds ${#lines[@]} run(s): sbatch --array=0-$((${#lines[@]} - 1))" 2
     sweep_arguments "$i" "$@"
@@ -61,8 +69,9 @@ sweep() {
   sbatch "${sbatch_options[@]}" --array="0-$((${#lines[@]} - 1))${SWEEP_AT_ONCE:+%$SWEEP_AT_ONCE}" "$0" "$file" "$@"
 }
 
-# sweep_arguments NUMBER [ARGUMENT ...]: of a sweep's run, the default name, the common arguments, those of its line,
-# quoted as in a shell; what comes later counts. Options first: a command line takes its section.key=value in one piece.
+# sweep_arguments NUMBER [ARGUMENT ...]: the arguments of one run, in order of rising priority: the default name, the
+# common arguments, the words of its line (quoted as in a shell). Options come first: a command line takes all its
+# section.key=value in one piece.
 sweep_arguments() {
   local stem=${file##*/} parsed words=() word options=(--config "$recipe") value=''
   parsed=$(xargs -r printf '%s\n' <<<"${lines[$1]}") || fail "run $1 of $file cannot be read: ${lines[$1]}" 2
@@ -79,19 +88,19 @@ sweep_arguments() {
   arguments=("${options[@]}" "${arguments[@]}")
 }
 
-# check RANKS ARGUMENT ...: print the whole configuration, or say what is wrong with it and exit with 2.
+# check RANKS ARGUMENT ...: print the whole configuration, or print what is wrong with it and exit with 2.
 check() {
   WORLD_SIZE=$1 python -m sslcells.train --check "${@:2}" || exit
 }
 
-# value KEY CONFIGURATION: one that stands at the left margin; YAML quotes what looks like a number.
+# value KEY CONFIGURATION: the value of a top-level key. YAML quotes a string that looks like a number.
 value() {
   sed -n "s/^$1: //p" <<<"$2" | tr -d "'"
 }
 
-# run ARGUMENT ...: on the batch node, from the first check to the training's exit status or back into the queue.
+# run ARGUMENT ...: on the batch node, everything from the first check to the exit status or the requeue.
 run() {
-  # SLURM_JOB_ID of an array's last task is the array's: scontrol requeue would start all its tasks once more.
+  # In an array's last task SLURM_JOB_ID is the array's number: scontrol requeue would start all its tasks again.
   job=$SLURM_JOB_ID asked='' step='' status=0
   [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   trap "ask USR1" USR1
@@ -101,7 +110,7 @@ run() {
   configuration=$(check "$ranks" "$@") || exit
   folder=$(value out "$configuration")/$(value name "$configuration")
   arrange
-  rm -f "$folder/stopped.txt" # of an earlier job
+  rm -f "$folder/stopped.txt" # from an earlier job
   newest=$(newest) exported=$(exported)
   if [[ -z $asked ]]; then
     "${each_node[@]}" launch "${launch[@]}" -m sslcells.train "$@" &
@@ -109,26 +118,26 @@ run() {
     await "$step" || status=$?
   fi
 
-  if [[ $asked == TERM ]]; then # whoever sent it requeues the job where that is wanted
+  if [[ $asked == TERM ]]; then # the sender of SIGTERM decides whether the job is requeued
     echo "job $job: SIGTERM, ended"
     exit 143
   elif [[ -f $folder/stopped.txt ]]; then
-    echo "job $job: not back into the queue, as this would come again: $(<"$folder/stopped.txt")" >&2
+    echo "job $job: not requeued, as this would happen again: $(<"$folder/stopped.txt")" >&2
     exit $((status > 0 ? status : 1))
   elif ((status == 0)) && [[ $(exported) != "$exported" ]]; then
     exit 0
   elif [[ $asked == USR1 ]]; then
     again "SIGUSR1"
-  elif ((status == 0)); then # the signal came to the ranks alone
+  elif ((status == 0)); then # only the ranks got the signal
     again "the ranks were asked to stop"
   else
     again "the training was cut off, with status $status"
   fi
 }
 
-# evaluate RUN [ARGUMENT ...]: measure a finished run, on a login node by way of the queue. What is cut off is lost.
+# evaluate RUN [ARGUMENT ...]: submit the evaluation of a finished run; in the job, evaluate it. It is not requeued.
 evaluate() {
-  source slurm/site.sh
+  begin
   local nodes devices per_node ranks each_node launch
   folder=${1:-}
   [[ -f $folder/config.yaml && -f $folder/encoder.json ]] ||
@@ -143,7 +152,7 @@ evaluate() {
   "${each_node[@]}" launch "${launch[@]}" -m sslcells.evaluate "$@"
 }
 
-# survey: the job's nodes, GPUs of each and ranks, into the caller's variables.
+# survey: set the caller's nodes, devices (GPUs a node), per_node (ranks a node) and ranks.
 survey() {
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   devices=$(gpus)
@@ -152,16 +161,16 @@ survey() {
   echo "job $job: nodes ${nodes[*]}; ranks $ranks; SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-0}"
 }
 
-# arrange: how to start ranks on the nodes, into the caller's variables, after a look at each of them.
+# arrange: set the caller's each_node and launch, the commands that start ranks on the nodes, and inspect each node.
 arrange() {
   local node port cpus
   for node in "${nodes[@]}"; do
     getent hosts "$node" >/dev/null || fail "the name of node $node does not resolve on $(hostname)"
   done
-  mkdir -p "$folder" || fail "the run's folder $folder cannot be made"
+  mkdir -p "$folder" || fail "the run's folder $folder cannot be created"
   port=$(free_port) || fail "no free port for the rendezvous on ${nodes[0]}"
 
-  # Without --cpus-per-task the step's one task would be bound to one core, and all its data loaders with it.
+  # Without --cpus-per-task, the one task of the step and all its data loaders would share one core.
   cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > per_node ? cpus / per_node : 1))}
   if ((devices == 0)); then
@@ -172,8 +181,8 @@ arrange() {
     launch=(--config_file launch/gpu1.yaml)
   else
     launch=(
-      --config_file launch/nodes.yaml # and so not whatever ~/.cache/huggingface/accelerate holds
-      --multi_gpu                     # also for ranks on CPUs: MULTI_CPU would need mpirun
+      --config_file launch/nodes.yaml # otherwise accelerate reads ~/.cache/huggingface/accelerate
+      --multi_gpu                     # for ranks on CPUs too: MULTI_CPU would need mpirun
       --num_machines "${#nodes[@]}"
       --num_processes "$ranks"
       --main_process_ip "${nodes[0]}"
@@ -182,65 +191,65 @@ arrange() {
     )
   fi
   # --export: a job submitted with --export=NONE would otherwise lose its modules and its virtual environment here.
-  # --kill-on-bad-exit: where a rank died, those of other nodes may wait for it in a collective until the next day.
+  # --kill-on-bad-exit: when a rank dies, ranks on other nodes could wait for it in a collective for hours.
   each_node=(
     srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --cpus-per-task="$cpus"
     --kill-on-bad-exit=1 --export=ALL bash -c 'source slurm/common.sh && "$@"' bash
   )
-  # A step of its own: what is wrong with a node is no death in training, and would come again.
+  # A separate step: a broken node is not a training that died, and a requeue would not help.
   "${each_node[@]}" inspect "$devices" "$folder" || exit
 }
 
-# ask SIGNAL: SLURM wants the nodes back. The ranks get SIGUSR1 in any case: at SIGTERM srun would have them killed.
+# ask SIGNAL: SLURM wants the nodes back. The ranks always get SIGUSR1: on SIGTERM, srun would kill them.
 ask() {
   [[ $asked == TERM ]] || asked=$1
   echo "job $job: SIG$1${step:+, handed to the ranks}"
   [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true
 }
 
-# await PROCESS: its exit status, or 124 where it still runs 90 seconds after `ask`.
+# await PROCESS: wait for it and return its exit status, or 124 if it still runs 90 seconds after `ask`.
 await() {
   local left=90
   while kill -0 "$1" 2>/dev/null; do
     if [[ -z ${asked:-} ]]; then
-      wait "$1" || true # until its end, or a trap was run
+      wait "$1" || true # returns when the process ends or a trap has run
       continue
     fi
     ((left-- > 0)) || return 124
-    ((left % 10)) || kill -USR1 "$1" 2>/dev/null || true # ranks that were still starting did not hear the first
+    ((left % 10)) || kill -USR1 "$1" 2>/dev/null || true # ranks that were still starting missed the first one
     deaf sleep 1
   done
   wait "$1"
 }
 
-# again REASON: back into the queue, from where SLURM starts the job with the same arguments; but not for ever.
+# again REASON: requeue the job, so that SLURM starts it with the same arguments; give up when it makes no progress.
 again() {
   local try starts=$((${SLURM_RESTART_COUNT:-0} + 1))
   if ((starts > 2)) && [[ $(newest) == "$newest" ]]; then
-    fail "$1; not back into the queue: start $starts of this job made no new checkpoint, and the next would not either.
-  Look above for what ended it. Too little time: a smaller checkpoint.every_steps, a longer --time. Killed for its memory:
-  a smaller train.micro_batch, fewer train.workers, more --mem. Then submit it again: it goes on from where it is."
+    fail "$1; not requeued: start $starts of this job wrote no new checkpoint, and the next would not either.
+  Look above for what ended it. Too little time: a smaller checkpoint.every_steps, a longer --time. Out of memory:
+  a smaller train.micro_batch, fewer train.workers, more --mem. Then submit it again: it resumes where it was."
   fi
-  echo "job $job: $1, back into the queue"
+  echo "job $job: $1, requeued"
   trap "" USR1 TERM # the requeue ends this script with SIGTERM
   for try in 1 2 3; do
     ((try == 1)) || sleep 5
     ! scontrol requeue "$job" || exit 0
   done
-  fail "SLURM does not take job $job back; submit it again with the same arguments, and it goes on"
+  fail "SLURM refuses to requeue job $job; submit it again with the same arguments, and it resumes"
 }
 
-# newest: the newest whole checkpoint of the run.
+# newest: the run's newest complete checkpoint.
 newest() {
   find "$folder/checkpoints" -maxdepth 1 -name "step_*" 2>/dev/null | sort | tail -n 1
 }
 
-# exported: a word that changes when the run's encoder is written, which is the last that a training does.
+# exported: a word that changes when the run's encoder is written, the last thing that a training does.
 exported() {
   stat --format=%i-%y "$folder/encoder.safetensors" 2>/dev/null || true
 }
 
-# inspect GPUS FOLDER: on each node, whether a rank can work there.
+# inspect GPUS FOLDER: on each node, fail if a rank cannot work there.
 inspect() {
   local devices probe
   devices=$(gpus)
@@ -250,9 +259,9 @@ inspect() {
   rm "$probe"
 }
 
-# launch ARGUMENT ...: the one task on each node, accelerate launch for the ranks there. With proctrack/cgroup SLURM
-# signals this task and no process below it, so it stays and hands signals to the ranks. The launcher ignores SIGUSR1,
-# and its ranks inherit that until they set a handler of their own; SIGTERM too, where it has but one rank.
+# launch ARGUMENT ...: the one task on each node; runs accelerate launch for the node's ranks. With proctrack/cgroup
+# SLURM signals this task but none of its child processes, so it waits and passes signals on to the ranks. The launcher
+# ignores SIGUSR1 (and SIGTERM, if it has only one rank), and so do its ranks until they install their own handlers.
 launch() {
   local launcher='' term=0 status=0
   trap 'deaf pkill -USR1 -P "$launcher" || true' USR1
@@ -260,17 +269,17 @@ launch() {
   (trap "" USR1 TERM && exec accelerate launch --machine_rank "$SLURM_NODEID" "$@") &
   launcher=$!
   await "$launcher" || status=$?
-  # Ranks of other nodes take some seconds to find out who died, and to say so, before srun has them killed.
+  # Ranks on other nodes need some seconds to find out who died and to report it, before srun kills them.
   ((status == 0 || term)) || deaf sleep 10
   return "$status"
 }
 
-# deaf COMMAND ...: with proctrack/linuxproc SLURM signals every process there is, and this one must not end by it.
+# deaf COMMAND ...: run it with both signals ignored. With proctrack/linuxproc SLURM signals all processes of a job.
 deaf() {
   (trap "" USR1 TERM && exec "$@")
 }
 
-# gpus: how many the job has on this node; fewer than SLURM says where the driver lost one.
+# gpus: the number of GPUs on this node; fewer than SLURM says if the driver lost one.
 gpus() {
   local seen
   seen=$(nvidia-smi -L 2>/dev/null | grep -c "^GPU" || true)
@@ -281,8 +290,8 @@ gpus() {
   fi
 }
 
-# free_port: one of this node's that nobody listens on, from the job's id so that jobs seldom meet; below 32768, where
-# outgoing connections take theirs.
+# free_port: a free port of this node. The search starts at a number made from the job's id, so that jobs rarely collide,
+# and stays below 32768, where ports of outgoing connections begin.
 free_port() {
   python - "$SLURM_JOB_ID" <<'PY'
 import socket, sys

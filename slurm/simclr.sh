@@ -1,25 +1,11 @@
 #!/usr/bin/env bash
-# SimCLR on the nodes of a SLURM job. From the checkout, or the folder
-# that `sslcells init` wrote, on a login node, either
-#
-#   bash slurm/simclr.sh [--config FILE] [section.key=value ...]
-#   sbatch --nodes=2 --gpus-per-node=8 slurm/simclr.sh [--config FILE] [section.key=value ...]
-#
-# The first checks the configuration before it queues anything, and takes sbatch's options from slurm/site.sh.
-# docs/cluster.md says what each line is for. Options given to sbatch overrule these:
-#SBATCH --job-name=simclr
-#SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
-#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@120
-#SBATCH --output=%x-%j.log
-set -euo pipefail
-
-cd "${SLURM_SUBMIT_DIR:-.}" # a job runs a copy of this file, from a spool folder
-if [[ ! -f slurm/common.sh ]]; then
-  echo "slurm/simclr.sh: no slurm/common.sh in $PWD: change to the checkout, or to what sslcells init wrote" >&2
-  exit 2
-fi
-source slurm/common.sh
-main simclr_bloodcells "$@"
+# Train with SimCLR on the nodes of a SLURM job.
+#   bash slurm/simclr.sh [--config RECIPE] [section.key=value ...]
+#   sbatch --nodes=2 --gpus-per-node=8 slurm/simclr.sh [--config RECIPE] [section.key=value ...]
+# docs/cluster.md explains every option; those given to sbatch override these:
+#SBATCH --job-name=simclr --nodes=1 --ntasks-per-node=1 --open-mode=append --output=%x-%j.log
+#SBATCH --requeue --signal=B:USR1@120
+cd "${SLURM_SUBMIT_DIR:-.}" # a job runs a copy of this file in a spool folder
+[[ -f slurm/common.sh ]] || echo "no slurm/common.sh in $PWD: change to the checkout, or to what sslcells init wrote" >&2
+source slurm/common.sh || exit 2
+train simclr_bloodcells "$@"

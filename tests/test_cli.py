@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_tracking import handmade, no_credentials, standin  # noqa: F401 (fixtures; the second is for every test)
+from wandb_standin import handmade, no_credentials, server  # noqa: F401 (fixtures; the second is for every test)
 
 from sslcells import shipped
 from sslcells.cli import main
@@ -126,7 +126,7 @@ def test_a_tilde_in_what_is_written(tmp_path, monkeypatch, capsys):
 def test_paths_are_read_in_one_place():
     package = Path(shipped.__file__).parent
     named = {file.name for file in package.rglob("*.py") if ".expanduser(" in file.read_text(encoding="utf-8")}
-    assert named == {"values.py", "wandb_sync.py"}  # W&B's own files
+    assert named == {"values.py"}
 
 
 def test_check_says_what_micro_batches_change(capsys):
@@ -217,7 +217,8 @@ def synced(*folders):
     return status.value.code
 
 
-def test_sync_sends_several_runs_and_says_what_is_wrong_with_others(tmp_path, standin, capsys):  # noqa: F811
+@pytest.mark.slow
+def test_sync_sends_several_runs_and_says_what_is_wrong_with_others(tmp_path, server, capsys):  # noqa: F811
     """A run that is in use is sent but for its newest step; one that is no run does not stop the others."""
     one, two = handmade(tmp_path / "one", 0, 5), handmade(tmp_path / "two", 0, 5, 10)
     (one / "encoder.json").touch()
@@ -241,7 +242,7 @@ def test_sync_without_a_key(tmp_path, capsys):
     assert "no key for W&B here: set WANDB_API_KEY" in capsys.readouterr().err
 
 
-def test_sync_asked_to_stay_offline(tmp_path, capsys, standin, monkeypatch):  # noqa: F811
+def test_sync_asked_to_stay_offline(tmp_path, capsys, server, monkeypatch):  # noqa: F811
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert synced(handmade(tmp_path / "run", 0)) == 1
     assert "WANDB_MODE=offline" in capsys.readouterr().err

@@ -54,7 +54,7 @@ class Lock:
         self.lost = ""
         """who took the folder away from this process, if somebody did"""
         try:
-            with _one_at_a_time(folder / TAKING):
+            with one_at_a_time(folder / TAKING, 5 * BEAT):
                 self._take(folder, otherwise)
         except Timeout:
             raise ConfigError(f"{folder} is being taken by another process; wait for its end, or {otherwise}") from None
@@ -150,7 +150,7 @@ class Lock:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(file: Path) -> Iterator[None]:
+def one_at_a_time(file: Path, seconds: float) -> Iterator[None]:
     """Wait for others that do the same, where the file system has locks; without, `_create` alone keeps them apart.
 
     Raises:
@@ -158,7 +158,7 @@ def _one_at_a_time(file: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(FileLock(file, timeout=5 * BEAT, mode=_mode()))
+            held.enter_context(FileLock(file, timeout=seconds, mode=_mode()))
         except NotImplementedError:
             pass
         except OSError as error:

@@ -1,9 +1,11 @@
-"""Where figures go: the console and metrics.jsonl; from there to W&B, and to TensorBoard through Accelerate.
+"""Where figures go: all to metrics.jsonl and the tracker, those that a person follows to the console.
 
-metrics.jsonl and plots/ are the truth; W&B is sent them by a process of its own, `sslcells.run.wandb_sync`.
+metrics.jsonl and plots/ are complete. A process of its own, `sslcells.run.wandb_sync`, sends them to W&B; TensorBoard
+gets them through Accelerate.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,11 +25,11 @@ from sslcells.storage import json_text, patiently
 
 
 class LogError(UserError, OSError):
-    """The run's own file of figures cannot be written; the message says why."""
+    """metrics.jsonl cannot be written; the message says why."""
 
 
 class Log:
-    """One place for every figure; only rank 0 writes."""
+    """Writes every figure of a run; only rank 0 writes."""
 
     def __init__(self, run: Run, steps: int, start: int, accelerator: Accelerator) -> None:
         self._main, self._steps, self._accelerator = accelerator.is_main_process, steps, accelerator
@@ -52,7 +54,7 @@ class Log:
             self._sender = self._start_wandb(start)
 
     def say(self, text: str) -> None:
-        """A line for whoever watches."""
+        """Print a line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
@@ -61,26 +63,26 @@ class Log:
             self._progress.update(self._task, completed=step)
 
     def metrics(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl and of the console, at `step` finished steps.
+        """Write figures after `step` finished steps: a line of metrics.jsonl, a line of the console, and the tracker.
 
         Raises:
-            LogError: where the line cannot be written; a run without its figures is worth nothing.
+            LogError: where metrics.jsonl cannot be written; a run without its figures is worth nothing.
         """
         if not self._main:
             return
         self._step = step
         row = {"step": step, "epoch": round(epoch, 4), **values}
         self._write(json_text(row) + "\n")
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-        self.say(f"{time.strftime('%H:%M:%S')}  step {step}/{self._steps}  epoch {epoch:.2f}  {shown}")
+        if line := console_line(step, self._steps, epoch, values):
+            self.say(f"{time.strftime('%H:%M:%S')} {line}")
         self._track(lambda: self._accelerator.log(dict(values), step=step))
-        self._hear()
+        self._read_sender()
 
     def pictures(self, step: int, paths: Mapping[str, Path]) -> None:
-        """Hand pictures to the tracker; they are files of the run's folder already."""
+        """Give pictures, already files in the run's folder, to the tracker."""
         if not self._main:
             return
-        with contextlib.suppress(OSError):  # a picture whose step is not known goes with the last one
+        with contextlib.suppress(OSError):  # a picture without a known step is sent with the last one
             note_steps(paths, step)
         if self._tensorboard:
             stacks = {name: _pixels(path)[None] for name, path in paths.items()}
@@ -88,14 +90,14 @@ class Log:
                 self._track(lambda t=tracker: t.log_images(stacks, step=step, dataformats="NHWC"))  # type: ignore[misc]
 
     def close(self) -> None:
-        """Finish the bar and the tracker, which has FINISH seconds."""
+        """Finish the progress bar, and the tracker within wandb_sync.FINISH seconds."""
         if self._progress is not None:
             self._progress.stop()
         for tracker in self._accelerator.trackers:  # not end_training: that ends the process group too
             self._track(tracker.finish)
         if self._sender is not None:
             self._sender.wait("ended" if self._step == self._steps else "stopped")
-            self._hear()
+            self._read_sender()
         if self._sender is not None:
             self._sender.close()
 
@@ -110,36 +112,32 @@ class Log:
             raise LogError(f"{self._path} cannot be written: {error.strerror}") from error
 
     def _start_wandb(self, start: int) -> wandb_sync.Sender | None:
-        mode = wandb_sync.wandb_mode()
-        if mode == "disabled":
-            return None
-        if mode is None:
-            self.say(f"W&B: no key here (WANDB_API_KEY, or wandb login); later: {wandb_sync.later(self._folder)}")
+        if os.environ.get("WANDB_MODE") == "disabled":
             return None
         try:
-            # What came before the checkpoint is in the files that W&B's offline mode left then.
-            return wandb_sync.Sender(self._folder, mode, after=start if start and mode != "online" else -1)
+            # In offline mode, an earlier start's files hold the steps up to the checkpoint.
+            return wandb_sync.Sender(self._folder, after=start or -1)
         except OSError as error:
-            self.say(f"W&B: {error}; later: {wandb_sync.later(self._folder)}")
+            self.say(f"W&B: {error}; to send later: {wandb_sync.later(self._folder)}")
             return None
 
-    def _hear(self) -> None:
-        """Say what the sender has to say; training goes on whatever that is."""
+    def _read_sender(self) -> None:
+        """Read the sender's messages and print them. Training continues whatever they say."""
         if self._sender is None:
             return
-        for news in self._sender.hear():
-            if "url" in news:
-                self.say(f"W&B: {news['url'] or f'offline; later: {wandb_sync.later(self._folder)}'}")
+        for message in self._sender.read():
+            if "url" in message:
+                self.say(f"W&B: {message['url'] or f'offline; to send later: {wandb_sync.later(self._folder)}'}")
         if self._sender.error:
             self.say(
-                f"W&B is left alone from here on: {self._sender.error}. Every figure is in {self._path}; those that "
-                f"W&B takes of the machine are lost; later: {wandb_sync.later(self._folder)}"
+                f"W&B is disabled for the rest of this run: {self._sender.error}. Every figure is in {self._path}; "
+                f"only W&B's own figures of the machine are lost. To send later: {wandb_sync.later(self._folder)}"
             )
             self._sender.close()
             self._sender = None
 
     def _track(self, call: Callable[[], object]) -> None:
-        """Call the tracker; training goes on whatever becomes of it."""
+        """Call the tracker; training continues if it fails."""
         if not self._tensorboard:
             return
         try:
@@ -147,12 +145,33 @@ class Log:
         except Exception as error:
             self._tensorboard = False
             self.say(
-                f"the tracker failed and is left alone from here on ({type(error).__name__}: {error}); "
-                f"every figure is in {METRICS}"
+                f"TensorBoard is disabled for the rest of this run ({type(error).__name__}: {error}). "
+                f"Every figure is in {METRICS}"
             )
 
 
+def console_line(step: int, steps: int, epoch: float, values: Mapping[str, float]) -> str:
+    """The figures that a person follows, each in a column of its own; empty where `values` has none of them.
+
+    A column that has no value is left blank, so that the lines of training and of evaluation stand below each other.
+    """
+    if not any(key in values for key, _ in _COLUMNS):
+        return ""
+    shown = [column.format(values[key]) if key in values else " " * len(column.format(0)) for key, column in _COLUMNS]
+    return "  ".join([f"step {step:>{len(str(steps))}}/{steps}", f"epoch {epoch:6.2f}", *shown]).rstrip()
+
+
+_COLUMNS = (
+    ("loss", "loss {:<8.4g}"),
+    ("lr", "lr {:.1e}"),
+    ("images_per_second", "{:5.0f} images/s"),
+    ("data_wait", "wait {:4.0%}"),
+    ("knn/top1", "kNN {:6.1%}"),
+)
+"""What the console shows of a row of metrics.jsonl: key and format."""
+
+
 def _pixels(path: Path) -> NDArray[np.uint8]:
-    """A picture's (H, W, 3)."""
+    """A picture as (H, W, 3)."""
     with Image.open(path) as picture:
         return np.array(picture.convert("RGB"))

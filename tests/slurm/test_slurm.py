@@ -152,7 +152,7 @@ def test_the_signal_of_the_time_limit(cluster, tmp_path, tiny):
     job = cluster.wait(number, "COMPLETED", PATIENCE, log)
     text = log.read_text()
     assert (job["ExitCode"], job["Restarts"]) == ("0:0", "1")
-    assert text.count(f"job {number}: SIGUSR1, back into the queue") == 1
+    assert text.count(f"job {number}: SIGUSR1, requeued") == 1
     assert f"job {number}: nodes n1 n2; ranks 2; SLURM_RESTART_COUNT=1" in text
     assert text.count("world size 2") == 2
     assert re.findall(r"stopped by SIGUSR1 after step (\d+)", text) == [str(last)]
@@ -160,7 +160,7 @@ def test_the_signal_of_the_time_limit(cluster, tmp_path, tiny):
     assert 30 <= last < 600
     assert_whole(run, 600)
     assert_falling(run)
-    shown = [int(step) for step in re.findall(r"step (\d+)/600 .* loss ", text)]
+    shown = [int(step) for step in re.findall(r"step +(\d+)/600 .* loss ", text)]
     assert shown == list(range(1, 601))
     assert (run / "encoder.safetensors").is_file()
 
@@ -186,7 +186,7 @@ def test_a_time_limit_and_scancel(cluster, tmp_path, tiny):
     assert job["Restarts"] == "1"
     assert_whole(run, last := losses(run)[-1][0])
     assert [path.name for path in sorted((run / "checkpoints").glob("*"))][-1] == f"step_{last:08d}"
-    assert log.read_text().count("back into the queue") == 1
+    assert log.read_text().count(", requeued") == 1
     assert not (run / "stopped.txt").exists()
 
 
@@ -242,7 +242,7 @@ def test_what_would_come_again(cluster, tmp_path, tiny):
     reason = (tmp_path / "nan" / "stopped.txt").read_text().strip()
     assert "the loss became nan at step" in reason
     assert job["Restarts"] == "0"
-    assert f"job {number}: not back into the queue, as this would come again: {reason}" in log.read_text()
+    assert f"job {number}: not requeued, as this would happen again: {reason}" in log.read_text()
 
 
 def test_starts_that_come_no_further(cluster, tmp_path, tiny):
@@ -257,8 +257,8 @@ def test_starts_that_come_no_further(cluster, tmp_path, tiny):
     job = cluster.wait(number, "FAILED", PATIENCE, log)
     text = log.read_text()
     assert job["Restarts"] == "2"
-    assert text.count("the training was cut off, with status 9, back into the queue") == 2
-    assert "not back into the queue: start 3 of this job made no new checkpoint" in text
+    assert text.count("the training was cut off, with status 9, requeued") == 2
+    assert "not requeued: start 3 of this job wrote no new checkpoint" in text
 
 
 def test_a_sweep(cluster, tmp_path, tiny):
