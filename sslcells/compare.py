@@ -52,7 +52,7 @@ def compare(run: Run) -> dict[str, Any]:
     """Train the run, then every part of the comparison, and print and write what came out; the results on rank 0.
 
     Raises:
-        ConfigError: where the configuration of the run or of the comparison does not fit the data.
+        ConfigError: if the configuration of the run or of the comparison does not fit the data.
         DataError, TrainingError, Stopped, Lost: as training does.
     """
     began = time.perf_counter()
@@ -88,7 +88,7 @@ def fine_tuned(folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, An
     """Fine-tune a finished run's encoder on parts of the labels: the rows that `evaluate` shows, on rank 0.
 
     Raises:
-        ConfigError: where the folder is no finished run's, or its data has no labels; else as `compare`.
+        ConfigError: if the folder is no finished run's, or its data has no labels; else as `compare`.
     """
     config = folder / "config.yaml"
     if not is_file(config) or not is_file(folder / files.SPEC):
@@ -126,7 +126,7 @@ def plan(run: Run, splits: Mapping[str, ImageSet], models: Sequence[str] | Mappi
     """Every training of these models, in order: fractions, then models, then seeds.
 
     Raises:
-        ConfigError: where `compare` describes no run.
+        ConfigError: if `compare` describes no run.
     """
     config, images, world = run.compare, splits["train"], ranks.world()
     for fraction in config.fractions:

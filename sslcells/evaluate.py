@@ -45,8 +45,8 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[st
     of ranks, to the last digit.
 
     Raises:
-        ConfigError: where the folder is not that of a finished run, or its data does not fit.
-        DataError: where an image cannot be read, or the encoder gives no numbers.
+        ConfigError: if the folder is not that of a finished run, or its data does not fit.
+        DataError: if an image cannot be read, or the encoder gives no numbers.
     """
     began = time.perf_counter()
     run = _run(folder, overrides)

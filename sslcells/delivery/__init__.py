@@ -1,7 +1,7 @@
-"""What is done with a trained encoder: called from Python, exported, run over folders of images, searched with."""
+"""Uses of a trained encoder: in Python, as an export, for embedding folders of images, for search."""
 
 from sslcells.errors import UserError
 
 
 class DeliveryError(UserError):
-    """What was asked for cannot be handed over as it should be; the message says why."""
+    """An export or a folder of embeddings cannot be made; the message says why."""

@@ -1,4 +1,4 @@
-"""The model card: what the encoder learned from, how, with what figures, where not to trust it, how to load it."""
+"""The model card: training data, recipe, figures, limits, and how to load the encoder."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,13 +13,13 @@ from sslcells.run.metrics import METRICS, read_metrics
 
 EVALUATION = "evaluation.json"
 _MOST = 60
-"""figures of one table"""
+"""Figures in one table."""
 
 
 def card(folder: Path, encoder: Encoder, spec: Mapping[str, Any], checks: Sequence[str], forms: Collection[str]) -> str:
-    """The card of a run's encoder, in Markdown; what the folder does not say, the card says is not known.
+    """The card of a run's encoder, in Markdown; where the folder lacks information, the card says "Not known".
 
-    `forms` are the files beside timm's: encoder.pt2, encoder.onnx.
+    `forms` are the files in other formats than timm's: encoder.pt2, encoder.onnx.
     """
     config = folder / "config.yaml"
     run = load(str(config)) if config.is_file() else None
@@ -53,7 +53,7 @@ def _head(encoder: Encoder, spec: Mapping[str, Any], run: Run | None) -> str:
 def _data(run: Run | None) -> str:
     if run is None:
         return "Not known: the encoder's folder held no config.yaml."
-    return f"Of folders and files, names alone.\n\n{_yaml(_unpathed(run.model_dump(mode='json')['data']))}"
+    return f"Folders and files are given by name only.\n\n{_yaml(_unpathed(run.model_dump(mode='json')['data']))}"
 
 
 def _recipe(run: Run | None) -> str:
@@ -73,37 +73,37 @@ def _figures(folder: Path, run: Run | None) -> str:
         steps = max((row["step"] for row in rows), default=0)
         parts.append(f"| figure | untrained | after step {steps} |\n|---|---|---|\n" + "\n".join(lines))
         held = len(held_out_by(folder))
-        asked = f"{held} images of train that were held out" if held else "the val split"
+        queries = f"{held} images of train that were held out" if held else "the val split"
         if run is not None and any(key.startswith("knn") for key in measured):
             parts.append(
-                f"knn: {run.evaluate.k} neighbours, weighted, unit rows, same source left out; `knn` asks {asked} in "
-                f"what was trained on, `knn_loo` train in itself. `evaluation/test` is of the test split."
+                f"knn: {run.evaluate.k} neighbours, weighted, unit rows, same source left out. `knn`: {queries}, with "
+                f"neighbours in what was trained on; `knn_loo`: train in itself. `evaluation/test`: the test split."
             )
     if (folder / EVALUATION).is_file():
         found = list(_flat(json.loads((folder / EVALUATION).read_text(encoding="utf-8"))))
         lines = [f"| {key} | {_number(value)} |" for key, value in found[:_MOST]]
-        more = f"\n\n{len(found) - _MOST} more stand in {EVALUATION}." if len(found) > _MOST else ""
+        more = f"\n\n{len(found) - _MOST} more are in {EVALUATION}." if len(found) > _MOST else ""
         parts.append(f"From {EVALUATION}:\n\n| figure | value |\n|---|---|\n" + "\n".join(lines) + more)
-    return "\n\n".join(parts) or "None were found beside the encoder: nothing is known of its quality."
+    return "\n\n".join(parts) or "No figures were found beside the encoder: its quality is not known."
 
 
 def _limits(encoder: Encoder, run: Run | None) -> str:
     lines = [
-        "For research: it was not validated for diagnosis.",
-        "The figures hold for images like those above. Another stain, microscope, magnification or preparation is "
-        "another question, which they do not answer: measure on your own images.",
-        f"It saw cells at {encoder.size}×{encoder.size} px; what an image shows in µm should be as in training.",
+        "For research only: it has not been validated for diagnosis.",
+        "The figures hold for images like those above. They say nothing about another stain, microscope, "
+        "magnification or preparation: measure on your own images.",
+        f"It was trained at {encoder.size}×{encoder.size} px; images should show the same field in µm as in training.",
     ]
     data = run.model_dump(mode="json")["data"] if run is not None else {}
     if run is not None and not (data.get("sources") or data.get("source_pattern")):
         lines.append(
-            "Sources (slide, donor, photograph) of the images were not given: where images of one source lie on both "
-            "sides of the split, the figures flatter."
+            "Sources (slide, donor, photograph) of the images were not given: if images of one source are in two "
+            "splits, the figures are too high."
         )
     if data.get("kind") == "synthetic":
-        lines.append("It learned from drawn cells, not from real ones: good for trying the software out.")
+        lines.append("It was trained on drawn cells, not real ones: use it to try the software only.")
     if run is not None and run.model.pretrained:
-        lines.append("It started from weights that timm publishes; their terms hold too.")
+        lines.append("Training started from weights published with timm; their licence applies too.")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -115,21 +115,21 @@ def _loading(encoder: Encoder, spec: Mapping[str, Any], forms: Collection[str]) 
             "a 3×3 convolution of stride 1, `maxpool` by nothing), then the weights fit. `load.py` does it:\n\n"
         )
     elif spec["timm"]["model_name"] == "small_cnn":
-        alone = "The network is not one of timm's: `small_cnn.py` tells timm about it, and `load.py` imports that:\n\n"
+        alone = "The network is not one of timm's: `small_cnn.py` registers it with timm; `load.py` imports it:\n\n"
     else:
         arguments = ", ".join(f"{key}={value!r}" for key, value in spec["timm"].items())
         alone = (
             f"With timm alone, for images normalised by the mean and std in `encoder.json`:\n\n"
             f"```python\nimport timm\n\n"
             f'encoder = timm.create_model({arguments}, checkpoint_path="encoder.safetensors").eval()\n```\n\n'
-            f"With the resizing and the normalisation, `load.py` needs timm alone too:\n\n"
+            f"`load.py` includes resizing and normalisation, and needs timm alone too:\n\n"
         )
     parts = [
         f"{alone}```python\nfrom load import load, prepare\n\nfeatures = load()(prepare(pixels))  "
         f"# pixels (N, {encoder.channels}, H, W) uint8 → (N, {encoder.features})\n```",
         *(
             [
-                f"With torch alone, for pixels {shape} uint8, normalised inside:\n\n```python\nimport torch\n\n"
+                f"With torch alone, for pixels {shape} uint8; normalisation is included:\n\n```python\nimport torch\n\n"
                 f'encoder = torch.export.load("encoder.pt2").module()\n```'
             ]
             if "encoder.pt2" in forms
@@ -137,7 +137,7 @@ def _loading(encoder: Encoder, spec: Mapping[str, Any], forms: Collection[str]) 
         ),
         *(
             [
-                f"With ONNX, for pixels {shape} uint8, normalised inside:\n\n```python\nimport onnxruntime\n\n"
+                f"With ONNX, for pixels {shape} uint8; normalisation is included:\n\n```python\nimport onnxruntime\n\n"
                 f'session = onnxruntime.InferenceSession("encoder.onnx")\n'
                 f'(features,) = session.run(None, {{"pixels": pixels}})\n```'
             ]
@@ -155,7 +155,7 @@ def _yaml(tree: Mapping[str, Any]) -> str:
 
 
 def _unpathed(data: dict[str, Any]) -> dict[str, Any]:
-    """Paths of the machine it was trained on are nobody's business: their last names stay."""
+    """The data section with only the last part of each path: the rest would reveal the machine it was trained on."""
     shortened = {key: Path(data[key]).name for key in ("path", "sources", "root") if data.get(key)}
     return {key: value for key, value in (data | shortened).items() if value is not None}
 

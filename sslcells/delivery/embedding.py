@@ -1,4 +1,4 @@
-"""`sslcells embed`: every image of a folder to a row in a shard, on any number of ranks, resumable at any moment."""
+"""`sslcells embed`: the features of every image of a folder, in shards, on any number of ranks, resumable."""
 
 import logging
 import os
@@ -30,11 +30,11 @@ from sslcells.storage import is_file
 from sslcells.values import place
 
 SHARD = 4096
-"""images; what a kill loses a rank at most"""
+"""Images a shard: the most that a kill costs one rank."""
 _WAIT = 7 * 24 * 60.0
-"""minutes that a rank which has done its part waits for the others"""
+"""Minutes that a rank which is done waits for the others."""
 _LINE = 15.0
-"""seconds between two lines of progress where there is no terminal"""
+"""Seconds between two lines of progress if the output is not a terminal."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,18 +50,18 @@ def embed_folder(
     shard: int | None = None,
     cpu: bool = False,
 ) -> Path:
-    """Embed every image below a folder, and return the folder of shards, RUN/embeddings/NAME where `out` names none.
+    """Embed every image below a folder; returns the folder of shards, RUN/embeddings/NAME unless `out` names another.
 
-    Shard k holds the images k·`shard` … of the sorted list of paths, whatever the number of ranks; a shard that is
-    there is not made again. Every rank of a launch must call this.
+    Shard k holds the images k·`shard` … of the sorted list of paths, whatever the number of ranks; a shard that
+    exists is not computed again. Every rank of a launch must call this.
 
     Raises:
-        ConfigError: where there is no such run or folder, it holds no images, or `out` holds embeddings of another
+        ConfigError: if there is no such run or folder, it holds no images, or `out` holds embeddings of another
             encoder or of other images, or is in use.
-        DataError: where the storage is gone, or a shard cannot be written.
-        DeliveryError: where not one image could be read.
-        Stopped: where a signal asked for it, after what was written.
-        Lost: where another rank is gone.
+        DataError: if the storage is gone, or a shard cannot be written.
+        DeliveryError: if not one image could be read.
+        Stopped: if a signal asked to stop.
+        Lost: if another rank is gone.
     """
     if format not in FORMATS:
         raise ConfigError(f"--format {format}: there are {', '.join(FORMATS)}")
@@ -102,7 +102,7 @@ def _begin(
     encoder: Encoder,
     lock: list[Lock],
 ) -> tuple[Embeddings, list[str], list[int]]:
-    """Rank 0: take or find the folder of shards; returns it, the sorted images, and the shards that are missing."""
+    """On rank 0: open the folder of shards; returns it, the sorted images, and the numbers of the missing shards."""
     root = place(images)
     names = list_images(root)
     folder = place(out) if out is not None else find_run(run) / "embeddings" / root.resolve().name
@@ -140,7 +140,7 @@ def _begin(
 
 
 def _same(before: Embeddings, now: Embeddings) -> None:
-    """Raise a ConfigError where the shards that are there would not fit those to come."""
+    """Raise a ConfigError if the existing shards do not fit those that would be added."""
     folder, other = now.folder, "; choose another --out"
     if before.encoder != now.encoder:
         raise ConfigError(
@@ -157,7 +157,7 @@ def _same(before: Embeddings, now: Embeddings) -> None:
         ("--labels", before.labels, now.labels),
     ):
         if then != wanted:
-            raise ConfigError(f"{folder} was begun with {what} {then}, not {wanted}; go on with it, or{other[1:]}")
+            raise ConfigError(f"{folder} was begun with {what} {then}, not {wanted}; use that value, or{other[1:]}")
 
 
 def _work(
@@ -170,17 +170,17 @@ def _work(
     workers: int,
     interrupt: Interrupt,
 ) -> None:
-    """This rank's part of the missing shards; then, together, the list of what could not be read."""
+    """Write this rank's part of the missing shards; then all ranks together list the unreadable images."""
     mine = missing[ranks.rank() :: ranks.world()]
     console = Console(highlight=False, quiet=ranks.rank() > 0)
     with _Meter(embeddings, missing, console) as meter:
         failure: Exception | None = None
         try:
             _embed(embeddings, names, mine, encoder, device, batch, workers, interrupt, meter)
-        except Exception as error:  # told at once, and raised on every rank when each has done its part
+        except Exception as error:  # logged at once, and raised on every rank when all are done
             failure = error
             if ranks.world() > 1:
-                _log.error("rank %d stopped: %s; the other ranks go on with their parts", ranks.rank(), error)
+                _log.error("rank %d stopped: %s; the other ranks finish their parts", ranks.rank(), error)
         ranks.raise_first(failure)
         asked = ranks.largest(interrupt.asked)
     folder = embeddings.folder
@@ -188,7 +188,7 @@ def _work(
         there = len(ranks.from_main(embeddings.written))
         name = signal.Signals(asked).name
         raise Stopped(
-            asked, f"{folder}: stopped by {name} with {there} of {embeddings.shards} shards; the same command goes on"
+            asked, f"{folder}: stopped by {name} with {there} of {embeddings.shards} shards; the same command resumes"
         )
 
     def finish() -> tuple[int, str]:
@@ -200,7 +200,7 @@ def _work(
         path, why = ranks.from_main(lambda: next(iter(embeddings.unreadable())))
         raise DeliveryError(
             f"none of the {unreadable} images below {embeddings.root} could be read, such as {path}: {why}; "
-            f"{folder / UNREADABLE} lists them all. When they are mended, remove {folder} and embed again"
+            f"{folder / UNREADABLE} lists them all. When they are repaired, remove {folder} and embed again"
         )
     listed = f"; {unreadable} could not be read: {folder / UNREADABLE}" if unreadable else ""
     console.print(
@@ -278,18 +278,18 @@ def _label(name: str) -> str | None:
 
 
 def _still_there(root: str) -> None:
-    """Raise a DataError where not images are broken, but their folder is away: they must not be listed as broken."""
+    """Raise a DataError if the folder of images is gone: then its images must not be listed as unreadable."""
     try:
         with os.scandir(root) as entries:
             there = next(entries, None) is not None
     except OSError:
         there = False
     if not there:
-        raise DataError(f"{root} is away, or empty now; the same command goes on when it is back")
+        raise DataError(f"{root} is gone, or empty now; the same command resumes when it is back")
 
 
 class _Parts(Sampler[list[Pick]]):
-    """The images of some shards, `batch` at a time, and never of two shards together."""
+    """The images of some shards, `batch` at a time; a batch never spans two shards."""
 
     def __init__(self, embeddings: Embeddings, shards: Sequence[int], batch: int) -> None:
         self._embeddings, self._shards, self._batch = embeddings, shards, batch
@@ -305,7 +305,7 @@ class _Parts(Sampler[list[Pick]]):
 
 
 class _Meter:
-    """Progress of all ranks, seen from rank 0: the shards that are there, and its own unfinished one."""
+    """Progress of all ranks as rank 0 sees it: the shards that exist, and its own unfinished one."""
 
     def __init__(self, embeddings: Embeddings, missing: Sequence[int], console: Console) -> None:
         self._embeddings, self._console = embeddings, console
@@ -337,7 +337,7 @@ class _Meter:
             self._line()
 
     def add(self, images: int) -> None:
-        """So many more were looked at on this rank."""
+        """This rank has processed so many more images."""
         self._seen += images
         now = time.monotonic()
         if self._console.quiet or now - self._looked < (1.0 if self._progress is not None else _LINE):
@@ -350,7 +350,7 @@ class _Meter:
             self._line()
 
     def _done(self) -> int:
-        """Images of this start on all ranks: as far as rank 0 can see."""
+        """Images processed by all ranks since this start, as far as rank 0 can see."""
         there = sum(len(self._embeddings.members(number)) for number in self._embeddings.written())
         return max(self._seen, there - self._before)
 

@@ -1,4 +1,4 @@
-"""`sslcells export`: the encoder as a folder for others, each form of it checked against the network it came from."""
+"""`sslcells export`: an encoder as a folder to share, in several forms, each checked against the original network."""
 
 import inspect
 import json
@@ -26,11 +26,11 @@ from sslcells.values import place
 
 ONNX, PROGRAM = "encoder.onnx", "encoder.pt2"
 TOLERANCE = 1e-3
-"""of the largest feature, in float32; convolutions that sum in another order differ by 1e-6 or so"""
+"""Largest difference allowed, relative to the largest feature, in float32; another order of sums gives about 1e-6."""
 
 
 class NotMade(DeliveryError):
-    """A form of the encoder that its backbone does not allow."""
+    """The backbone cannot be exported in this form."""
 
 
 class Check(NamedTuple):
@@ -47,7 +47,7 @@ class Check(NamedTuple):
 
 
 class FromPixels(nn.Module):
-    """(N, C, S, S) uint8 → (N, F) float32: the normalisation is inside, so that nobody can forget it."""
+    """(N, C, S, S) uint8 → (N, F) float32: the normalisation is part of the network, so that nobody can forget it."""
 
     mean: Tensor
     std: Tensor
@@ -65,15 +65,15 @@ class FromPixels(nn.Module):
 
 
 def export(run: str, to: str | None = None, onnx: bool | None = None, say: Callable[[str], None] = print) -> Path:
-    """Write a run's encoder for others, and return the folder, RUN/export where `to` names none.
+    """Write a run's encoder to a folder to share, RUN/export unless `to` names another, and return the folder.
 
     encoder.safetensors and encoder.json (timm), load.py (what timm has no argument for), encoder.pt2 (torch.export),
-    encoder.onnx, README.md (the model card). Files appear whole or not at all. A form that cannot be made is left out,
-    which is said, with what would help; but ONNX must be made where `onnx` is true, and is not where it is false.
+    encoder.onnx, README.md (the model card). Files are written atomically. A form that cannot be made is left
+    out with a message that says what would help. ONNX is required if `onnx` is true, and left out if it is false.
 
     Raises:
-        ConfigError: where there is no such run.
-        DeliveryError: where a form gives other features than the network, or `onnx` insists on what cannot be made.
+        ConfigError: if there is no such run.
+        DeliveryError: if a form gives other features than the network, or `onnx` is true and ONNX cannot be made.
     """
     folder = find_run(run)
     encoder = load_encoder(folder)
@@ -100,7 +100,7 @@ def export(run: str, to: str | None = None, onnx: bool | None = None, say: Calla
 
 
 def _not_installed() -> str:
-    """What ONNX lacks here, if anything, and how to get it."""
+    """Which package ONNX needs that is not installed, and how to install it; empty if none."""
     try:
         extra("onnxscript", "export", f"{ONNX} (ONNX)")
         extra("onnxruntime", "export", f"{ONNX} (ONNX)")
@@ -112,7 +112,7 @@ def _not_installed() -> str:
 def _write(
     encoder: Encoder, folder: Path, out: Path, onnx: bool | None, missing: str, say: Callable[[str], None]
 ) -> list[str]:
-    """Write the files; returns which forms were left out, and why. `missing` says what ONNX lacks here."""
+    """Write the files; returns which forms were left out, and why. `missing` is what `_not_installed` returned."""
     spec = json.loads((folder / files.SPEC).read_text(encoding="utf-8")) | {"reading": encoder.reading}
     (out / files.SPEC).write_text(json_text(spec, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(folder / files.WEIGHTS, out / files.WEIGHTS)
@@ -120,18 +120,18 @@ def _write(
     if spec["timm"]["model_name"] == "small_cnn":
         (out / "small_cnn.py").write_text(inspect.getsource(models.small_cnn), encoding="utf-8")
     network = FromPixels(encoder).eval()
-    asked = {"noise": noise(encoder, 3), "one image of noise": noise(encoder, 1), "drawn cells": drawn(encoder, 8)}
-    checks = [compare("timm", lambda x: standalone.load(out)(standalone.prepare(x, out)), network, asked, say)]
+    inputs = {"noise": noise(encoder, 3), "one image of noise": noise(encoder, 1), "drawn cells": drawn(encoder, 8)}
+    checks = [compare("timm", lambda x: standalone.load(out)(standalone.prepare(x, out)), network, inputs, say)]
     forms, left_out = list[str](), [missing] if missing else []
     try:
         program = write_program(network, encoder, out / PROGRAM)
         forms.append(PROGRAM)
         loaded = torch.export.load(out / PROGRAM).module()
-        checks.append(compare("torch.export", loaded, network, asked, say))
+        checks.append(compare("torch.export", loaded, network, inputs, say))
         if onnx is not False and not missing:
             write_onnx(program, out / ONNX)
             forms.append(ONNX)
-            checks.append(compare("ONNX", onnx_session(out / ONNX), network, asked, say))
+            checks.append(compare("ONNX", onnx_session(out / ONNX), network, inputs, say))
     except NotMade as error:
         if onnx:
             raise
@@ -147,7 +147,7 @@ def noise(encoder: Encoder, count: int) -> Tensor:
 
 
 def drawn(encoder: Encoder, count: int) -> Tensor:
-    """(count, C, S, S) uint8: cells in the size that the encoder is used with, in grey where it takes no RGB."""
+    """(count, C, S, S) uint8: drawn cells at the encoder's size, in grey if it does not take RGB."""
     side = min(max(encoder.size, 16), 1024)
     cells = synthetic.open_split(synthetic.Config(size=side, train=count), "train")
     assert cells is not None
@@ -162,39 +162,39 @@ def compare(
     what: str,
     other: Callable[[Tensor], Tensor],
     network: nn.Module,
-    asked: dict[str, Tensor],
+    inputs: dict[str, Tensor],
     say: Callable[[str], None] = print,
 ) -> Check:
-    """How far `other` is from the network, at most, over what it is asked; each is said.
+    """The largest difference between `other` and the network over the inputs; each is reported with `say`.
 
     Raises:
-        DeliveryError: where it is further than TOLERANCE allows.
+        DeliveryError: if the difference is above TOLERANCE.
     """
     worst = Check(what, 0.0, 0.0)
-    for name, pixels in asked.items():
+    for name, pixels in inputs.items():
         expected = network(pixels)
         if not expected.isfinite().all():
-            raise DeliveryError(f"the encoder gives no finite features of {name}: it is not sound")
+            raise DeliveryError(f"the encoder gives no finite features of {name}: its weights are broken")
         check = Check(what, (other(pixels) - expected).abs().max().item(), expected.abs().max().item())
         say(f"{what} on {name} {tuple(pixels.shape)}: {str(check).partition(': ')[2]}")
-        if not check.difference <= TOLERANCE * max(check.largest, 1e-6):  # also where it is NaN
+        if not check.difference <= TOLERANCE * max(check.largest, 1e-6):  # also if it is NaN
             raise DeliveryError(f"{check}: not the same encoder, on {name}")
         worst = max(worst, check, key=lambda c: c[1:])
     return worst
 
 
 def write_program(network: nn.Module, encoder: Encoder, file: Path) -> torch.export.ExportedProgram:
-    """The network for any number of images, as torch.export has it.
+    """Write the network as a torch.export program for any number of images.
 
     Raises:
-        NotMade: where torch.export cannot follow it.
+        NotMade: if torch.export cannot trace it.
     """
     images = torch.export.Dim("images")
     try:
         with torch.no_grad():
             program = torch.export.export(network, (noise(encoder, 2),), dynamic_shapes={"pixels": {0: images}})
         torch.export.save(program, file)
-    except Exception as error:  # whatever a backbone does that cannot be followed
+    except Exception as error:  # whatever a backbone does that cannot be traced
         file.unlink(missing_ok=True)
         raise NotMade(
             f"{PROGRAM} and {ONNX}: torch.export cannot follow this backbone, {_first(error)}; load.py and timm can"
@@ -203,14 +203,14 @@ def write_program(network: nn.Module, encoder: Encoder, file: Path) -> torch.exp
 
 
 def write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
-    """The program as ONNX.
+    """Write the program as ONNX.
 
     Raises:
-        NotMade: where it has what ONNX has not.
+        NotMade: if it uses an operator that ONNX lacks.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter's own libraries
+            warnings.simplefilter("ignore")  # from the exporter's own libraries
             made = torch.onnx.export(program, input_names=["pixels"], output_names=["features"], verbose=False)
         assert made is not None
         made.save(str(file))
@@ -220,7 +220,7 @@ def write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
 
 
 def onnx_session(file: Path) -> Callable[[Tensor], Tensor]:
-    """What onnxruntime makes of a file, on the CPU: (N, C, S, S) uint8 → (N, F)."""
+    """An ONNX file as a function on the CPU: (N, C, S, S) uint8 → (N, F)."""
     runtime = extra("onnxruntime", "export", "ONNX")
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])

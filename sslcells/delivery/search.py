@@ -1,4 +1,4 @@
-"""`sslcells search`: the images nearest to a query by cosine, among all that were embedded."""
+"""`sslcells search`: the embedded images that are nearest to a query by cosine."""
 
 import csv
 import dataclasses
@@ -27,9 +27,9 @@ from sslcells.storage import is_file, is_folder, write_atomically
 from sslcells.values import place
 
 _MOST_SHOWN = 20
-"""queries, and neighbours of each, on the picture"""
+"""Queries on the picture, and neighbours of each."""
 _SMALL = 10_000
-"""images below which FAISS looks at all of them too"""
+"""With fewer images the FAISS index is exhaustive."""
 
 
 class Found(NamedTuple):
@@ -43,7 +43,7 @@ class Found(NamedTuple):
 
 
 Sources = Callable[[Sequence[str]], Tensor]
-"""Paths → (N,) int64: equal numbers must not be neighbours; an image's own where nothing else is known."""
+"""Paths → (N,) int64: images with equal numbers are not neighbours; an image without a known source has its own."""
 
 
 def search(
@@ -60,11 +60,11 @@ def search(
 ) -> list[list[Found]]:
     """The `k` images nearest to each query, nearest first; prints a table, and writes it and a picture into `out`.
 
-    Neither the query itself nor, where `sources` or `source_pattern` say them, images of its source are neighbours.
+    The query itself is not a neighbour, nor are images of its source if `sources` or `source_pattern` tell the source.
 
     Raises:
-        ConfigError: where there are no such embeddings, they are not complete, or of another encoder.
-        DataError: where a query or a shard cannot be read.
+        ConfigError: if there are no such embeddings, or they are incomplete or of another encoder.
+        DataError: if a query or a shard cannot be read.
     """
     if k < 1:
         raise ConfigError(f"--k {k} should be at least 1")
@@ -79,10 +79,10 @@ def search(
     network = _encoder_of(embeddings, encoder, device or torch.device("cpu"))
     rows = embed(paths, network)
     names = [_name(path, embeddings) for path in paths]
-    look = approximately if faiss else exactly
-    found = look(embeddings, rows, ids(names), k, ids, network.mean.device)
+    find = approximately if faiss else exactly
+    found = find(embeddings, rows, ids(names), k, ids, network.mean.device)
     for query, near in zip(queries, found, strict=True):
-        say(f"{query}\n" + "\n".join(_lines(near)) if near else f"{query}\n  no image is left to compare it with")
+        say(f"{query}\n" + "\n".join(_lines(near)) if near else f"{query}\n  no image of another source")
     folder = place(out) if out is not None else embeddings.folder / "search"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,17 +95,19 @@ def search(
 
 
 def find_embeddings(target: str) -> Embeddings:
-    """The embeddings in a folder, or the only ones that lie in a run's.
+    """The embeddings in a folder, or the only ones in a run's folder.
 
     Raises:
-        ConfigError: where there are none, or several.
+        ConfigError: if there are none, or several.
     """
     folder = place(target)
     if is_file(folder / MANIFEST):
         return Embeddings.open(folder)
     folder = find_run(target)
     if not is_file(folder / files.SPEC):
-        raise ConfigError(f"{target} holds neither {MANIFEST} nor {files.SPEC}: it is neither embeddings nor a run")
+        raise ConfigError(
+            f"{target} holds neither {MANIFEST} nor {files.SPEC}: it is neither a folder of embeddings nor a run"
+        )
     inside = sorted(manifest.parent for manifest in folder.glob(f"embeddings/*/{MANIFEST}"))
     if not inside:
         raise ConfigError(f"{target} has no embeddings yet: sslcells embed {target} IMAGES")
@@ -115,10 +117,10 @@ def find_embeddings(target: str) -> Embeddings:
 
 
 def source_finder(table: str | None, pattern: str | None) -> Sources:
-    """Paths to the numbers of their sources, as a CSV file lists them, or a pattern finds them.
+    """A function from paths to the numbers of their sources, from a CSV file or a pattern.
 
     Raises:
-        ConfigError: where the file or the pattern is not right.
+        ConfigError: if the file or the pattern is wrong.
     """
     listed: dict[str, str] = {}
     if table is not None:
@@ -141,7 +143,7 @@ def source_finder(table: str | None, pattern: str | None) -> Sources:
 def exactly(
     embeddings: Embeddings, query: Tensor, source: Tensor, k: int, sources: Sources, device: torch.device
 ) -> list[list[Found]]:
-    """Neighbours of query (M, F) of sources (M,) among all rows, a shard at a time on the device."""
+    """Neighbours of queries (M, F) with sources (M,) among all rows, one shard at a time on the device."""
     query, source = query.to(device), source.to(device)
     best = torch.full((len(query), 0), -math.inf, device=device)  # (M, ≤ k) cosines
     rows = torch.zeros((len(query), 0), dtype=torch.int64, device=device)
@@ -152,7 +154,7 @@ def exactly(
             continue
         bank = torch.from_numpy(np.array(shard.vector)).to(device)
         cosine, index = neighbours(query, bank, k, source, sources(shard.path).to(device))
-        # Stable, and what is kept comes first: of equal cosines the first path wins, however the shards are cut.
+        # Stable, with the kept rows first: of equal cosines the first path wins, whatever the size of the shards.
         best, order = torch.cat([best, cosine], 1).sort(dim=1, descending=True, stable=True)
         rows = torch.cat([rows, index + first], 1).gather(1, order)[:, :k]
         best = best[:, :k]
@@ -175,7 +177,7 @@ def exactly(
 def approximately(
     embeddings: Embeddings, query: Tensor, source: Tensor, k: int, sources: Sources, device: torch.device
 ) -> list[list[Found]]:
-    """As `exactly`, from a FAISS index that is made once and kept: for millions of images, and some may be missed."""
+    """As `exactly`, from a FAISS index that is built once and kept: for millions of images; it may miss some."""
     index, starts = _index(embeddings)
     unit_queries: NDArray[np.float32] = unit(query.float()).cpu().numpy()
     total = int(starts[-1])
@@ -199,13 +201,13 @@ def approximately(
                     near.append(Found(shard.path[place], max(0.0, 1 - cosine), label))
             if len(near) >= k or more >= total:
                 break
-            more *= 4  # the query's own source took the places
+            more *= 4  # the nearest rows were of the query's own source
         found.append(near[:k])
     return found
 
 
 def _index(embeddings: Embeddings) -> tuple[Any, NDArray[np.int64]]:
-    """The FAISS index of all rows, made where it is missing; and (shards + 1,) the first row of each shard."""
+    """The FAISS index of all rows, built if it is missing; and (shards + 1,) the first row of each shard."""
     library = extra("faiss", "faiss", "--faiss")
     file = embeddings.folder / f"index-{embeddings.encoder}-{embeddings.listed[:16]}.faiss"
     starts_file = file.with_suffix(".npy")
@@ -217,7 +219,7 @@ def _index(embeddings: Embeddings) -> tuple[Any, NDArray[np.int64]]:
     if total >= _SMALL:
         lists = int(4 * math.sqrt(total))
         index = library.IndexIVFFlat(index, embeddings.features, lists, library.METRIC_INNER_PRODUCT)
-        share = min(1.0, 64 * lists / total)  # of each shard, so that every part of the folder is seen
+        share = min(1.0, 64 * lists / total)  # of each shard, so that the sample covers the whole folder
         sample = [_unit_rows(shard.vector[:: max(1, round(1 / share))]) for shard in embeddings.read_all()]
         index.train(np.concatenate(sample))
     for shard in embeddings.read_all():
@@ -229,7 +231,7 @@ def _index(embeddings: Embeddings) -> tuple[Any, NDArray[np.int64]]:
 
 
 def _probing(library: Any, index: Any) -> Any:
-    """The index, looking into a sixteenth of its lists."""
+    """The index, set to search a sixteenth of its lists."""
     if isinstance(index, library.IndexIVF):
         index.nprobe = max(8, index.nlist // 16)
     return index
@@ -241,7 +243,7 @@ def _unit_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _encoder_of(embeddings: Embeddings, given: str | None, device: torch.device) -> Encoder:
-    """The encoder that made the embeddings: the queries must go through the same."""
+    """The encoder that made the embeddings; queries must use the same one."""
     run = given if given is not None else embeddings.run
     try:
         encoder = load_encoder(run, device)
@@ -257,7 +259,7 @@ def _encoder_of(embeddings: Embeddings, given: str | None, device: torch.device)
 
 
 def _query(query: str, embeddings: Embeddings) -> Path:
-    """The file of a query, as given or below the folder of images."""
+    """The file of a query: the path itself, or that path below the folder of images."""
     path = place(query)
     for file in (path, Path(embeddings.root) / query):
         if is_file(file):
@@ -274,10 +276,10 @@ def _query(query: str, embeddings: Embeddings) -> Path:
 
 
 def _name(path: Path, embeddings: Embeddings) -> str:
-    """What the embeddings call a file; its own path where it is not one of theirs."""
-    for whole_path in (Path(os.path.abspath(path)), path.resolve()):
-        if whole_path.is_relative_to(embeddings.root):
-            return spelt(whole_path.relative_to(embeddings.root).as_posix())
+    """The path of a file as the embeddings list it; its own path if they do not."""
+    for candidate in (Path(os.path.abspath(path)), path.resolve()):
+        if candidate.is_relative_to(embeddings.root):
+            return spelt(candidate.relative_to(embeddings.root).as_posix())
     return spelt(str(path))
 
 
@@ -303,13 +305,13 @@ def _write_csv(file: Path, queries: Sequence[str], found: Sequence[Sequence[Foun
 def _draw(
     file: Path, embeddings: Embeddings, encoder: Encoder, paths: Sequence[Path], found: Sequence[Sequence[Found]]
 ) -> Path:
-    decoder = dataclasses.replace(encoder.reader(), size=None)  # as they are, not cut
+    decoder = dataclasses.replace(encoder.reader(), size=None)  # at full size, not cropped
 
     def image(path: Path) -> Image | None:
         try:
             return decoder(str(path)).permute(1, 2, 0).numpy()
         except Unreadable:
-            return None  # moved since it was embedded; its row is still there
+            return None  # the file was moved after it was embedded
 
     rows = [
         [

@@ -1,4 +1,4 @@
-"""Embeddings as a folder of shards: which images each holds, how it is written whole or not at all, and read again."""
+"""A folder of embeddings in shards: which images each shard holds, how shards are written atomically and read."""
 
 import hashlib
 import json
@@ -27,31 +27,31 @@ FORMATS = ("parquet", "npz", "h5ad")
 
 
 class Shard(NamedTuple):
-    """A run of consecutive images of the sorted list: n that could be read, and the others' reasons."""
+    """Consecutive images of the sorted list: n that could be read, and why the others could not."""
 
     id: NDArray[np.int64]
-    """(n,): places in the sorted list of all images"""
+    """(n,): indices in the sorted list of all images"""
     path: list[str]
     """n paths below the folder of images"""
     vector: NDArray[np.float32]
     """(n, F)"""
     label: list[str | None] | None
-    """n classes, where labels were asked for"""
+    """n classes; None if labels were not wanted"""
     unreadable: list[tuple[str, str]]
     """path and reason"""
 
 
 class Embeddings:
-    """A folder of embeddings, complete or not, and what it says of itself in embeddings.json."""
+    """A folder of embeddings, complete or not, as its embeddings.json describes it."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder, self._manifest = folder, dict(manifest)
         self.encoder: str = manifest["encoder"]
         """digest of the encoder"""
         self.run: str = manifest["run"]
-        """its folder, as it was"""
+        """the folder of its run when the embeddings were made"""
         self.root: str = manifest["images"]
-        """the folder of images, as it was"""
+        """the folder of images when the embeddings were made"""
         self.count: int = manifest["count"]
         """images, readable or not"""
         self.listed: str = manifest["list"]
@@ -68,7 +68,7 @@ class Embeddings:
         """The embeddings in a folder.
 
         Raises:
-            ConfigError: where it holds none.
+            ConfigError: if it holds none.
         """
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ class Embeddings:
             raise ConfigError(f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from None
 
     def begin(self) -> None:
-        """Write embeddings.json, and clear away what a killed process left half-written."""
+        """Write embeddings.json, and remove the partial files of a killed process."""
         for left in self.folder.glob(".*.partial"):
             with suppress(OSError):
                 left.unlink()
@@ -88,27 +88,27 @@ class Embeddings:
 
     @property
     def shards(self) -> int:
-        """How many there are when all are written."""
+        """The number of shards when complete."""
         return -(-self.count // self.size)
 
     def members(self, number: int) -> range:
-        """The images of a shard, by their places in the sorted list."""
+        """The images of a shard, as indices in the sorted list."""
         return range(number * self.size, min((number + 1) * self.size, self.count))
 
     def file(self, number: int) -> Path:
-        """Where a shard is, when it is written."""
+        """The path of a shard."""
         return self.folder / f"part-{number:06}.{'parquet' if self.format == 'parquet' else 'npz'}"
 
     def written(self) -> list[int]:
-        """Numbers of the shards that are there; each is whole, as it got its name last."""
+        """Numbers of the shards that exist; each is complete, as a shard gets its name after it is written."""
         there = set(patiently(lambda: os.listdir(self.folder), str(self.folder)))
         return [number for number in range(self.shards) if self.file(number).name in there]
 
     def write(self, number: int, shard: Shard) -> None:
-        """Write a shard, whole or not at all.
+        """Write a shard atomically.
 
         Raises:
-            DataError: where the file system refuses.
+            DataError: if it cannot be written.
         """
         write = _write_parquet if self.format == "parquet" else _write_npz
         target = self.file(number)
@@ -118,10 +118,10 @@ class Embeddings:
             raise DataError(f"{target} cannot be written: {error.strerror or error}") from None
 
     def read(self, number: int) -> Shard:
-        """A shard.
+        """Read a shard.
 
         Raises:
-            DataError: where it is missing, damaged, or holds other images than it should.
+            DataError: if it is missing, damaged, or holds other images than it should.
         """
         read = _read_parquet if self.format == "parquet" else _read_npz
         shard = self._opened(number, read)
@@ -134,32 +134,32 @@ class Embeddings:
         """Every shard, in order.
 
         Raises:
-            ConfigError: where some are not written yet.
+            ConfigError: if some are not written yet.
             DataError: as `read`.
         """
         self.check_complete()
         return (self.read(number) for number in range(self.shards))
 
     def check_complete(self) -> None:
-        """Raise a ConfigError where some shards are not written yet."""
+        """Raise a ConfigError if some shards are not written yet."""
         there = len(self.written())
         if there < self.shards:
             raise ConfigError(
                 f"{self.folder} is not complete: {there} of {self.shards} shards are there; "
-                f"the same embed command goes on"
+                f"the same embed command resumes"
             )
 
     def unreadable(self) -> Iterator[tuple[str, str]]:
-        """Path and reason of every image that could not be read; vectors stay on the disk.
+        """Path and reason of every image that could not be read; vectors are not loaded.
 
         Raises:
-            ConfigError: where some shards are not written yet.
+            ConfigError: if some shards are not written yet.
             DataError: as `read`.
         """
         self.check_complete()
-        look = _look_parquet if self.format == "parquet" else _look_npz
+        peek = _peek_parquet if self.format == "parquet" else _peek_npz
         for number in range(self.shards):
-            rows, unreadable = self._opened(number, look)
+            rows, unreadable = self._opened(number, peek)
             self._counted(number, rows, len(unreadable))
             yield from unreadable
 
@@ -177,7 +177,7 @@ class Embeddings:
             raise DataError(f"{self.file(number)} holds other images than it should; delete it, and embed again")
 
     def write_unreadable(self) -> int:
-        """List in unreadable.csv what could not be read, and return how many; no such file where all could."""
+        """List the unreadable images in unreadable.csv and return their number; without any, there is no such file."""
         lines = [f'"{_quoted(path)}","{_quoted(why)}"\n' for path, why in self.unreadable()]
         target = self.folder / UNREADABLE
         if lines:
@@ -188,7 +188,7 @@ class Embeddings:
         return len(lines)
 
     def write_h5ad(self) -> Path:
-        """All shards in one AnnData file; they are in memory together meanwhile."""
+        """Write all shards as one AnnData file; all are in memory at once."""
         pandas, shards = extra("pandas", "anndata", "--format h5ad"), list(self.read_all())
         index = [path for shard in shards for path in shard.path]
         columns: dict[str, Any] = {"id": np.concatenate([shard.id for shard in shards])}
@@ -197,7 +197,7 @@ class Embeddings:
         target = self.folder / "embeddings.h5ad"
         partial = partial_name(target)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own dependencies
+            warnings.simplefilter("ignore")  # from its own dependencies
             anndata = extra("anndata", "anndata", "--format h5ad")
             table = anndata.AnnData(
                 X=np.concatenate([shard.vector for shard in shards]),
@@ -210,7 +210,7 @@ class Embeddings:
 
 
 def list_digest(names: Sequence[str]) -> str:
-    """Equal for equal sorted lists of paths."""
+    """A digest that is equal for equal sorted lists of paths."""
     digest = hashlib.blake2b(digest_size=16)
     for name in names:
         digest.update(os.fsencode(name) + b"\0")
@@ -247,7 +247,7 @@ def _read_parquet(file: Path) -> Shard:
     return Shard(table["id"].to_numpy(), table["path"].to_pylist(), vector, label, _unreadable(table.schema))
 
 
-def _look_parquet(file: Path) -> tuple[int, list[tuple[str, str]]]:
+def _peek_parquet(file: Path) -> tuple[int, list[tuple[str, str]]]:
     with pq.ParquetFile(file) as parquet:
         return parquet.metadata.num_rows, _unreadable(parquet.schema_arrow)
 
@@ -275,6 +275,6 @@ def _read_npz(file: Path) -> Shard:
         return Shard(arrays["id"], arrays["path"].tolist(), arrays["vector"], label, unreadable)
 
 
-def _look_npz(file: Path) -> tuple[int, list[tuple[str, str]]]:
+def _peek_npz(file: Path) -> tuple[int, list[tuple[str, str]]]:
     with file.open("rb") as opened, np.load(opened) as arrays:  # numpy leaves a damaged file open
         return len(arrays["id"]), [(path, why) for path, why in arrays["unreadable"].tolist()]

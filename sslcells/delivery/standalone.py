@@ -1,4 +1,4 @@
-"""Make the encoder that lies beside this file, with torch, timm and safetensors alone.
+"""Load the encoder in this folder with torch, timm and safetensors alone.
 
 from load import load, prepare
 encoder = load()
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 
 def specification(folder: Path = HERE) -> dict[str, Any]:
-    """What encoder.json says: timm's arguments, the stem, channels, size, mean, std."""
+    """The contents of encoder.json: timm's arguments, the stem, channels, size, mean, std."""
     spec: dict[str, Any] = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     return spec
 
@@ -29,7 +29,7 @@ def specification(folder: Path = HERE) -> dict[str, Any]:
 def load(folder: Path = HERE) -> nn.Module:
     """The network in eval mode: normalised images (N, C, size, size) → features (N, F)."""
     spec = specification(folder)
-    if not timm.is_model(spec["timm"]["model_name"]):  # small_cnn: importing it tells timm its name
+    if not timm.is_model(spec["timm"]["model_name"]):  # small_cnn: importing the module registers it with timm
         sys.path.insert(0, str(folder))
         importlib.import_module("small_cnn")
     encoder: Any = timm.create_model(**spec["timm"])

@@ -72,7 +72,7 @@ def encode_batches(
     network: Callable[[Readable], Tensor],
     progress: Callable[[int], None] = lambda images: None,
 ) -> Iterator[tuple[Readable, Tensor | None]]:
-    """Each batch with the features (B, F) float32 of its B readable images, on the device; None where B is 0.
+    """Each batch with the features (B, F) float32 of its B readable images, on the device; None if B is 0.
 
     One forward pass a batch, without gradients. `progress` is called after each batch with how many images it asked
     for.

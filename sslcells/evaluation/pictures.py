@@ -206,7 +206,7 @@ def umap_map(z: Tensor, seed: int) -> Map | None:
     """A UMAP map (arXiv 1802.03426) of the same rows.
 
     Raises:
-        ConfigError: where the extra umap is not installed.
+        ConfigError: if the extra umap is not installed.
     """
     umap = extra("umap", "umap", "evaluate.umap=true")
 
@@ -312,7 +312,7 @@ def confusion(
     """Which true class (rows) is taken for which (columns), from (N,) int64 each: shares of the true class, counts.
 
     Labels below 0 are ignored. Predictions below 0, of queries without a neighbour, get a column of their own
-    where there are any. None, and no file, where no label is known.
+    where there are any. None, and no file, if no label is known.
     """
     known = (labels >= 0).cpu().numpy()
     if not known.any():

@@ -50,7 +50,7 @@ class Probed(NamedTuple):
 def linear_probe(
     train: Labelled, asked: Labelled | None, val: Labelled | None, classes: int, seed: int
 ) -> Probed | None:
-    """Train on `train` with the C that is best on `val`, ask `asked`; None where train has no two classes.
+    """Train on `train` with the C that is best on `val`, ask `asked`; None if train has no two classes.
 
     Features are standardised by train's mean and deviation. Without `val` C is chosen by cross-validation inside train;
     without `asked` train's own rows are asked, each by a probe that saw nothing of its source. Folds keep the images of

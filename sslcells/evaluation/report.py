@@ -194,7 +194,7 @@ def write(file: Path, text: str) -> None:
     """Write a file whole, or not at all.
 
     Raises:
-        ConfigError: where it cannot be written.
+        ConfigError: if it cannot be written.
     """
     try:
         write_atomically(file, lambda opened: opened.write(text.encode()))

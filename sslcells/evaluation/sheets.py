@@ -106,7 +106,7 @@ def neighbour_sheet(
 
 
 def found_sheet(rows: Sequence[Sequence[tuple[Image | None, str]]], title: str, out: Path) -> Path:
-    """One query a row, and what was found for it, each with its caption; None where an image cannot be shown."""
+    """One query a row, and what was found for it, each with its caption; None if an image cannot be shown."""
     columns = max(map(len, rows))
     figure, axes = _sheet(len(rows), columns, caption=0.24)
     for cells, row in zip(axes, rows, strict=True):

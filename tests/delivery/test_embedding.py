@@ -145,7 +145,7 @@ def test_a_folder_that_goes_away_is_no_broken_image(run, cells, tmp_path, capsys
 
     monkeypatch.setattr(embedding.FolderImages, "pixels", away)
     assert embed(run, cells, tmp_path / "out") == 1
-    assert f"{cells} is away" in capsys.readouterr().err
+    assert f"{cells} is gone" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("part-*"))
     monkeypatch.undo()
     (tmp_path / "moved").rename(cells)
@@ -219,7 +219,7 @@ def test_asked_to_stop_it_says_how_to_go_on(run, cells, tmp_path, capsys, monkey
 
     monkeypatch.setattr(Embeddings, "write", write_and_be_asked)
     assert embed(run, cells, tmp_path / "out", "--shard", "8") == 143
-    assert "stopped by SIGTERM with 1 of 3 shards; the same command goes on" in capsys.readouterr().err
+    assert "stopped by SIGTERM with 1 of 3 shards; the same command resumes" in capsys.readouterr().err
     monkeypatch.undo()
     assert embed(run, cells, tmp_path / "out") == 0
     assert len(rows(tmp_path / "out")[0]) == 24

@@ -112,7 +112,7 @@ def test_the_card_says_what_it_learned_from_how_with_what_figures_and_limits(tmp
     (run / "evaluation.json").unlink()
     card = (export(str(run), onnx=False) / "README.md").read_text()
     assert card.count("Not known") == 2
-    assert "nothing is known of its quality" in card
+    assert "its quality is not known" in card
 
 
 def test_mistakes_are_named(run, tmp_path, capsys):

@@ -131,7 +131,7 @@ def test_mistakes_are_named(embedded, tmp_path, capsys):
     (tmp_path / "loop.png").symlink_to("loop.png")
     for arguments, status, message in (
         ((run.parent / "tin", query), 2, "no such run's folder (did you mean tiny?)"),
-        ((bare, query), 2, "neither embeddings nor a run"),
+        ((bare, query), 2, "neither a folder of embeddings nor a run"),
         ((other, query), 2, "has no embeddings yet: sslcells embed"),
         ((folder, query, "--encoder", other), 2, "holds embeddings of another encoder"),
         ((run, query[:-5] + ".png"), 2, "no such image"),
