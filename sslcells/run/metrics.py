@@ -1,4 +1,4 @@
-"""What a run's folder records of itself: the rows of metrics.jsonl, and which step each picture shows."""
+"""The rows of a run's metrics.jsonl, and the step that each picture shows."""
 
 import json
 import math
@@ -12,7 +12,7 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a value that was not finite, null there, is NaN."""
+    """The rows of a run's metrics.jsonl, with NaN for null, which stands for a value that was not finite."""
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [_numbers(row) for row in rows]
@@ -23,7 +23,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl as `read_metrics` has it, None where it was cut off."""
+    """One line of metrics.jsonl as a row of `read_metrics`; None if the line is cut off."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -32,7 +32,7 @@ def row_of(line: bytes) -> dict[str, Any] | None:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop what was written after the checkpoint that the run goes on from, and a last line that was cut off."""
+    """Remove the rows after `step`, the checkpoint that the run resumes from, and lines that were cut off."""
     if not path.is_file():
         return
     rows = ((line, row_of(line)) for line in path.read_bytes().splitlines())
@@ -41,7 +41,7 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def note_steps(paths: Mapping[str, Path], step: int) -> None:
-    """Write down beside the pictures which step they show."""
+    """Write the step that pictures show into steps.json beside them."""
     for path in paths.values():
         notes = path.parent / "steps.json"
         notes.write_text(json_text(_noted(notes) | {path.name: step}), encoding="utf-8")
@@ -56,14 +56,14 @@ def _noted(path: Path) -> dict[str, int]:
 
 
 def pictures_of(folder: Path, step: int, newest: bool) -> list[Path]:
-    """The pictures that show a step; those of which it is not known go with the newest."""
+    """The pictures that show a step; those without a known step belong to the newest."""
     notes = _noted(folder / "plots" / "steps.json")
     paths = sorted((folder / "plots").glob("*.png"))
     return [path for path in paths if notes.get(path.name, step if newest else None) == step]
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}, of values that every tracker takes."""
+    """{"a": {"b": 1}} → {"a.b": 1}, with values that every tracker accepts."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
