@@ -30,8 +30,9 @@ from sslcells.models import files
 from sslcells.plan import open_run
 from sslcells.run.folder import changed
 from sslcells.run.metrics import read_metrics
+from sslcells.run.state import trained
 from sslcells.storage import is_file, json_text
-from sslcells.train import finished, train
+from sslcells.train import train
 
 MODELS = {"supervised": "from scratch", "probe": "frozen encoder", "fine-tuned": "from the encoder"}
 RESULTS, REPORT = "comparison.json", "comparison.html"
@@ -201,7 +202,7 @@ def carry_out(
     for part in parts:
         run, images = part.run, splits["train"]
         augment = Augment(run.augment, *models.normalisation(run.model, images.channels))
-        found = predict(finished(run, run.folder, images, device), splits[split], run, augment, device)
+        found = predict(trained(run, run.folder, images, device), splits[split], run, augment, device)
         assert found is not None, "the split's labels were looked at before"
         if ranks.rank() == 0:
             found.write(run.folder, split)

@@ -1,18 +1,14 @@
 """What follows from a run's configuration before its first step: splits, sizes, lengths in steps."""
 
-import copy
-
 import torch
-from torch import nn
 
-from sslcells import methods, models, optim
+from sslcells import learner, models, optim
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, check_tracker
 from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.describe import describe
 from sslcells.data.holdout import hold_out, says
 from sslcells.data.subset import labelled_part
-from sslcells.models import files
 
 
 def open_run(run: Run) -> dict[str, ImageSet]:
@@ -73,32 +69,6 @@ class Plan:
         )
 
 
-def check_rows(encoder: nn.Module, method: methods.Method, run: Run, plan: Plan, channels: int) -> None:
-    """Raise a ConfigError where a forward pass has a single row of something, and BatchNorm needs two.
-
-    Asked of copies, so that nothing moves; where there are more rows it need not be asked.
-    """
-    sizes = [run.augment.size] * (plan.micro_batch * method.views == 1)
-    if method.local is not None:
-        sizes += [method.local.size] * (plan.micro_batch * method.local.views == 1)
-    for size in sizes:
-        alone, head = copy.deepcopy(encoder).train(not run.model.freeze), copy.deepcopy(method).train()
-        x = torch.zeros(1, channels, size, size)
-        try:
-            with torch.no_grad():
-                features = alone(x)
-                if plan.micro_batch * method.views_in_all == 1:
-                    head(features, progress=0.0)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            key = "train.micro_batch" if run.train.micro_batch else "train.global_batch"
-            raise ConfigError(
-                f"{key}={getattr(run.train, key.partition('.')[2])}: a rank's forward pass has one row, and BatchNorm "
-                f"needs two; take at least {2 if run.train.micro_batch else 2 * plan.world}"
-            ) from None
-
-
 def consequences(run: Run, world: int) -> str:
     """What follows from a configuration on so many ranks, for `--check`; opens the data and builds the model.
 
@@ -111,16 +81,14 @@ def consequences(run: Run, world: int) -> str:
     plan = Plan(run, len(images), world)
     sampling = sampler.build(run.sampler, images, plan.global_batch, run.seed)
     optim.check(run.optim)
-    encoder = models.build(run.model.model_copy(update={"pretrained": False}), images.channels)
+    model, train = run.model.model_copy(update={"pretrained": False}), run.train.model_copy(update={"compile": False})
+    net = learner.build(run.model_copy(update={"model": model, "train": train}), images, sync_batchnorm=False)
+    encoder, method = net.backbone, net.method
     features = models.width(encoder, images.channels, run.augment.size, config=run.model)
-    if run.model.encoder is not None:
-        files.start_from(encoder, run.model, images.channels)
-    method = methods.build(run.method, features, images)
     if method.local:
-        models.width(encoder, images.channels, method.local.size, "method.local_size", run.model)
         augment = Augment(run.augment, *models.normalisation(run.model, images.channels))
         augment.local(method.local.size, method.local.scale)  # which not every recipe has
-    check_rows(encoder, method, run, plan, images.channels)
+    learner.check_rows(encoder, method, run, images.channels, plan.micro_batch, world)
     anchors, references = plan.batch * method.views, plan.global_batch * method.views
     negatives, where = method.negatives(plan.global_batch), "the global batch" + " and the queue" * bool(method.queued)
     dimension = method(torch.zeros(2, features), progress=0.0).shape[1]

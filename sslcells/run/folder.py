@@ -34,7 +34,7 @@ def claimed(run: Run, images: ImageSet) -> Iterator["Claim"]:
     claim = Claim()
     try:
         with ranks.parting():
-            claim.whole = ranks.from_main(lambda: _take(run, images, claim))
+            claim.checkpoint = ranks.from_main(lambda: _take(run, images, claim))
             claim.ours = True
             yield claim
     except (Stopped, KeyboardInterrupt, ranks.Lost):
@@ -53,10 +53,10 @@ def claimed(run: Run, images: ImageSet) -> Iterator["Claim"]:
 class Claim:
     """A run's folder in use."""
 
-    whole: Path | None = None
-    """the checkpoint to go on from"""
+    checkpoint: Path | None = None
+    """the checkpoint to resume from"""
     ours: bool = False
-    """whether another job has it not"""
+    """True once this job holds the lock"""
     lock: Lock | None = None
     """of rank 0 alone"""
 

@@ -8,11 +8,10 @@ from gloo import launched, on_ranks
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from sslcells import launcher, methods, models, ranks
+from sslcells import launcher, methods, micro_batch, models, ranks
 from sslcells.config import PLUGINS, Model, load
 from sslcells.data import Batch, ImageSet
 from sslcells.run import checkpoint
-from sslcells.train import cached_backward
 
 NAMES = PLUGINS["method"].names()
 IMAGES, SIZE = 8, 32
@@ -158,15 +157,15 @@ def in_micro_batches(name, options, precision):
     with launched():
         accelerator, ddp, whole, pieces = pieces_of(network, precision)
         before = copy.deepcopy(network.state_dict())
-        embed = lambda piece, i, progress: ddp(*crops(piece, network.method), progress=progress)  # noqa: E731
+        embed = lambda piece, i: ddp(*crops(piece, network.method), progress=0.0)  # noqa: E731
         for _ in range(2):  # the second shows that the first left DDP in order
             network.zero_grad()
             network.load_state_dict(before)
-            cached_backward(accelerator, ddp, embed, network.method, pieces, whole, 0.0)
+            micro_batch.backward(accelerator, ddp, embed, network.method, pieces, whole, 0.0)
         apart = [g.clone() for g in gradients(network)]
         network.zero_grad()
         network.load_state_dict(before)
-        accelerator.backward(network.method.loss(embed(whole, 0, 0.0), whole, 0.0)[0])
+        accelerator.backward(network.method.loss(embed(whole, 0), whole, 0.0)[0])
         return apart, gradients(network)
 
 
@@ -214,11 +213,12 @@ def with_a_scaler(scale):
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # Accelerate itself makes one on GPUs alone
         optimizer = torch.optim.SGD(network.parameters(), 0.1)
 
-        def embed(piece, i, progress):
+        def embed(piece, i):
             with torch.autocast("cpu", torch.float16):
-                return methods.Outputs(ddp(*crops(piece, network.method), progress=progress).rows.float())
+                outputs = ddp(*crops(piece, network.method), progress=0.0)
+            return outputs._replace(rows=outputs.rows.float())
 
-        cached_backward(accelerator, ddp, embed, network.method, pieces, whole, 0.0)
+        micro_batch.backward(accelerator, ddp, embed, network.method, pieces, whole, 0.0)
         accelerator.scaler.unscale_(optimizer)
         grads, before = gradients(network), copy.deepcopy(network.state_dict())
         accelerator.scaler.step(optimizer)

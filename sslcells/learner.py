@@ -1,0 +1,65 @@
+"""The network that a run trains: backbone, head and teacher as the configuration says, and the sizes they take."""
+
+import copy
+
+import torch
+from torch import nn
+
+from sslcells import methods, models, ranks
+from sslcells.config import ConfigError, Run
+from sslcells.data import ImageSet
+from sslcells.models import files
+
+
+def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
+    """Build the learner, with the same first weights on every rank.
+
+    Raises:
+        ConfigError: where backbone, method, image size and data do not fit each other.
+    """
+    torch.manual_seed(run.seed)
+    encoder = models.build(run.model, images.channels)
+    features = models.width(encoder, images.channels, run.augment.size, config=run.model)
+    if run.model.encoder is not None:
+        files.start_from(encoder, run.model, images.channels)
+    method = methods.build(run.method, features, images)
+    if method.local:
+        models.width(encoder, images.channels, method.local.size, "method.local_size", run.model)
+    learner = methods.Learner(encoder, method, frozen=run.model.freeze)
+    if sync_batchnorm and run.train.sync_batchnorm:
+        ranks.sync_batchnorm(learner)
+    if run.train.channels_last is True:
+        learner.to(memory_format=torch.channels_last)
+    if run.train.compile:
+        learner.backbone.compile()
+        if learner.teacher is not None:
+            learner.teacher.backbone.compile()
+    return learner
+
+
+def check_rows(
+    encoder: nn.Module, method: methods.Method, run: Run, channels: int, micro_batch: int, world: int
+) -> None:
+    """Raise a ConfigError where a forward pass would have a single row, as BatchNorm needs two.
+
+    Copies of the networks are asked, so that no running statistic moves.
+    """
+    sizes = [run.augment.size] * (micro_batch * method.views == 1)
+    if method.local is not None:
+        sizes += [method.local.size] * (micro_batch * method.local.views == 1)
+    for size in sizes:
+        alone, head = copy.deepcopy(encoder).train(not run.model.freeze), copy.deepcopy(method).train()
+        x = torch.zeros(1, channels, size, size)
+        try:
+            with torch.no_grad():
+                features = alone(x)
+                if micro_batch * method.views_in_all == 1:
+                    head(features, progress=0.0)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            key = "train.micro_batch" if run.train.micro_batch else "train.global_batch"
+            raise ConfigError(
+                f"{key}={getattr(run.train, key.partition('.')[2])}: a rank's forward pass has one row, and BatchNorm "
+                f"needs two; take at least {2 if run.train.micro_batch else 2 * world}"
+            ) from None
