@@ -30,8 +30,8 @@ from sslcells.evaluation.sheets import Image
 from sslcells.models import files
 from sslcells.run import checkpoint, wandb_sync
 from sslcells.run.metrics import METRICS, note_steps, read_metrics
+from sslcells.run.state import trained
 from sslcells.storage import is_file, json_text
-from sslcells.train import finished
 
 RESULTS, REPORT = "evaluation.json", "report.html"
 
@@ -253,7 +253,7 @@ def _predictions(
         return None, [f"{without}: there is no {run.evaluate.split} split"]
     if ranks.from_main(lambda: checkpoint.newest(folder / "checkpoints")) is None:
         return None, [f"{without}: {folder / 'checkpoints'} holds no whole checkpoint"]
-    learner = finished(run, folder, splits["train"], device)
+    learner = trained(run, folder, splits["train"], device)
     return predict(learner, splits[run.evaluate.split], run, augment, device), []
 
 

@@ -282,7 +282,7 @@ def test_an_operation_that_depends_on_chance_is_named(tmp_path, monkeypatch, cap
         torch.use_deterministic_algorithms(True)
         raise RuntimeError("some_backward_cuda does not have a deterministic implementation, but you set …")
 
-    monkeypatch.setattr("sslcells.train.Training.begin", by_chance)
+    monkeypatch.setattr("sslcells.train._introduce", by_chance)
     assert main("train", [*TINY, "train.deterministic=true", f"out={tmp_path}"]) == 1
     said = capsys.readouterr().err
     assert "some_backward_cuda" in said

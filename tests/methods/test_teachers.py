@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from sslcells import methods, models, optim
 from sslcells.config import ConfigError, Model, Optim, load
 from sslcells.data import Batch, synthetic
+from sslcells.learner import build
 from sslcells.models import files
 from sslcells.plan import consequences
 from sslcells.run import checkpoint
-from sslcells.train import build, train
+from sslcells.train import train
 
 TINY = [
     *("data.size=32", "data.train=48", "data.val=16", "data.test=0", "augment.size=32", "evaluate.k=5"),
