@@ -1,8 +1,8 @@
-"""What labels are worth with and without self-supervision: `sslcells compare`, and fine-tuning in `evaluate`.
+"""Comparison of models by the number of labels: `sslcells compare`, and fine-tuning in `evaluate`.
 
 Supervised from scratch, a probe on the run's frozen encoder, and the encoder fine-tuned: the same backbone, data, steps
-and parts of the labels, each with several seeds. Every one of them is a run of the one loop, in a folder of its own
-below the run's, and goes on where it was cut off. When all are trained, each is asked about `evaluate.split`.
+and fractions of the labels, each with several seeds. Each is a run of the usual training loop in a folder of its own
+below the run's, and resumes if it was interrupted. When all are trained, each is measured on `evaluate.split`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from sslcells.train import train
 MODELS = {"supervised": "from scratch", "probe": "frozen encoder", "fine-tuned": "from the encoder"}
 RESULTS, REPORT = "comparison.json", "comparison.html"
 _CURVE = 12
-"""Looks at val along a training."""
+"""Evaluations on val during each training."""
 
 
 class Part(NamedTuple):
@@ -50,7 +50,7 @@ class Part(NamedTuple):
 
 
 def compare(run: Run) -> dict[str, Any]:
-    """Train the run, then every part of the comparison, and print and write what came out; the results on rank 0.
+    """Train the run, then every part of the comparison; print and write the results, and return them on rank 0.
 
     Raises:
         ConfigError: if the configuration of the run or of the comparison does not fit the data.
@@ -86,7 +86,7 @@ def compare(run: Run) -> dict[str, Any]:
 
 
 def fine_tuned(folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Fine-tune a finished run's encoder on parts of the labels: the rows that `evaluate` shows, on rank 0.
+    """Fine-tune a finished run's encoder on fractions of the labels; returns the rows for `evaluate` on rank 0.
 
     Raises:
         ConfigError: if the folder is no finished run's, or its data has no labels; else as `compare`.
@@ -115,19 +115,19 @@ def fine_tuned(folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, An
 
 def _check_labels(run: Run, splits: Mapping[str, ImageSet]) -> None:
     if not splits["train"].labelled and splits["train"].targets is None:
-        raise ConfigError("labels are compared, and the train split has none")
+        raise ConfigError("a comparison needs labels, and the train split has none")
     if run.evaluate.split not in splits:
         raise ConfigError(f"evaluate.split={run.evaluate.split}: the data has only {', '.join(splits)}")
-    asked = splits[run.evaluate.split]
-    if not asked.labelled and asked.targets is None:
-        raise ConfigError(f"evaluate.split={run.evaluate.split}: labels are compared, and that split has none")
+    query = splits[run.evaluate.split]
+    if not query.labelled and query.targets is None:
+        raise ConfigError(f"evaluate.split={run.evaluate.split}: a comparison needs labels, and that split has none")
 
 
 def plan(run: Run, splits: Mapping[str, ImageSet], models: Sequence[str] | Mapping[str, str]) -> Iterator[Part]:
     """Every training of these models, in order: fractions, then models, then seeds.
 
     Raises:
-        ConfigError: if `compare` describes no run.
+        ConfigError: if `compare` describes no valid run.
     """
     config, images, world = run.compare, splits["train"], ranks.world()
     for fraction in config.fractions:
@@ -167,7 +167,7 @@ def _start(run: Run, model: str) -> dict[str, Any]:
 
 
 def _run(run: Run, model: str, fixed: Mapping[str, Any]) -> Run:
-    """The run with the classifier's section of `compare`, then the model's, then what is fixed."""
+    """The run with changes: first `compare.classifier`, then the model's section, then `fixed`."""
     of_model = {"supervised": run.compare.supervised, "probe": run.compare.probe, "fine-tuned": run.compare.fine_tuned}
     tree = run.model_dump(mode="json") | {"method": {"name": "supervised"}}
     for changes in (run.compare.classifier, of_model[model], fixed):
@@ -179,7 +179,7 @@ def _run(run: Run, model: str, fixed: Mapping[str, Any]) -> Run:
 
 
 def _without_other_choices(tree: Any, changes: Mapping[str, Any]) -> Any:
-    """The tree, but where the changes choose another plugin nothing stays of that section except the images' size."""
+    """The tree without the sections whose plugin is changed; only the images' size stays of them."""
     kept = dict(tree)
     for section, plugin in PLUGINS.items():
         change, now = changes.get(section), kept[section]
@@ -191,9 +191,9 @@ def _without_other_choices(tree: Any, changes: Mapping[str, Any]) -> Any:
 def carry_out(
     parts: Sequence[Part], splits: Mapping[str, ImageSet], split: str, device: torch.device
 ) -> list[tuple[Part, Predictions]]:
-    """Train the parts, or go on with them, unless they are done, then ask all of them about a split.
+    """Train or resume the parts that are not finished, then compute all predictions on a split.
 
-    The split is read when nothing is left to train. Every rank takes part; what a part says is written to its folder.
+    The split is read after all training. Every rank calls this; each part's predictions are written to its folder.
     """
     for part in parts:
         if not ranks.from_main(lambda p=part: _finished(p.run)):  # type: ignore[misc]
@@ -203,7 +203,7 @@ def carry_out(
         run, images = part.run, splits["train"]
         augment = Augment(run.augment, *models.normalisation(run.model, images.channels))
         found = predict(trained(run, run.folder, images, device), splits[split], run, augment, device)
-        assert found is not None, "the split's labels were looked at before"
+        assert found is not None, "the split's labels were checked before"
         if ranks.rank() == 0:
             found.write(run.folder, split)
         out.append((part, found))
@@ -211,12 +211,12 @@ def carry_out(
 
 
 def _finished(run: Run) -> bool:
-    """Whether the run's folder holds the trained encoder, of this configuration."""
+    """True if the run's folder holds an encoder trained with this configuration."""
     return all(is_file(run.folder / file) for file in ("config.yaml", files.SPEC)) and not changed(run)
 
 
 def rows(predictions: Sequence[tuple[Part, Predictions]]) -> list[dict[str, Any]]:
-    """Scores of each model and part of the labels, per image and per source: mean and deviation over the seeds."""
+    """Scores of each model and fraction of the labels, by image and by source: mean and deviation over the seeds."""
     out = []
     groups = dict.fromkeys((part.model, part.fraction) for part, _ in predictions)
     for model, fraction in groups:
@@ -230,7 +230,7 @@ def rows(predictions: Sequence[tuple[Part, Predictions]]) -> list[dict[str, Any]
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and sample standard deviation; none where a score has no value, as where a class has no image."""
+    """Mean and sample standard deviation; None if a score is undefined, as for a class without images."""
     if not np.isfinite(values).all():
         return {"mean": None, "sd": None}
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
@@ -248,15 +248,15 @@ def _scores(predictions: Predictions, unit: str) -> dict[str, float]:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """The comparison as text: a line for each model, part of the labels and way to count."""
+    """The comparison as a table: a row for each model, fraction of the labels and way to count."""
     metrics = list(dict.fromkeys(m for row in result["models"] for m in row["scores"]))
     lines = []
     for row in result["models"]:
         cells = [_cell(metric, row["scores"].get(metric)) for metric in metrics]
         lines.append([f"{100 * row['fraction']:g} %", row["model"], MODELS[row["model"]], row["unit"], *cells])
     caption = (
-        f"{result['asked']} split, after the last step, % but for the loss (cross-entropy): mean ± standard deviation "
-        f"over {result['seeds']} seeds, each with labels of its own"
+        f"{result['asked']} split, after the last step, in % except the loss (cross-entropy): mean ± standard "
+        f"deviation over {result['seeds']} seeds, each with labels of its own"
     )
     return Table("Three models", ["labels", "model", "", "per", *metrics], lines, caption)
 
@@ -270,7 +270,7 @@ def _cell(metric: str, score: Mapping[str, float | None] | None) -> str:
 
 
 def draw(run: Run, predictions: Sequence[tuple[Part, Predictions]], images: ImageSet) -> list[Picture]:
-    """Curves of the three on val, accuracy against labels, and images of the asked split with what each says."""
+    """Draw curves of the three on val, accuracy against labels, and images of the query split with predictions."""
     folder, most = run.folder / "plots", max(part.fraction for part, _ in predictions)
     full = [(part, one) for part, one in predictions if part.fraction == most]
     logged = [(part.model, read_metrics(part.run.folder)) for part, _ in full]
@@ -290,9 +290,11 @@ def draw(run: Run, predictions: Sequence[tuple[Part, Predictions]], images: Imag
         def pixels(row: int) -> Image:
             return images.pixels(index[one.names[row]]).permute(1, 2, 0).numpy()
 
-        words = {model: torch.stack(w.probabilities.max(1)) for model, w in first.items()}
-        path = prediction_sheet(pixels, one.labels, one.classes, words, folder / "comparison_predictions.png", run.seed)
-        caption = f"Images of {run.evaluate.split} with the true class, and what each model says, how confidently."
+        answers = {model: torch.stack(w.probabilities.max(1)) for model, w in first.items()}
+        path = prediction_sheet(
+            pixels, one.labels, one.classes, answers, folder / "comparison_predictions.png", run.seed
+        )
+        caption = f"Images of {run.evaluate.split} with the true class, and each model's prediction and confidence."
         drawn.append(Picture("Predictions", path, caption))
     return drawn
 

@@ -1,4 +1,4 @@
-"""What a run has learned: `sslcells evaluate RUN`, also `accelerate launch -m sslcells.evaluate RUN` on many ranks."""
+"""The evaluation of a run: `sslcells evaluate RUN`, or `accelerate launch -m sslcells.evaluate RUN` on many ranks."""
 
 import argparse
 import hashlib
@@ -37,16 +37,16 @@ RESULTS, REPORT = "evaluation.json", "report.html"
 
 
 def evaluate(folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Measure a finished run, print what was found, and write it to the run's folder; what was found on rank 0.
+    """Evaluate a finished run, print the results and write them to the run's folder; returns them on rank 0.
 
-    `also` holds rows for the table of classes that were measured before: fine-tuning.
+    `also` holds rows for the table of classifiers that were measured before, by fine-tuning.
 
-    Every rank encodes its part of each split, once; rank 0 does the rest alone. The figures are the same on any number
-    of ranks, to the last digit.
+    Every rank encodes its part of each split once; rank 0 does the rest. The figures are the same to the last digit on
+    any number of ranks.
 
     Raises:
-        ConfigError: if the folder is not that of a finished run, or its data does not fit.
-        DataError: if an image cannot be read, or the encoder gives no numbers.
+        ConfigError: if the folder is not a finished run's, or the data does not fit the encoder.
+        DataError: if an image cannot be read, or features are not finite.
     """
     began = time.perf_counter()
     run = _run(folder, overrides)
@@ -56,7 +56,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[st
         result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": ranks.world()}
         write(folder / RESULTS, json_text(result, indent=2) + "\n")
         write(folder / REPORT, page(result, [*_of_training(folder), *pictures]))
-        print(f"{folder / RESULTS}, {REPORT}: everything above, and pictures; {seconds:.0f} s")
+        print(f"{folder / RESULTS}, {REPORT}: the results above, and pictures; {seconds:.0f} s")
         _log(folder, result, pictures)
     return result
 
@@ -64,7 +64,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[st
 def measured(
     run: Run, folder: Path, device: torch.device, also: Sequence[dict[str, Any]] = ()
 ) -> tuple[dict[str, Any], list[Picture]]:
-    """What `evaluate` finds, prints and draws, on rank 0; nothing on the others."""
+    """Compute, print and draw the results of `evaluate`; returned on rank 0, empty on the others."""
     if run.evaluate.umap:
         installed("umap", "umap", "evaluate.umap=true")
     names = ranks.from_main(lambda: holdout.held_out_by(folder))
@@ -168,16 +168,16 @@ class Encoded:
 
 
 def _of_training(folder: Path) -> list[Picture]:
-    """What training drew that the report shows too."""
+    """Pictures drawn by training that the report shows too."""
     drawn = [
         Picture("Training", folder / "plots" / "curves.png", "Loss, learning rate and figures along the training."),
-        Picture("Augmented views", folder / "plots" / "views.png", "What the network is shown of an image."),
+        Picture("Augmented views", folder / "plots" / "views.png", "Views of an image as the network sees them."),
     ]
     return [picture for picture in drawn if picture.path.is_file()]
 
 
 def _log(folder: Path, result: Mapping[str, Any], pictures: Sequence[Picture]) -> None:
-    """Add the figures to metrics.jsonl as a step after the last, and send it with the pictures to W&B if it follows."""
+    """Add the figures to metrics.jsonl as a step after the last; send them and the pictures to W&B if it is used."""
     before = read_metrics(folder)
     if not before:
         return
@@ -200,18 +200,18 @@ def _log(folder: Path, result: Mapping[str, Any], pictures: Sequence[Picture]) -
         try:
             print(wandb_sync.sync(folder, "ended"))
         except wandb_sync.TrackingError as error:
-            print(f"W&B has not got the figures: {error}")
+            print(f"the figures were not sent to W&B: {error}")
 
 
 def _run(folder: Path, overrides: Sequence[str]) -> Run:
-    """The run's configuration, with changes; what made the encoder stays as it was."""
+    """The run's configuration with overrides, which may not change what the encoder was made with."""
     config = folder / "config.yaml"
     if not is_file(config):
         raise ConfigError(f"{folder} holds no config.yaml: is it a run's folder?")
     fixed = [o for o in overrides if o.split("=")[0].split(".")[0] in ("model", "method", "augment", "optim")]
     if fixed:
         raise ConfigError(
-            f"{', '.join(fixed)}: the encoder is trained; data.*, evaluate.*, train.* and seed can change"
+            f"{', '.join(fixed)}: the encoder is already trained; only data.*, evaluate.*, train.* and seed can change"
         )
     return load(str(config), ["log.tracker=none", *overrides])
 
@@ -224,16 +224,16 @@ def _encoder(folder: Path, run: Run, channels: int) -> tuple[nn.Module, dict[str
 
 
 def _query_split(run: Run, by_split: Mapping[str, SplitFeatures]) -> str | None:
-    """The split that the figures are about: `evaluate.split`, another labelled one, train itself, or none.
+    """The split that the figures measure: `evaluate.split`, another labelled one, train itself, or None.
 
-    Test is asked by its name alone: who asks for val chooses something.
+    Test is used only if it is named: with val one chooses between models.
     """
     order = ["test", "val", "train"] if run.evaluate.split == "test" else ["val", "train"]
     return next((s for s in order if s in by_split and bool((by_split[s].labels >= 0).any())), None)
 
 
 def _of_val(splits: Mapping[str, ImageSet], names: Sequence[str]) -> list[str]:
-    """What a reader must know of val where it is a part of train."""
+    """The note on val if it is a part of train."""
     about = splits["val"].about if "val" in splits else ""
     if about:
         return [f"val is {about.removeprefix('of ')}"]
@@ -243,7 +243,7 @@ def _of_val(splits: Mapping[str, ImageSet], names: Sequence[str]) -> list[str]:
 def _predictions(
     run: Run, folder: Path, splits: Mapping[str, ImageSet], augment: Augment, device: torch.device
 ) -> tuple[Predictions | None, list[str]]:
-    """What the run's classifier, if it is one, says of `evaluate.split`; or why nothing, for the notes."""
+    """The predictions on `evaluate.split` if the run trained a classifier; else None, with the reason for the notes."""
     if not methods.classifies(run.method):
         return None, []
     without = "no figures of the run's own classifier"
@@ -252,13 +252,13 @@ def _predictions(
     if run.evaluate.split not in splits:
         return None, [f"{without}: there is no {run.evaluate.split} split"]
     if ranks.from_main(lambda: checkpoint.newest(folder / "checkpoints")) is None:
-        return None, [f"{without}: {folder / 'checkpoints'} holds no whole checkpoint"]
+        return None, [f"{without}: {folder / 'checkpoints'} holds no complete checkpoint"]
     learner = trained(run, folder, splits["train"], device)
     return predict(learner, splits[run.evaluate.split], run, augment, device), []
 
 
 def _classes_may_differ(run: Run, trained: Run) -> bool:
-    """Whether the data was changed in more than its sources, after which a class may have another number."""
+    """True if the data was changed in more than its sources: then a class may have another number."""
     now, before = (
         {key: value for key, value in r.data.model_dump().items() if not key.startswith("source")}
         for r in (run, trained)
@@ -267,7 +267,7 @@ def _classes_may_differ(run: Run, trained: Run) -> bool:
 
 
 def _of_classifier(predictions: Predictions | None, run: Run) -> list[dict[str, Any]]:
-    """Rows of the run's own classifier; none where an image may have several classes, which no table is for."""
+    """Rows of the run's own classifier; empty if an image may have several classes, which the table cannot show."""
     if predictions is None or predictions.labels.ndim > 1:
         return []
     units, out, classes = (
@@ -290,7 +290,7 @@ def _of_classifier(predictions: Predictions | None, run: Run) -> list[dict[str, 
 
 
 def _colour_is_better(colour: Mapping[str, float] | None, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The note that the encoder is not worth its while, where it is not."""
+    """A note if colour alone is better than the encoder."""
     knn = [r["scores"]["accuracy"]["value"] for r in rows if r["task"] == "kNN" and r["unit"] == "image"]
     if not colour or not knn or colour["top1"] <= max(knn):
         return []
@@ -300,7 +300,7 @@ def _colour_is_better(colour: Mapping[str, float] | None, rows: Sequence[Mapping
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """What rounds differently on more threads rounds the same here, on any machine and number of ranks."""
+    """Use one thread inside the block, as rounding depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Clustering: whether the classes appear by themselves."""
+"""Clustering: how well k-means clusters, found without labels, agree with the classes."""
 
 import warnings
 from collections.abc import Callable
@@ -21,14 +21,14 @@ _SCORES: dict[str, Callable[[Numbers, Numbers], float]] = {
     "AMI": adjusted_mutual_info_score,
 }
 _DRAWS = 200
-"""AMI takes milliseconds."""
+"""Resamples; few, as each AMI takes milliseconds."""
 
 
 def clusters(z: Tensor, count: int, seed: int) -> Tensor:
     """The cluster of each row of z (N, F) by k-means of its unit rows: (N,) int64; the best of ten starts.
 
     Raises:
-        ValueError: for a count below 1, or rows that are not finite.
+        ValueError: if count is below 1, or rows are not finite.
     """
     if count < 1:
         raise ValueError(f"count={count}: there must be one cluster at least")
@@ -37,7 +37,7 @@ def clusters(z: Tensor, count: int, seed: int) -> Tensor:
     if not len(z):
         return torch.zeros(0, dtype=torch.int64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different rows than clusters: fewer clusters
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
         fitted = KMeans(min(count, len(z)), n_init=10, random_state=seed).fit_predict(unit_rows(z).numpy())
     return torch.from_numpy(fitted.astype(np.int64))
 
@@ -45,8 +45,8 @@ def clusters(z: Tensor, count: int, seed: int) -> Tensor:
 def clustering(cluster: Tensor, labels: Tensor, sources: Tensor, seed: int) -> dict[str, Score]:
     """NMI, ARI and AMI of clusters and labels, (N,) int64 each and known; intervals by bootstrap over sources.
 
-    NaN for fewer than two images, on which every clustering agrees with the labels.
-    The clusters are not sought anew in a resample: the interval is that of the images, not of k-means.
+    NaN for fewer than two images, where every clustering agrees with the labels. Resamples keep the clusters: the
+    interval covers the choice of images, not the randomness of k-means.
     """
     if len(labels) < 2:
         return {name: Score(np.nan, np.nan, np.nan) for name in _SCORES}

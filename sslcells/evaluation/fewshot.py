@@ -1,4 +1,4 @@
-"""Few-shot: each class is the mean of a few labelled images."""
+"""Few-shot classification: each class is represented by the mean of a few labelled images."""
 
 import math
 
@@ -22,17 +22,17 @@ def few_shot(
     shots: int,
     seed: int,
 ) -> tuple[Tensor, float, int]:
-    """How often each query (M, F) is given its class by the nearest prototype, over the draws: (M,) in 0..1.
+    """The share of draws in which the nearest prototype gives each query (M, F) its true class: (M,) in 0..1.
 
-    A prototype is the mean of the unit rows of `shots` bank images of a class, as unit row (arXiv 1703.05175, with the
-    cosine). Images are drawn from different sources as far as a class has them. A query of a source that was drawn is
-    not asked in that draw; NaN where it never is.
+    A prototype is the mean of the unit rows of `shots` bank images of a class, normalised (arXiv 1703.05175, with the
+    cosine). Images are drawn from different sources as far as a class has them. A draw leaves out the queries whose
+    source was drawn; a query left out of all draws gets NaN.
 
-    A row that is not finite is wrong. Also the standard deviation of a draw's accuracy, and how many images the
-    smallest class could give.
+    A row that is not finite counts as wrong. Also returns the standard deviation of accuracy over draws, and the number
+    of images drawn from the smallest class.
 
     Raises:
-        ValueError: for shots below 1, or a bank in which no image has a label.
+        ValueError: if shots is below 1, or no image of the bank has a label.
     """
     if shots < 1:
         raise ValueError(f"shots={shots}: a prototype is the mean of one image at least")
@@ -42,7 +42,7 @@ def few_shot(
     generator = np.random.default_rng([seed, shots])
     present = sorted(set(bank_labels[bank_labels >= 0].tolist()))
     members = {c: (bank_labels == c).nonzero()[:, 0].numpy() for c in present}
-    hits, asked, accuracies = torch.zeros(len(query)), torch.zeros(len(query)), []
+    hits, counted, accuracies = torch.zeros(len(query)), torch.zeros(len(query)), []
     for _ in range(DRAWS):
         chosen = [_apart(generator.permutation(m), bank_sources.numpy(), shots) for m in members.values()]
         prototypes = unit_rows(torch.stack([bank[torch.from_numpy(c)].mean(0) for c in chosen]))
@@ -51,11 +51,11 @@ def few_shot(
         drawn = bank_sources[torch.from_numpy(np.concatenate(chosen))]
         fresh = ~torch.isin(query_sources, drawn)
         right = (guess == query_labels) & fresh & nearest.isfinite()
-        hits, asked = hits + right, asked + fresh
+        hits, counted = hits + right, counted + fresh
         if fresh.any():
             accuracies.append(float(right.sum() / fresh.sum()))
     spread = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else math.nan
-    return hits / asked.where(asked > 0, math.nan), spread, min(map(len, members.values()))
+    return hits / counted.where(counted > 0, math.nan), spread, min(map(len, members.values()))
 
 
 def _apart(order: np.ndarray, sources: np.ndarray, shots: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The figures of `sslcells evaluate`, from the features of whole splits; one process computes them."""
+"""The figures of `sslcells evaluate`, from the features of whole splits, computed by one process."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,17 +23,17 @@ _SLOW_DRAWS = 200
 
 
 class ClassScores(NamedTuple):
-    """What a classifier says of the query images."""
+    """A classifier's scores for M query images."""
 
     name: str
     scores: Tensor
     """(M, K)"""
     predicted: Tensor
-    """(M,) int64; -1 where it has no answer"""
+    """(M,) int64; -1 if it has no answer"""
 
 
 class Figures:
-    """Figures of the query split, gathered as rows; a row is one method with one way to count."""
+    """Figures of the query split as rows, one for each method and way to count (by image or by source)."""
 
     def __init__(
         self, run: Run, by_split: Mapping[str, SplitFeatures], query_split: str | None, classes: Sequence[str]
@@ -45,7 +45,7 @@ class Figures:
         self.cluster: Tensor | None = None
         """(M,) int64 of the query images with known labels"""
         self._run, self._classes = run, classes
-        chooses = run.evaluate.split == "val"  # then nothing of test is a figure
+        chooses = run.evaluate.split == "val"  # then no figure may use test
         self.health = {
             split: _health(features) for split, features in by_split.items() if not (chooses and split == "test")
         }
@@ -56,7 +56,7 @@ class Figures:
         self._alone = query_split == "train"
         self._units = Units(self._query.sources, run.seed, run.evaluate.bootstrap)
         val = _labelled(by_split["val"]) if "val" in by_split and query_split != "val" else None
-        self._say_what_is_odd(query_split)
+        self._add_caveats(query_split)
         if len(self._bank.labels):
             self._knn()
             self._probe(val)
@@ -66,10 +66,12 @@ class Figures:
         self._retrieval()
         self._clustering()
 
-    def _say_what_is_odd(self, query_split: str) -> None:
+    def _add_caveats(self, query_split: str) -> None:
         units, sources = self._units, "images" if not self._units.known else "sources"
         if self._alone:
-            self.notes.append("no other labelled split: train is asked, each image without all images of its source")
+            self.notes.append(
+                "no other labelled split: queries are train itself, each image without all images of its source"
+            )
         if units.count < 2:
             self.notes.append(f"{query_split} has a single source: no intervals")
         elif units.count < 10:
@@ -78,9 +80,9 @@ class Figures:
         absent = [name for c, name in enumerate(self._classes) if c not in shown]
         if absent:
             self.notes.append(f"{query_split} shows no {', no '.join(absent)}: means over classes leave them out")
-        untaught = [self._classes[c] for c in sorted(shown - set(self._bank.labels.tolist()))]
-        if untaught and len(self._bank.labels):
-            self.notes.append(f"train shows no {', no '.join(untaught)}: no classifier can name them")
+        unseen = [self._classes[c] for c in sorted(shown - set(self._bank.labels.tolist()))]
+        if unseen and len(self._bank.labels):
+            self.notes.append(f"train shows no {', no '.join(unseen)}: no classifier can name them")
 
     def _add(self, task: str, name: str, unit: str, images: int, scores: Mapping[str, Score]) -> None:
         kept = {key: rounded(score) for key, score in scores.items()}
@@ -125,7 +127,7 @@ class Figures:
         self._classifier("linear probe", f"C = {probed.strength:g}", probed.scores, each_class=True)
         self.notes.append(f"linear probe: C = {probed.strength:g}, chosen on {probed.chosen_on}")
         if probed.on_edge:
-            self.notes.append("linear probe: that is the end of the range tried")
+            self.notes.append("linear probe: that C is at the end of the range tried")
         if not probed.converged:
             self.notes.append("linear probe: some fits stopped before they converged")
 
@@ -153,20 +155,20 @@ class Figures:
         images = len(self._query.labels)
         if answerable < images:
             why = "have no other image of their class" + " from another source" * self._units.known
-            self.notes.append(f"retrieval: {images - answerable:,} of {images:,} images {why}: not asked")
+            self.notes.append(f"retrieval: {images - answerable:,} of {images:,} images {why}: not queried")
         for unit in self._units.names if answerable else []:
             self._add("retrieval", "", unit, answerable, self._units.scored(mean_of(found), unit))
 
     def _clustering(self) -> None:
         count = _distinct(self._query.labels)
         if count < 2:
-            self.notes.append("clustering: one class alone has nothing to find")
+            self.notes.append("clustering: left out, as there is only one class")
             return
         self.cluster = clusters(self._query.z, count, self._run.seed)
         scores = clustering(self.cluster, self._query.labels, self._query.sources, self._run.seed)
         self._add("clustering", f"k-means, {count} clusters", "image", len(self._query.labels), scores)
         if (got := _distinct(self.cluster)) < count:
-            self.notes.append(f"clustering: only {got} of {count} clusters are there: too few different features")
+            self.notes.append(f"clustering: only {got} of {count} clusters found: too few distinct features")
 
 
 def _labelled(features: SplitFeatures) -> Labelled:
@@ -175,7 +177,7 @@ def _labelled(features: SplitFeatures) -> Labelled:
 
 
 def _mean_by_class(hits: Tensor, labels: Tensor) -> Any:
-    """The metric that is the mean over classes of the weighted mean of hits (M,), NaN where not asked."""
+    """A metric: the mean over classes of the weighted mean of hits (M,), which are NaN for queries left out."""
     present = sorted(set(labels.tolist()))
     metric = mean_of({str(c): hits.where(labels == c, torch.nan) for c in present})
 

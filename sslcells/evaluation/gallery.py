@@ -16,12 +16,12 @@ from sslcells.evaluation.sheets import Image, neighbour_sheet
 from sslcells.losses import unit
 
 Drawn = tuple[str, Path | None, str]
-"""Title, file or none, caption."""
+"""Title, file or None, caption."""
 
 PAIRS = 20_000
-"""Random pairs behind the histogram of similarities."""
+"""Random pairs in the histogram of similarities."""
 _SHOWN = 2_000
-"""Images among which neighbours are sought for the sheet."""
+"""Images searched for the neighbours on the sheet."""
 
 
 class Picture(NamedTuple):
@@ -43,15 +43,15 @@ def draw(
     seed: int,
     umap: bool = False,
 ) -> list[Picture]:
-    """Draw everything that can be drawn of a split into `folder`.
+    """Draw all pictures of a split that its data allows into `folder`.
 
     `pixels` gives row i's image as (H, W, C) uint8; `views` are features (n, F) of two augmented views of images of
-    train; `predictions` are of the rows with known labels, in order.
+    train; `predictions` are for the rows with known labels, in order.
     """
     known = features.labels >= 0
     drawn: list[Drawn] = []
     for number, answer in enumerate(predictions):
-        caption = "Share of each true class (rows) that is given each class (columns); below it the images."
+        caption = "Share of each true class (rows) predicted as each class (columns), and the number of images."
         path = confusion(
             features.labels[known], answer.predicted, classes, folder / f"confusion_{number}.png", answer.name
         )
@@ -67,10 +67,14 @@ def draw(
         folder / "evaluated_neighbours.png",
         seed=seed,
     )
-    caption = f"Nearest among {len(few):,} images of {split} by cosine (below each), own source left out."
+    caption = (
+        f"Nearest among {len(few):,} images of {split} by cosine (below each), images of the query's source left out."
+    )
     drawn.append(("Nearest neighbours", sheet, f"{caption} ✓ and green: the query's class; ✗ and red: another."))
     histogram = similarity_histogram(_pairs(features, views, seed), folder / "similarities.png")
-    drawn.append(("Positives against negatives", histogram, "Random pairs; the further apart, the better."))
+    drawn.append(
+        ("Positives against negatives", histogram, "Random pairs; the further apart the two kinds, the better.")
+    )
     return [Picture(title, path, caption) for title, path, caption in drawn if path is not None]
 
 
@@ -88,7 +92,7 @@ def _maps_of(
     place: Map, features: SplitFeatures, split: str, classes: Sequence[str], folder: Path, seed: int
 ) -> list[Drawn]:
     name, prefix = place.name, place.name.replace("-", "").lower()
-    caption = f"{name} keeps near what is near; distances between groups, and their sizes, mean nothing."
+    caption = f"{name} keeps near images near; distances between groups and their sizes mean nothing."
     out: list[Drawn] = []
     if classes:
         path = coloured_map(
@@ -102,18 +106,20 @@ def _maps_of(
         title = f"Sources of the {split} split, named by an image"
         path = coloured_map(place, group, names, folder / f"{prefix}_source.png", title, "other sources")
         out.append(
-            (f"{name} map by source", path, f"{caption} Sources that lie apart are told by more than their cells.")
+            (f"{name} map by source", path, f"{caption} If sources lie apart, features show more than the cells.")
         )
     count = max(2, len(set(features.labels[features.labels >= 0].tolist()))) if classes else 8
     cluster = clusters(features.z, count, seed)
     names = [f"cluster {c + 1}" for c in range(count)]
     path = coloured_map(place, cluster, names, folder / f"{prefix}_cluster.png", f"k-means of the {split} split")
-    out.append((f"{name} map by cluster", path, f"{caption} {count} clusters of all features, not of the map."))
+    out.append(
+        (f"{name} map by cluster", path, f"{caption} {count} clusters, computed from the features, not from the map.")
+    )
     return out
 
 
 def _pairs(features: SplitFeatures, views: tuple[Tensor, Tensor], seed: int) -> dict[str, Tensor]:
-    """Cosines of random pairs: of a class from different sources, and of different classes; else of two views."""
+    """Cosines of random pairs: same class from different sources, and different classes; without labels, two views."""
     generator = torch.Generator().manual_seed(seed)
     one, other = torch.randint(len(features.z), (2, 50 * PAIRS), generator=generator)
     apart = features.sources[one] != features.sources[other]

@@ -1,7 +1,7 @@
-"""Figures about rows that need no labels, and tell rows that use their dimensions from rows that collapsed.
+"""Label-free figures of rows, which tell rows that use their dimensions from collapsed ones.
 
-Everything is computed on unit rows, in float64, on the CPU (MPS has no float64). Of large sets the
-same random rows are taken every time, so that a figure's cost is bounded and two calls agree.
+Everything is computed on unit rows, in float64, on the CPU (MPS has no float64). Large sets are
+sampled, with a fixed seed, so that the cost is bounded and two calls agree.
 """
 
 import math
@@ -12,9 +12,9 @@ from torch import Tensor
 from sslcells import losses
 
 _SPECTRUM_ROWS = 25_600
-"""As many as in the RankMe paper."""
+"""Largest sample, as in the RankMe paper."""
 _PAIR_ROWS = 4_096
-"""Rows of which uniformity takes every pair: 8.4 million."""
+"""Largest sample for uniformity, which uses every pair: 8.4 million."""
 _CHUNK = 1_024
 
 
@@ -34,14 +34,14 @@ def _unit(z: Tensor, most: int) -> Tensor:
 def effective_rank(z: Tensor) -> float:
     """RankMe, arXiv 2210.02885 section 3: exp of the entropy of z's (N, D) singular values divided by their sum.
 
-    1 for rows on one line, min(N, D) for rows that use every dimension alike. As in the paper the matrix is
-    not centred, so rows with a large common mean count as of low rank. Unlike the paper there is no ε = 1e-7
+    1 for rows on one line, min(N, D) for rows that use every dimension equally. As in the paper the matrix is
+    not centred, so rows with a large common mean have a low rank. Unlike the paper there is no ε = 1e-7
     (0·log 0 is 0), and rows are unit rows, as the losses and the neighbours see them. NaN for rows with NaN,
     and for none.
     """
     unit = _unit(z, _SPECTRUM_ROWS)
     gram = unit.T @ unit
-    if not len(z) or not gram.isfinite().all():  # eigvalsh would raise, and end a run for a figure
+    if not len(z) or not gram.isfinite().all():  # eigvalsh would raise, and end the run
         return math.nan
     # The eigenvalues are the squared singular values; rounding leaves tiny negative ones.
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()

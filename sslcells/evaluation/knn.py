@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification by cosine: how good the rows are with nothing trained on them."""
+"""Weighted k-nearest-neighbour classification by cosine: the quality of features without training on them."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from sslcells.losses import unit
 
 _TILE = 2**24
-"""Cosines held at a time: 64 MiB in float32, whatever the number of queries."""
+"""Cosines in memory at a time: 64 MiB in float32, whatever the number of queries."""
 
 
 @torch.no_grad()
@@ -22,17 +22,17 @@ def neighbours(
     """The k nearest bank rows of every query by cosine, nearest first.
 
     query (M, F) and bank (N, F) may have any norm. With sources, (M,) and (N,) int64, bank rows of the query's own
-    source are left out: in leave-one-out that is the query itself, and every other picture of the same cell,
-    slide or donor, which would be recognised rather than classified.
+    source are left out: in leave-one-out the query itself, and all other images of the same cell, slide or
+    donor, which would be recognised rather than classified.
 
     Returns cosines (M, k) float32, −inf where fewer rows were left, and bank indices (M, k) int64, with
     k = min(k, N). Among equal cosines the lowest index comes first.
 
     Raises:
-        ValueError: for k below 1, rows of two widths, sources of one side alone, or not one a row.
+        ValueError: for k below 1, rows of two widths, sources for only one side, or not one a row.
     """
     if k < 1:
-        raise ValueError(f"k={k}: a query must have one neighbour at least")
+        raise ValueError(f"k={k}: must be at least 1")
     if query.ndim != 2 or bank.ndim != 2 or query.shape[1] != bank.shape[1]:
         raise ValueError(f"query and bank must be (M, F) and (N, F); they are {(*query.shape,)} and {(*bank.shape,)}")
     if (query_source is None) != (bank_source is None):
@@ -45,7 +45,7 @@ def neighbours(
     nearest = []
     for start in range(0, max(1, len(query)), rows):
         part = slice(start, start + rows)
-        # A diverged encoder's NaN rows are nobody's neighbours.
+        # NaN rows of a diverged encoder are no neighbours.
         cosine = (query[part] @ bank.T).nan_to_num_(nan=-math.inf)  # (m, N)
         if query_source is not None and bank_source is not None:
             cosine.masked_fill_(query_source[part, None] == bank_source, -math.inf)
@@ -56,7 +56,7 @@ def neighbours(
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of x (m, N) with their indices, in order, equal ones by index.
 
-    topk alone leaves open which of equal values it takes, and a stable sort of whole rows is far slower.
+    topk alone does not define which of equal values it takes, and a stable sort of whole rows is far slower.
 
     Raises:
         ValueError: for k below 0 or above N.
@@ -89,8 +89,8 @@ def knn_scores(
     query (M, F), bank (N, F), bank_labels (N,) int64 with K = `classes`, unknown ones below 0. A neighbour's vote
     weighs exp(cosine / temperature) as in arXiv 1805.01978 section 3.4, relative to the nearest neighbour's (one
     factor per query, which no ranking sees, so that no temperature overflows); without a temperature it weighs 1.
-    Unlabelled rows are no neighbours, nor with sources are rows of the query's own source; where fewer than k are
-    left these vote, and where none is the scores are 0.
+    Unlabelled rows are no neighbours, nor with sources are rows of the query's own source; if fewer than k are
+    left, these vote; if none is, the scores are 0.
 
     Raises:
         ValueError: for labels that are not one a row of the bank, classes below 1, a temperature not above 0, or as
@@ -111,7 +111,7 @@ def knn_scores(
 def votes(cosine: Tensor, label: Tensor, classes: int, temperature: float | None) -> Tensor:
     """Votes for each class (M, K) float32 of neighbours with cosines and labels (M, k), nearest first.
 
-    Weighed as in `knn_scores`; a cosine of −inf, where there was no such neighbour, has no vote.
+    Weighed as in `knn_scores`; a cosine of −inf means no such neighbour, and no vote.
     """
     if temperature is None:
         weight = cosine.isfinite().float()
@@ -123,7 +123,7 @@ def votes(cosine: Tensor, label: Tensor, classes: int, temperature: float | None
 
 
 def knn_predictions(scores: Tensor) -> Tensor:
-    """The class with the highest score, (M,) int64 from (M, K); −1 where no neighbour voted.
+    """The class with the highest score, (M,) int64 from (M, K); −1 if no neighbour voted.
 
     Raises:
         ValueError: for scores of no class.
@@ -135,10 +135,10 @@ def knn_predictions(scores: Tensor) -> Tensor:
 
 
 def knn_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Fractions in 0..1 of scores (M, K) against labels (M,) int64; empty where no label is known.
+    """Fractions in 0..1 of scores (M, K) against labels (M,) int64; empty if no label is known.
 
-    `top1` is the share of right queries, `balanced` the mean of that share over the classes present in `labels`.
-    Labels below 0 are ignored; a query without neighbours is wrong.
+    `top1` is the share of queries classified correctly, `balanced` the mean of that share over the classes
+    present in `labels`. Labels below 0 are ignored; a query without neighbours counts as wrong.
 
     Raises:
         ValueError: for labels that are not one a row of the scores, or a label that these have no column of.

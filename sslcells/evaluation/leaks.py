@@ -1,4 +1,4 @@
-"""What would make a figure flatter: the same image, nearly the same image or the same source in two splits, shortcuts.
+"""What would make figures too high: shared images, near duplicates or shared sources between splits, and shortcuts.
 
 Computed before any figure, and reported beside it.
 """
@@ -17,16 +17,16 @@ from sslcells.evaluation.knn import knn_accuracy, knn_scores, neighbours
 from sslcells.losses import unit
 
 BINS = 16
-"""Of the histogram of each channel."""
+"""Bins in the histogram of each channel."""
 SHORTCUT_K = 5
 COPIES = 512
-"""Images of train of which a copy is made, to learn how near copies lie."""
+"""Images of train that are copied, to measure how near copies lie."""
 _RECALL = 0.95
-"""Share of those copies that count as near."""
+"""Share of those copies that the threshold should find."""
 _STRANGERS = 0.001
-"""Share of train that may lie so near to an image which is surely another."""
+"""Share of train that may lie above the threshold to an image that is surely a different one."""
 _FLATTERS = 0.1
-"""Accuracy by which a random split must beat the query split, to be called out."""
+"""Difference in accuracy between a random split and the query split that gives a warning."""
 _EXAMPLES = 5
 
 
@@ -48,13 +48,13 @@ class SplitFeatures(NamedTuple):
 
 
 def digests(pixels: Tensor) -> Tensor:
-    """Hashes of the bytes of images (B, C, H, W) uint8 on the CPU: (B, 2) int64, equal for equal images alone."""
+    """Hashes of the bytes of images (B, C, H, W) uint8 on the CPU: (B, 2) int64, equal only for equal images."""
     hashes = b"".join(hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in pixels)
     return torch.frombuffer(bytearray(hashes), dtype=torch.int64).view(-1, 2)
 
 
 def histograms(pixels: Tensor) -> Tensor:
-    """Shares of each channel's values in BINS bins, of images (B, C, H, W) uint8: (B, C·BINS) float32."""
+    """Histogram of each channel in BINS bins, as shares, of images (B, C, H, W) uint8: (B, C·BINS) float32."""
     images, channels = pixels.shape[:2]
     bins = (pixels.long() * BINS >> 8).flatten(2)  # (B, C, H·W)
     counts = torch.zeros(images, channels, BINS).scatter_add_(2, bins, torch.ones(bins.shape))
@@ -62,7 +62,7 @@ def histograms(pixels: Tensor) -> Tensor:
 
 
 def copies(pixels: Tensor, image: Tensor) -> Tensor:
-    """A copy of each image (B, C, H, W) uint8 as someone might make it: mirrored, turned, cut and brighter by 5 %."""
+    """Copy each image (B, C, H, W) uint8 as people do: mirrored or rotated, cropped by 5 % and 5 % brighter."""
     side = tuple(pixels.shape[-2:])
     cut = [max(1, round(s * 0.025)) for s in side]
     x = pixels[..., cut[0] : side[0] - cut[0], cut[1] : side[1] - cut[1]].float()
@@ -82,9 +82,10 @@ def leaks(
     near: tuple[Tensor, Tensor] | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Everything found, as it goes into evaluation.json; `findings` are sentences, `warning` where a figure flatters.
+    """Search for leaks; the result goes into evaluation.json.
 
-    `near` are the features (n, F) of images of train and of copies of them, which say how near a copy lies.
+    `findings` are sentences; one with `warning` makes figures too high.
+    `near` are features (n, F) of images of train and of copies of them, which show how near a copy lies.
     """
     known = any(_distinct(features.sources) < len(features.sources) for features in by_split.values()) or any(
         torch.isin(by_split[a].sources, by_split[b].sources).any() for a, b in combinations(by_split, 2)
@@ -167,9 +168,7 @@ def _plural(count: int, what: str) -> str:
 def _sources(by_split: Mapping[str, SplitFeatures], known: bool) -> dict[str, Any]:
     out: dict[str, Any] = {"findings": []}
     if not known:
-        text = (
-            "sources are unknown: whether two splits show the same one cannot be told, and an image counts as its own"
-        )
+        text = "sources are unknown: splits may share some without notice, and each image counts as its own"
         return out | {"findings": [_finding(text)]}
     for a, b in combinations(by_split, 2):
         one, other = by_split[a], by_split[b]
@@ -187,17 +186,21 @@ def _sources(by_split: Mapping[str, SplitFeatures], known: bool) -> dict[str, An
 
 
 def _near(by_split: Mapping[str, SplitFeatures], pair: tuple[Tensor, Tensor] | None, known: bool) -> dict[str, Any]:
-    """Pairs that lie as near as copies do and strangers do not.
+    """Find pairs that are as similar as copies, and more similar than strangers.
 
-    By the cosine of features less train's mean, without which all cosines are high. Strangers are images of another
-    source, or where sources are unknown of another class, and each image of train has its nearest one.
+    Similarity is the cosine of features minus train's mean; without that all cosines are high. Strangers are the
+    nearest image of another source for each image of train, or of another class if sources are unknown.
     """
     train = by_split["train"]
     kind = "source" if known else "class"
     apart = train.sources if known else train.labels
     usable = apart >= 0
     if pair is None or len(pair[0]) < 2 or len(set(apart[usable].tolist())) < 2:
-        return {"findings": [_finding("near duplicates are not judged: nothing says which images differ")]}
+        return {
+            "findings": [
+                _finding("near duplicates were not searched: without sources or classes no images are known to differ")
+            ]
+        }
     mean = train.z.mean(0)
     bank = train.z - mean
     original, copy = (unit(z - mean) for z in pair)
@@ -221,7 +224,9 @@ def _near(by_split: Mapping[str, SplitFeatures], pair: tuple[Tensor, Tensor] | N
         text += f" lie nearer to one of train than {1 - _STRANGERS:.1%} of train lie to any of another {kind}"
         out["findings"].append(_finding(_such_as(text, examples), warning=images > expected + 3 * expected**0.5))
     if recall < 0.5 and len(by_split) > 1:
-        text = f"that finds only {recall:.0%} of copies that are turned and cut by 5 %: these features see little of it"
+        text = (
+            f"this finds only {recall:.0%} of copies that are turned and cropped by 5 %: the features do not match them"
+        )
         text += "; `sslcells sources` compares the details of the images themselves"
         out["findings"].append(_finding(text, warning=True))
     return out
@@ -239,7 +244,7 @@ def _distinct(numbers: Tensor) -> int:
 def _shortcut(
     by_split: Mapping[str, SplitFeatures], query_split: str, classes: int, known: bool, seed: int
 ) -> dict[str, Any]:
-    """What nearest neighbours by colour histogram reach: what needs no encoder, and what a random split would claim."""
+    """Accuracy of nearest neighbours by colour histogram, without an encoder: on the query split and a random one."""
     train = by_split["train"]
     held = torch.zeros(len(train.labels), dtype=torch.bool)
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))
@@ -269,9 +274,7 @@ def _shortcut(
     honest = min((f["top1"] for name, f in reached[1:]), default=math.nan)
     chance = 1.5 / max(1, int(held.sum())) ** 0.5  # three standard errors of a share, at most
     if reached and reached[0][1]["top1"] - honest > max(_FLATTERS, chance):
-        text = (
-            "a random split of train is worthless: it holds several images of one source, which colour alone recognises"
-        )
+        text = "a random split of train is worthless: it has several images of a source, which colour alone recognises"
         out["findings"].append(_finding(text, warning=True))
     return out
 

@@ -1,7 +1,7 @@
 """Pictures of a run as PNG files: curves, embedding map, confusion. Those made of images are in `sheets.py`.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart. Figures are objects of their own: pyplot's
-global state is never touched, so that a picture can be drawn anywhere, in any thread.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. pyplot's global state is not used, so that
+pictures can be drawn in any thread.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,27 +40,27 @@ _NUMBERED_CLASSES = 16
 
 
 def short(name: str, most: int = 24) -> str:
-    """A name that fits, and that matplotlib does not read as a formula."""
+    """The name, shortened to `most` characters, with "$" escaped: matplotlib would read a formula."""
     return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
 
 
 def save(figure: Figure, out: Path) -> Path:
-    """Write the figure as PNG, and its folder where there is none."""
+    """Write the figure as PNG; its folder is made if missing."""
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=DPI, format="png", bbox_inches="tight")
     return out
 
 
-def curves(metrics: Sequence[dict[str, Any]], out: Path, asked: str = "") -> Path | None:
-    """How a run went, from the rows of its metrics.jsonl: a panel for each figure that there is.
+def curves(metrics: Sequence[dict[str, Any]], out: Path, query_split: str = "") -> Path | None:
+    """The curves of a run from the rows of its metrics.jsonl, one panel for each figure that was logged.
 
-    `asked` is the split that accuracies are of.
+    `query_split` is the split of the accuracies.
 
     Loss, also a classifier's on a split (keys `…/loss`), and learning rate against the step; accuracies (keys `…/top1`,
     `…/balanced`) with those of step 0, untrained, as a dashed line; label-free figures (keys `health/…`). None, and no
-    file, where there is none of them.
+    file, if none of these was logged.
     """
-    # In the order in which they were logged; what stands for step 0 alone, of fewer images, is no curve.
+    # In the order in which they were logged. `start/…` is logged only at step 0, from fewer images: no curve.
     keys = dict.fromkeys(key for row in metrics for key in row if not key.startswith("start/"))
     accuracy = [key for key in keys if key.endswith(("/top1", "/balanced", "/auroc"))]
     health = [key for key in keys if key.startswith("health/")]
@@ -75,7 +75,7 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path, asked: str = "") -> Pat
     figure = Figure(figsize=(width, 1.25 * len(grid) + 0.4), layout="constrained")
     for name, ax in figure.subplot_mosaic(grid).items():
         if name == "accuracy":
-            _draw_accuracy(ax, {key: _series(metrics, key) for key in accuracy}, asked)
+            _draw_accuracy(ax, {key: _series(metrics, key) for key in accuracy}, query_split)
         else:
             {"loss": _draw_loss, "lr": _draw_rate}.get(name, _draw_health)(ax, name, *_series(metrics, name))
         for key in keys if name == "loss" else ():
@@ -89,7 +89,7 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path, asked: str = "") -> Pat
 
 
 def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[Floats, Floats]:
-    """Steps and values of a key; a step that was logged again after a resume counts once, as logged last."""
+    """Steps and values of a key; of a step that was logged again after a resume, the last value."""
     value = {row["step"]: row[key] for row in metrics if key in row}
     steps = sorted(value)
     return np.array(steps, float), np.array([value[step] for step in steps], float)
@@ -98,7 +98,7 @@ def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[Floats, Floats
 def _draw_loss(ax: Axes, _: str, step: Floats, loss: Floats) -> None:
     window = max(1, len(loss) // 25) | 1
     ones = np.ones(window)
-    # At the ends the mean is over the points that there are.
+    # At the ends the mean is over fewer points.
     smooth = np.convolve(loss, ones, "same") / np.convolve(np.ones_like(loss), ones, "same")
     ax.plot(step, loss, color=BLUE, alpha=0.3, linewidth=0.8, marker=".", markersize=3, label="as logged")
     if window > 1:
@@ -113,14 +113,14 @@ def _draw_rate(ax: Axes, _: str, step: Floats, rate: Floats) -> None:
     ax.set(ylabel="learning\nrate", ylim=(0, None))
 
 
-def _draw_accuracy(ax: Axes, series: dict[str, tuple[Floats, Floats]], asked: str) -> None:
+def _draw_accuracy(ax: Axes, series: dict[str, tuple[Floats, Floats]], query_split: str) -> None:
     for (key, (step, value)), color, marker in zip(series.items(), OKABE_ITO, "os^Dv<>p", strict=False):
         ax.plot(step, value, color=color, marker=marker, markersize=5, label=f"{key}: {value[-1]:.1%} at the last step")
         if step[0] == 0:
             label = f"untrained: {value[0]:.1%}"
             ax.axhline(value[0], color=color, linestyle="--", linewidth=1, label=label)
     ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    ax.set(title=f"Accuracy on {asked}" if asked else "Accuracy", ylabel="accuracy")
+    ax.set(title=f"Accuracy on {query_split}" if query_split else "Accuracy", ylabel="accuracy")
     ax.legend(frameon=False, fontsize="small")
 
 
@@ -150,7 +150,7 @@ def model_curves(logged: Sequence[tuple[str, Sequence[dict[str, Any]]]], split: 
 
 
 def fractions_plot(points: Sequence[tuple[str, float, float]], out: Path, unit: str) -> Path:
-    """What classifiers reach with so many labels: model, part of the labels, and score in 0..1 of each training."""
+    """Score against the number of labels; `points` are model, fraction of the labels, and score in 0..1."""
     figure = Figure(figsize=(6.5, 4.4), layout="constrained")
     ax = figure.subplots()
     fractions = sorted({fraction for _, fraction, _ in points})
@@ -176,7 +176,7 @@ def _draw_health(ax: Axes, key: str, step: Floats, value: Floats) -> None:
 
 
 class Map(NamedTuple):
-    """Where t-SNE or UMAP puts some of the rows."""
+    """Positions of some of the rows on a t-SNE or UMAP map."""
 
     name: str
 
@@ -186,14 +186,14 @@ class Map(NamedTuple):
     """(n, 2)"""
     how: str
     rows: int
-    """N, of all"""
+    """N, the number of all rows"""
 
 
 def tsne_map(z: Tensor, seed: int) -> Map | None:
     """A t-SNE map of unit rows z (N, F), at most 2,000 of them drawn at random; None for fewer than 5."""
 
     def place(rows: Floats) -> tuple[Floats, str]:
-        from sklearn.manifold import TSNE  # a second or more, that every rank of a training would wait for
+        from sklearn.manifold import TSNE  # takes a second or more, which every rank would wait for
 
         perplexity = min(30.0, (len(rows) - 1) / 3)
         tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
@@ -233,8 +233,8 @@ def _map(name: str, z: Tensor, seed: int, place: Callable[[Floats], tuple[Floats
 def embedding_map(z: Tensor, labels: Tensor, classes: Sequence[str], out: Path, seed: int, title: str) -> Path | None:
     """A t-SNE map of unit rows z (N, F), coloured by true label (N,) int64; unknown ones, below 0, are grey.
 
-    At most 2,000 rows, drawn at random. The 40 commonest classes have a look of their own, the others share one.
-    None, and no file, for fewer than 5 rows.
+    At most 2,000 rows, drawn at random. The 40 commonest classes have a colour and marker of their own, the
+    others share one. None, and no file, for fewer than 5 rows.
     """
     drawn = tsne_map(z, seed)
     return None if drawn is None else coloured_map(drawn, labels, classes, out, title)
@@ -243,7 +243,7 @@ def embedding_map(z: Tensor, labels: Tensor, classes: Sequence[str], out: Path, 
 def coloured_map(
     drawn: Map, groups: Tensor, names: Sequence[str], out: Path, title: str, others: str = "other classes"
 ) -> Path:
-    """A map coloured by group: (N,) int64 of all the rows, numbers of `names`, and grey below 0."""
+    """A map coloured by group: (N,) int64 for all rows, indices of `names`; grey if below 0."""
     figure = Figure(layout="constrained")
     ax = figure.subplots()
     columns = _scatter(ax, drawn.place, groups.cpu()[drawn.chosen].numpy(), names, others)
@@ -257,7 +257,7 @@ def coloured_map(
 
 
 def similarity_histogram(kinds: Mapping[str, Tensor], out: Path) -> Path | None:
-    """How alike pairs of each kind are, cosines (n,) each; None, and no file, for fewer than two kinds of pairs."""
+    """Histogram of the cosines (n,) of each kind of pairs; None, and no file, if there are fewer than two kinds."""
     finite = {name: cosine[cosine.isfinite()].numpy() for name, cosine in kinds.items()}
     kept = {name: cosine.clip(-1, 1) for name, cosine in finite.items() if len(cosine)}
     if len(kept) < 2:
@@ -281,11 +281,11 @@ def similarity_histogram(kinds: Mapping[str, Tensor], out: Path) -> Path | None:
 def _scatter(ax: Axes, place: Floats, labels: NDArray[np.int64], classes: Sequence[str], others: str) -> int:
     """Points (N, 2) with a legend of classes and how many points each has; returns the legend's columns."""
     images = np.bincount(labels[labels >= 0], minlength=len(classes))
-    looks = [(color, marker) for marker in MARKERS for color in OKABE_ITO]
-    distinct = sorted(np.argsort(-images, kind="stable")[: len(looks)].tolist())
+    styles = [(color, marker) for marker in MARKERS for color in OKABE_ITO]
+    distinct = sorted(np.argsort(-images, kind="stable")[: len(styles)].tolist())
     other = (labels >= 0) & ~np.isin(labels, distinct)
     groups = [("unlabelled", labels < 0, (GREY, "o")), (others, other, (GREY, "P"))]
-    groups += [(classes[c], labels == c, look) for c, look in zip(distinct, looks, strict=False)]
+    groups += [(classes[c], labels == c, style) for c, style in zip(distinct, styles, strict=False)]
     size = float(np.clip(12_000 / len(place), 12, 60))  # points²
     for name, chosen, (color, marker) in groups:
         if chosen.any():
@@ -309,10 +309,10 @@ def _scatter(ax: Axes, place: Floats, labels: NDArray[np.int64], classes: Sequen
 def confusion(
     labels: Tensor, predicted: Tensor, classes: Sequence[str], out: Path, who: str = "Confusion"
 ) -> Path | None:
-    """Which true class (rows) is taken for which (columns), from (N,) int64 each: shares of the true class, counts.
+    """Confusion matrix of true classes (rows) and predicted ones (columns), (N,) int64 each: shares and counts.
 
     Labels below 0 are ignored. Predictions below 0, of queries without a neighbour, get a column of their own
-    where there are any. None, and no file, if no label is known.
+    if there are any. None, and no file, if no label is known.
     """
     known = (labels >= 0).cpu().numpy()
     if not known.any():

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 STRENGTHS = tuple(10.0**e for e in range(-4, 3))
-"""C, the inverse of the regularisation."""
+"""C, the inverse strength of the regularisation."""
 _ITERATIONS = 500
 
 Floats = NDArray[np.float64]
@@ -35,42 +35,42 @@ class Labelled(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """What the probe says of the asked rows, and how C was chosen."""
+    """The probe's scores for the query rows, and how C was chosen."""
 
     scores: Tensor
-    """(M, K) float64: probabilities; 0 for classes that training lacks"""
+    """(M, K) float64: probabilities; 0 for classes missing in train"""
     strength: float
-    """C; of cross-validated scores the median over folds"""
+    """C; with cross-validation the median over folds"""
     chosen_on: str
     on_edge: bool
-    """whether C is the smallest or largest of those tried"""
+    """True if C is the smallest or largest of those tried"""
     converged: bool
 
 
 def linear_probe(
-    train: Labelled, asked: Labelled | None, val: Labelled | None, classes: int, seed: int
+    train: Labelled, query: Labelled | None, val: Labelled | None, classes: int, seed: int
 ) -> Probed | None:
-    """Train on `train` with the C that is best on `val`, ask `asked`; None if train has no two classes.
+    """Train on `train` with the C that is best on `val`, and score `query`; None if train has fewer than two classes.
 
     Features are standardised by train's mean and deviation. Without `val` C is chosen by cross-validation inside train;
-    without `asked` train's own rows are asked, each by a probe that saw nothing of its source. Folds keep the images of
-    a source together. `val` must not be what is asked: the figure would be that of the best of seven probes.
+    without `query` train's own rows are scored, each by a probe that saw no image of its source. Folds keep the images
+    of a source together. `val` must not be the query: its figure would be that of the best of seven probes.
     """
     if len(set(train.labels.tolist())) < 2:
         return None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        if asked is None:
+        if query is None:
             scores, strength, how = _cross_validated(train, classes, seed)
         else:
             strength, how = _chosen(train, val, seed)
-            scores = _path(train, asked, (strength,), classes)[0]
+            scores = _path(train, query, (strength,), classes)[0]
     unfinished = any(issubclass(w.category, ConvergenceWarning) for w in caught)
     edge = strength in (STRENGTHS[0], STRENGTHS[-1]) and how != _FIXED
     return Probed(torch.from_numpy(scores), strength, how, edge, not unfinished)
 
 
-_FIXED = "nothing: too few images to hold any back"
+_FIXED = "nothing: too few images to hold some out"
 
 
 def _chosen(train: Labelled, val: Labelled | None, seed: int) -> tuple[float, str]:
@@ -91,7 +91,7 @@ def _chosen(train: Labelled, val: Labelled | None, seed: int) -> tuple[float, st
 
 
 def _cross_validated(train: Labelled, classes: int, seed: int) -> tuple[Floats, float, str]:
-    """Scores of train's own rows; rows that no fold could ask keep 0 for every class."""
+    """Scores of train's own rows; rows that are in no fold keep 0 for every class."""
     scores, strengths, how = np.zeros((len(train.labels), classes)), [], _FIXED
     for rest, out in _folds(train, seed):
         strength, how = _chosen(train.at(rest), None, seed)
@@ -101,7 +101,7 @@ def _cross_validated(train: Labelled, classes: int, seed: int) -> tuple[Floats, 
 
 
 def _folds(rows: Labelled, seed: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Up to 3 folds by source, each trained on at least two classes; none where too few sources are there."""
+    """Up to 3 folds by source, each trained on at least two classes; empty if there are too few sources."""
     labels, sources = rows.labels.numpy(), rows.sources.numpy()
     per_class = [len(np.unique(sources[labels == c])) for c in np.unique(labels)]
     count = min(3, max(per_class))
@@ -114,11 +114,11 @@ def _folds(rows: Labelled, seed: int) -> list[tuple[NDArray[np.int64], NDArray[n
     return [(rest, out) for rest, out in folds if len(np.unique(labels[rest])) > 1 and len(out)]
 
 
-def _path(train: Labelled, asked: Labelled, strengths: tuple[float, ...], classes: int | None = None) -> list[Floats]:
-    """Probabilities (M, K) for each C, from the smallest, each fit going on from the one before."""
+def _path(train: Labelled, query: Labelled, strengths: tuple[float, ...], classes: int | None = None) -> list[Floats]:
+    """Probabilities (M, K) for each C, from the smallest, each fit starting from the one before."""
     scaler = StandardScaler()
     x, y = scaler.fit_transform(train.z.double().numpy()), train.labels.numpy()
-    new = scaler.transform(asked.z.double().numpy()) if len(asked.labels) else np.zeros((0, x.shape[1]))
+    new = scaler.transform(query.z.double().numpy()) if len(query.labels) else np.zeros((0, x.shape[1]))
     model = LogisticRegression(max_iter=_ITERATIONS, warm_start=True)
     out = []
     for strength in strengths:

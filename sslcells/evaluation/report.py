@@ -1,4 +1,4 @@
-"""What was found, as tables: on the console, and with the pictures as one page that opens offline."""
+"""The results of an evaluation as tables: on the console, and with the pictures as one HTML page that works offline."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -26,27 +26,28 @@ class Table(NamedTuple):
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """The tables of an evaluation's results; those with nothing in them are left out."""
-    asked, rows = result["asked"], result["figures"]
+    """The tables of an evaluation's results; empty ones are left out."""
+    query_split, rows = result["asked"], result["figures"]
     interval = f"%, with 95 % intervals from {result['resamples']:,} resamples of sources, or of images"
     apart = "neighbours of the image's own source are left out"
     order = {task: place for place, task in enumerate(CLASSIFIERS)}
     classifiers = sorted((r for r in rows if r["task"] in order), key=lambda r: order[r["task"]])
     found = [
         _of_rows(
-            f"Classes of the {asked} split",
+            f"Classes of the {query_split} split",
             classifiers,
-            f"{interval}. Trained or looked up in train, asked on {asked}; {apart}. Per source: each counts once.",
+            f"{interval}. Trained or searched in train, measured on {query_split}; {apart}. "
+            f"Per source: each source counts once.",
         ),
         _of_rows(
-            f"Retrieval inside the {asked} split",
+            f"Retrieval inside the {query_split} split",
             [r for r in rows if r["task"] == "retrieval"],
             f"{interval}; {apart}.",
         ),
         _of_rows(
-            f"Clustering of the {asked} split",
+            f"Clustering of the {query_split} split",
             [r for r in rows if r["task"] == "clustering"],
-            "0: no better than chance, 1: the classes; intervals from resamples, clusters kept",
+            "0: no better than chance, 1: equal to the classes; resamples keep the clusters",
             percent=False,
         ),
         _by_class(result),
@@ -91,7 +92,7 @@ def _health(health: Mapping[str, Mapping[str, float | None]]) -> Table:
 
 
 def shown(score: Mapping[str, float | None] | None, percent: bool = True) -> str:
-    """`82.0 [80.1, 83.8]`, or a dash where the score means nothing."""
+    """`82.0 [80.1, 83.8]`, or a dash if the score is undefined."""
     if score is None or score["value"] is None:
         return "–"
     scale, digits = (100, 1) if percent else (1, 3)
@@ -104,7 +105,7 @@ def _number(value: float | None) -> str:
 
 
 def say_leaks(console: Console, found: Mapping[str, Any]) -> None:
-    """What would make figures flatter, before there are any."""
+    """Print the leaks, before any figure."""
     console.print("Leaks", style="bold")
     for finding in found["findings"]:
         mark = "!" if finding["warning"] else "·"
@@ -112,7 +113,7 @@ def say_leaks(console: Console, found: Mapping[str, Any]) -> None:
 
 
 def say_table(console: Console, table: Table) -> None:
-    """One table, after an empty line."""
+    """Print a table, after an empty line."""
     drawn = RichTable(title=table.title, caption=table.caption, title_justify="left", caption_justify="left")
     for column in table.columns:
         drawn.add_column(column)
@@ -123,7 +124,7 @@ def say_table(console: Console, table: Table) -> None:
 
 
 def say_figures(console: Console, result: Mapping[str, Any]) -> None:
-    """The tables and notes."""
+    """Print the tables and notes."""
     for table in tables(result):
         say_table(console, table)
     for note in result["notes"]:
@@ -152,7 +153,7 @@ figcaption, .caption, .made { color: #555; font-size: .85rem; margin: .3rem 0; }
 
 
 def page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
-    """One HTML page with leaks, figures and pictures, which needs no other file and no network."""
+    """One HTML page with leaks, figures and pictures, which needs no other file or network."""
     encoder = result["encoder"]
     about = f"sslcells {result['sslcells']}, {encoder['model']}, weights sha256 {encoder['sha256'][:16]}…"
     body = ["<h2>Leaks</h2>", "<ul>"]
@@ -181,7 +182,7 @@ def section_of(title: str, found: Sequence[Table], pictures: Sequence[Picture]) 
 
 
 def document(title: str, about: str, body: Sequence[str]) -> str:
-    """An HTML page that needs no other file and no network."""
+    """An HTML page that needs no other file or network."""
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style>"
@@ -191,7 +192,7 @@ def document(title: str, about: str, body: Sequence[str]) -> str:
 
 
 def write(file: Path, text: str) -> None:
-    """Write a file whole, or not at all.
+    """Write a file atomically.
 
     Raises:
         ConfigError: if it cannot be written.

@@ -1,7 +1,7 @@
-"""Scores of predictions, each image or each source counting once, with intervals from a bootstrap over sources.
+"""Scores of predictions, by image or by source, with intervals from a bootstrap over sources.
 
-scikit-learn has the scores, and the tests compare with it; but a thousand resamples of them would take minutes. So
-every score is written for a matrix of weights, one row a resample, and the figure itself is the row of ones.
+scikit-learn has the same scores, and the tests compare with it, but a thousand resamples of them would take minutes.
+So each score is computed for a matrix of weights, one row a resample; the figure itself is the row of ones.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +19,11 @@ Metric = Callable[[Floats], Mapping[str, Floats]]
 
 DRAWS = 1000
 _TILE = 2**22
-"""Weights held at a time: 32 MiB."""
+"""Weights in memory at a time: 32 MiB."""
 
 
 class Score(NamedTuple):
-    """A score and its 95 % interval; NaN where it means nothing."""
+    """A score and its 95 % interval; NaN if undefined."""
 
     value: float
     low: float
@@ -31,16 +31,16 @@ class Score(NamedTuple):
 
 
 class Units:
-    """What is drawn in a resample: the sources of M images, each image its own where they are unknown."""
+    """The units that a resample draws: the sources of M images; each image is its own if sources are unknown."""
 
     def __init__(self, sources: Tensor, seed: int, draws: int = DRAWS) -> None:
         numbers, self._source = np.unique(sources.cpu().numpy(), return_inverse=True)
         self._size = np.bincount(self._source)
         self._seed, self._draws = seed, draws
         self.count = len(numbers)
-        """how many sources there are"""
+        """number of sources"""
         self.known = self.count < len(sources)
-        """whether any source has two images"""
+        """True if a source has two images or more"""
 
     @property
     def names(self) -> list[str]:
@@ -50,8 +50,8 @@ class Units:
     def scored(self, metric: Metric, unit: str = "image", draws: int | None = None) -> dict[str, Score]:
         """Each score of a metric with its interval; with unit "source" the images of a source share a weight of 1.
 
-        The interval holds the middle 95 % of the scores over resamples of the sources, drawn with replacement; the same
-        resamples for every metric of as many sources, so that methods are compared on the same draws.
+        The interval holds the middle 95 % of the scores over resamples of the sources, drawn with replacement. The
+        resamples are the same for every metric, so that methods are compared on the same draws.
         """
         share = 1 / self._size[self._source] if unit == "source" else np.ones(len(self._source))
         value = {key: float(v[0]) for key, v in metric(share[None]).items()}
@@ -92,8 +92,8 @@ def mean_of(values: Mapping[str, Tensor | Floats]) -> Metric:
 def of_classes(labels: Tensor, predicted: Tensor, classes: int) -> Metric:
     """Accuracy, balanced accuracy and macro F1 of predictions against labels, (M,) int64 each, labels all known.
 
-    A prediction below 0 is wrong. Means over classes are over those that the weighted images show: a class missing from
-    the split is nobody's mistake.
+    A prediction below 0 is wrong. Means over classes include only classes with weighted images: a class missing from
+    the split is no mistake.
     """
     true, guess = labels.numpy(), predicted.numpy()
     is_true, is_guess = (x[:, None] == np.arange(classes) for x in (true, guess))  # (M, K)
@@ -113,7 +113,7 @@ def of_classes(labels: Tensor, predicted: Tensor, classes: int) -> Metric:
 
 
 def of_ranking(labels: Tensor, scores: Tensor) -> Metric:
-    """AUROC of scores (M, K), each class against the rest, mean over the classes that the weighted images show."""
+    """AUROC of scores (M, K), each class against the rest, mean over the classes with weighted images."""
     true, values = labels.numpy(), scores.double().numpy()
     present = np.unique(true).tolist()
     if not present:
@@ -126,7 +126,7 @@ def of_ranking(labels: Tensor, scores: Tensor) -> Metric:
 
 
 def of_class(number: int, labels: Tensor, scores: Tensor, predicted: Tensor) -> Metric:
-    """Recall, precision, F1 and AUROC of one class; NaN where the weighted images lack it."""
+    """Recall, precision, F1 and AUROC of one class; NaN if no weighted image has it."""
     true, guess = (labels == number).numpy(), (predicted == number).numpy()
     values = scores[:, number].double().numpy()
 
@@ -169,7 +169,7 @@ def _mean_known(each: Floats) -> Floats:
 
 
 def rounded(score: Score) -> dict[str, Any]:
-    """A score for a JSON file; null where it is NaN."""
+    """A score for a JSON file; null if it is NaN."""
     return {key: None if np.isnan(v) else float(v) for key, v in score._asdict().items()}
 
 

@@ -69,7 +69,7 @@ def neighbour_sheet(
     """Query images, one a row, and their nearest neighbours by cosine, those of the query's own source left out.
 
     `pixels` gives image i as (H, W, C) uint8; z (N, F), labels and sources (N,) int64. Queries are drawn evenly
-    from the classes. A frame says whether a neighbour has the query's class, where both are known (labels ≥ 0).
+    from the classes. A frame shows if a neighbour has the query's class, where both are known (labels ≥ 0).
     """
     query = _drawn_evenly(labels.cpu(), rows, seed)
     source = sources[query.to(sources.device)]
@@ -106,7 +106,7 @@ def neighbour_sheet(
 
 
 def found_sheet(rows: Sequence[Sequence[tuple[Image | None, str]]], title: str, out: Path) -> Path:
-    """One query a row, and what was found for it, each with its caption; None if an image cannot be shown."""
+    """One query a row, followed by its neighbours, each with its caption; None if an image cannot be shown."""
     columns = max(map(len, rows))
     figure, axes = _sheet(len(rows), columns, caption=0.24)
     for cells, row in zip(axes, rows, strict=True):
@@ -120,7 +120,7 @@ def found_sheet(rows: Sequence[Sequence[tuple[Image | None, str]]], title: str, 
             for spine in ax.spines.values():
                 spine.set_visible(False)
             if caption:
-                ax.text(0.5, 0.5, "not there", ha="center", va="center", fontsize="small", transform=ax.transAxes)
+                ax.text(0.5, 0.5, "missing", ha="center", va="center", fontsize="small", transform=ax.transAxes)
     for column, ax in enumerate(axes[0]):
         ax.set_title(f"{column}" if column else "query", fontsize="small")
     figure.suptitle(title, fontsize="medium", y=1 - 0.08 / figure.get_figheight(), va="top")
@@ -131,26 +131,26 @@ def prediction_sheet(
     pixels: Callable[[int], Image],
     labels: Tensor,
     classes: Sequence[str],
-    said: Mapping[str, Tensor],
+    answers: Mapping[str, Tensor],
     out: Path,
     seed: int = 0,
     rows: int = 4,
     columns: int = 6,
 ) -> Path:
-    """Images drawn evenly from the classes, with the true class and each model's word: class, confidence, ✓ or ✗.
+    """Images drawn evenly from the classes, with the true class and each model's prediction: class, confidence, ✓ or ✗.
 
-    `pixels` gives image i as (H, W, C) uint8; labels (M,) int64; `said` (2, M) for each model: confidence in 0..1 and
-    class. A frame says whether all models are right, some, or none.
+    `pixels` gives image i as (H, W, C) uint8; labels (M,) int64; `answers` (2, M) for each model: confidence in 0..1
+    and class. A frame shows if all, some or none of the models are right.
     """
     drawn = _drawn_evenly(labels, rows * columns, seed).tolist()
     rows = -(-len(drawn) // columns)
-    lines = 1 + len(said)
+    lines = 1 + len(answers)
     figure, axes = _sheet(rows, columns, caption=0.04 + 0.135 * lines, legend=0.35)
     figure.set_figwidth(figure.get_figwidth() * 1.35)  # room for the names of classes
     for ax, i in zip(axes.flat, drawn, strict=False):
         true, words = int(labels[i]), [f"true: {short(classes[int(labels[i])], 18)}"]
-        right = [int(said[model][1, i]) == true for model in said]
-        for (model, word), hit in zip(said.items(), right, strict=True):
+        right = [int(answers[model][1, i]) == true for model in answers]
+        for (model, word), hit in zip(answers.items(), right, strict=True):
             named = short(classes[int(word[1, i])], 16)
             words.append(f"{'✓' if hit else '✗'} {model[:4]}. {named} {word[0, i]:.0%}")
         frame = GREEN if all(right) else ORANGE if any(right) else VERMILION
@@ -158,7 +158,7 @@ def prediction_sheet(
         ax.xaxis.label.set(fontsize=6.5, linespacing=1.15)
     for ax in axes.flat[len(drawn) :]:
         ax.set_axis_off()
-    title = f"True class, and what {', '.join(said)} say, with confidence"
+    title = f"True class, and the predictions of {', '.join(answers)} with confidence"
     figure.suptitle(title, fontsize="medium", y=1 - 0.08 / figure.get_figheight(), va="top")
     frames = {"all right": GREEN, "some right": ORANGE, "none right": VERMILION}
     handles = [Patch(facecolor="none", edgecolor=color, linewidth=2, label=name) for name, color in frames.items()]
@@ -167,7 +167,7 @@ def prediction_sheet(
 
 
 def pair_sheet(pixels: Callable[[int], Image], kinds: Mapping[str, Sequence[tuple[int, int, int]]], out: Path) -> Path:
-    """Pairs of images side by side, a column for each kind: (image, image, how many details they share)."""
+    """Pairs of images side by side, a column for each kind: (image, image, number of shared details)."""
     rows = max(map(len, kinds.values()))
     figure, axes = _sheet(rows, 2 * len(kinds), caption=0.24)
     for column, (kind, pairs) in enumerate(kinds.items()):
@@ -181,12 +181,12 @@ def pair_sheet(pixels: Callable[[int], Image], kinds: Mapping[str, Sequence[tupl
             _show(left, pixels(one), caption=f"{details} details")
             _show(right, pixels(other))
         axes[0, 2 * column].set_title(kind, fontsize="small", loc="left")
-    figure.suptitle("Nearest to the limit", fontsize="medium", y=1 - 0.08 / figure.get_figheight(), va="top")
+    figure.suptitle("Pairs closest to the limit", fontsize="medium", y=1 - 0.08 / figure.get_figheight(), va="top")
     return save(figure, out)
 
 
 def _drawn_evenly(labels: Tensor, images: int, seed: int) -> Tensor:
-    """Indices (n,) int64 of at most `images` rows, in turn one of each label (N,), in the order of the labels."""
+    """Indices (n,) int64 of at most `images` rows, drawn evenly from the labels (N,), sorted by label."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     turn = torch.empty_like(order)
     for label in set(labels.tolist()):
@@ -221,9 +221,9 @@ def _shown_channels(channels: int) -> int:
 
 
 def _show(ax: Axes, image: Image, frame: str | None = None, caption: str = "") -> None:
-    """Draw an image (H, W, C) with a frame of a colour, or none."""
+    """Draw an image (H, W, C) with a coloured frame, or none."""
     shown = image[..., : _shown_channels(image.shape[2])]
-    # Small images are shown as the pixels they are; large ones have to be averaged down.
+    # Small images are shown pixel by pixel; large ones must be averaged down.
     interpolation = "nearest" if max(shown.shape[:2]) <= _INCH * DPI else "auto"
     top = 255 if shown.dtype == np.uint8 else 1
     ax.imshow(shown, cmap="gray", vmin=0, vmax=top, interpolation=interpolation)
