@@ -4,6 +4,7 @@ Every rank computes the loss of the whole batch (so the work on a rank grows wit
 losses') and keeps the gradient of its own rows; no (R, R) matrix is kept, and backward needs no collective.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, get_args
 
@@ -196,11 +197,15 @@ def _add(sums: list[Tensor], more: list[Tensor]) -> None:
 
 
 def _distances(a: Tensor, b: Tensor, kind: Distance) -> Tensor:
-    """Distances of unit rows: (T, D), (R, D) → (T, R); equal rows have distance 0 and gradient 0."""
-    cosine_distance = (1 - a @ b.T).clamp_min(0)
+    """Distances of unit rows: (T, D), (R, D) → (T, R); rows too near to be told apart have distance 0 and gradient 0.
+
+    The product of a row with itself is 1 up to the rounding of D summands: without a threshold equal rows would count
+    as a pair with a loss above 0.
+    """
+    cosine_distance = 1 - a @ b.T
+    apart = cosine_distance > torch.finfo(a.dtype).eps * (4 + math.sqrt(a.shape[1]))
     if kind == "cosine":
-        return cosine_distance
+        return torch.where(apart, cosine_distance, 0.0)
     if kind == "sqeuclidean":
-        return 2 * cosine_distance
-    apart = cosine_distance > torch.finfo(a.dtype).eps
+        return torch.where(apart, 2 * cosine_distance, 0.0)
     return torch.where(apart, torch.where(apart, 2 * cosine_distance, 1.0).sqrt(), 0.0)

@@ -127,3 +127,13 @@ def test_no_matrix_of_all_pairs_is_kept(name, monkeypatch):
     with Largest() as largest:
         LOSSES[name]()(z, torch.arange(n) % 16).backward()
     assert largest.numel <= max(1024 + 2, 2 * n * D)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rows_are_no_pair_with_a_loss(distance, dtype):
+    for width in (2, 33, 512):
+        z = torch.randn(100, width, dtype=dtype, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+        loss = PairLoss(distance=distance)
+        loss(z, torch.arange(100).repeat(2))
+        assert loss.stats["active_positives"].item() == 0

@@ -6,7 +6,9 @@ import torch
 from gloo import on_ranks
 from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
+from test_contract import learner
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from sslcells import ranks
 from sslcells.config import ConfigError
@@ -112,3 +114,20 @@ def test_bce_of_one_class_an_image():
     value, _ = method.loss(Outputs(ROWS[:3]), batch([0, 1, 2]), 0.0)
     expected = F.binary_cross_entropy_with_logits(ROWS[:3], torch.eye(3))
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+SENT = [("supervised", {}), ("supervised", {"loss": "bce"}), ("moco", {"queue": 24}), ("dino", {"prototypes": 32})]
+
+
+def sent_by_ddp():
+    """Numbers of the buffers that DDP sends from rank 0 at every forward pass."""
+    return [
+        sum(b.numel() for b in DistributedDataParallel(learner(name, options)).modules_buffers)
+        for name, options in SENT
+    ]
+
+
+def test_what_a_method_keeps_is_not_sent_at_every_forward_pass():
+    assert learner("supervised", {}).method._targets is None, "only bce needs a table of all images' targets"
+    for sizes in on_ranks(2, sent_by_ddp):
+        assert sizes == [0] * len(SENT)  # test_vit has no BatchNorm
