@@ -18,16 +18,16 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sslcells import augment, losses, methods, optim
 from sslcells.augment import simclr as simclr_recipe
-from sslcells.config import ConfigError, Optim
+from sslcells.config import Optim
 from sslcells.data.sampler import Groups
+from sslcells.errors import ConfigError
 from sslcells.evaluation.knn import knn_scores
 from sslcells.losses import engine
 from sslcells.losses._rows import codes
-from sslcells.methods import byol, dino, simsiam
+from sslcells.methods import Outputs, byol, dino, simsiam
 from sslcells.methods.margin import distance_weighted
 from sslcells.models.heads import projection
 
@@ -91,7 +91,7 @@ def negative_cosine(predicted: Tensor, given: Tensor, predicted1: Tensor | None 
     method = simsiam.Method(simsiam.Config(hidden=1, dimension=2, bottleneck=1), 1, None)
     # ours compares a prediction with the row of the other view: the second view's stand first
     rows = torch.cat([torch.cat([predicted, other]), torch.cat([others, given])], 1)
-    return use(method.loss, rows, None)[0]
+    return use(method.loss, Outputs(rows), None, 0.0)[0]
 
 
 def dino_loss(
@@ -113,8 +113,7 @@ def dino_loss(
     )
     method = dino.Method(config, 1, None)
     method.centre = centre
-    columns = F.pad(torch.cat(taught), (0, 0, 0, (count - 2) * len(taught[0])))
-    loss = use(method.loss, torch.cat([torch.cat(student), columns], 1), None)[0]
+    loss = use(method.loss, Outputs(torch.cat(student), torch.cat(taught)), None, 0.0)[0]
     return loss, method.centre
 
 
@@ -482,7 +481,7 @@ def solo_mocov2(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 
 
 def solo_byol(p: Tensor, z: Tensor, simplified: bool = True) -> Tensor:
     method = byol.Method(byol.Config(hidden=1, dimension=2), 1, None)
-    return use(method.loss, torch.cat([p, z], 1).repeat(2, 1), None)[0] / 2  # theirs is of one direction
+    return use(method.loss, Outputs(p.repeat(2, 1), z.repeat(2, 1)), None, 0.0)[0] / 2  # theirs is of one direction
 
 
 def solo_simsiam(p: Tensor, z: Tensor, simplified: bool = True) -> Tensor:
