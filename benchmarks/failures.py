@@ -383,8 +383,8 @@ def kills(setting: Setting, count: int, seed: int) -> Kills:
     begun = run.folder / "checkpoints"
     while made < count and (whole := run.newest()) < STEPS - EVERY:
         run.start()
-        run.until(lambda: re.search(r": (goes on after step \d+|\d+ steps)$", run.text(), re.MULTILINE) is not None)
-        refused += whole > 0 and f"goes on after step {whole}\n" not in run.text()
+        run.until(lambda: re.search(r": (resuming after step \d+|\d+ steps)$", run.text(), re.MULTILINE) is not None)
+        refused += whole > 0 and f"resuming after step {whole}\n" not in run.text()
         if made % 2:
             run.until(lambda: run.newest() > 0 and any(begun.glob(".step_*.partial")))
             inside += 1

@@ -78,7 +78,7 @@ def test_part_of_the_labels_is_all_that_is_seen(tmp_path):
         (["model.args={width: 16}"], r"model.args={'width': 16}, but it was made with"),
         (["model.backbone=test_resnet", "model.args={}"], "model.backbone='test_resnet', but it is a small_cnn"),
         (["model.mean=[0.4]"], r"model.mean=\[0.4, 0.4, 0.4\], but it learned with \[0.5"),
-        (["model.pretrained=true"], "two starts: give one"),
+        (["model.pretrained=true"], "both a starting point: set only one"),
     ],
 )
 def test_an_encoder_that_does_not_fit_is_told(pretrained, tmp_path, changes, message):

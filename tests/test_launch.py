@@ -71,7 +71,7 @@ def test_killed_in_the_second_epoch_it_ends_at_the_same_step(tmp_path):
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert read_metrics(metrics.parent)[-1]["step"] < 60
-    assert "goes on after step" in finish(start(sys.executable, *arguments, "name=killed"))
+    assert "resuming after step" in finish(start(sys.executable, *arguments, "name=killed"))
     finish(start(sys.executable, *arguments, "name=whole"))
     assert untimed(metrics.parent) == untimed(tmp_path / "whole")
     assert untimed(metrics.parent)[-1]["step"] == 60

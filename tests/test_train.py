@@ -155,7 +155,7 @@ def test_a_signal_is_answered_while_no_image_comes(tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr(train_module, "read_in_parts", hangs)
-    with pytest.raises(Stopped, match="stopped by SIGTERM after step 3; the same command goes on"):
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 3; the same command resumes it"):
         train(tiny(tmp_path, "evaluate.pictures=false"))
     assert checkpoint.newest(tmp_path / "quickstart" / "checkpoints").name == "step_00000003"
 

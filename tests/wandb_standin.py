@@ -121,13 +121,19 @@ class Answer(BaseHTTPRequestHandler):
         return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": places}}
 
 
+def home_of(tmp_path):
+    """A test's own home, beside its folder."""
+    return tmp_path.with_name(f"{tmp_path.name}-home")
+
+
 @pytest.fixture(autouse=True)
 def no_credentials(monkeypatch, tmp_path):
     for name in [n for n in os.environ if n.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
+    home = home_of(tmp_path)
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / ".netrc"))
 
 
 @pytest.fixture

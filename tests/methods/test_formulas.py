@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytorch_metric_learning import losses
 from test_contract import Images
-from test_not_finite import FEATURES
+from test_rows_not_finite import FEATURES
 
 from sslcells import methods
 from sslcells.config import PLUGINS

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 from test_train import TINY, tiny
-from wandb_standin import ROOT, by_step, handmade, killed_at_7, run_python, senders, wait_for
+from wandb_standin import ROOT, by_step, handmade, home_of, killed_at_7, run_python, senders, wait_for
 
 from sslcells.config import ConfigError, dump
 from sslcells.run import metrics, tracking, wandb_sender, wandb_sync
@@ -63,8 +63,8 @@ def test_credentials_that_wandb_login_wrote_down(tmp_path, server, monkeypatch, 
     """The key is in ~/.netrc, for a server, and the server in W&B's settings."""
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name)
-    (tmp_path / "home" / ".netrc").write_text(f"machine {host} login user password {'x' * 40}\n")
-    settings = tmp_path / "home" / ".config" / "wandb" / "settings"
+    (home_of(tmp_path) / ".netrc").write_text(f"machine {host} login user password {'x' * 40}\n")
+    settings = home_of(tmp_path) / ".config" / "wandb" / "settings"
     settings.parent.mkdir(parents=True)
     settings.write_text(f"[default]\nbase_url = {server.url}\n")
     folder = handmade(tmp_path / "run", 0)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from test_train import TINY, in_step, tiny, untimed
-from wandb_standin import by_step, handmade, run_python, senders, wait_for
+from wandb_standin import by_step, handmade, home_of, run_python, senders, wait_for
 
 from sslcells.run import wandb_sync
 from sslcells.run.wandb_sync import TrackingError
@@ -127,7 +127,7 @@ def test_wandb_needs_no_home(tmp_path, server, monkeypatch, home):
     monkeypatch.delenv("NETRC")
     folder = handmade(tmp_path / "run", 0, 5)
     assert "2 steps sent" in wandb_sync.sync(folder, "ended")
-    assert not list((tmp_path / "home").iterdir())
+    assert not list(home_of(tmp_path).iterdir())
 
 
 @pytest.mark.slow

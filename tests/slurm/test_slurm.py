@@ -156,7 +156,7 @@ def test_the_signal_of_the_time_limit(cluster, tmp_path, tiny):
     assert f"job {number}: nodes n1 n2; ranks 2; SLURM_RESTART_COUNT=1" in text
     assert text.count("world size 2") == 2
     assert re.findall(r"stopped by SIGUSR1 after step (\d+)", text) == [str(last)]
-    assert re.findall(r"goes on after step (\d+)", text) == [str(last)]  # nothing is lost
+    assert re.findall(r"resuming after step (\d+)", text) == [str(last)]  # nothing is lost
     assert 30 <= last < 600
     assert_whole(run, 600)
     assert_falling(run)
@@ -179,7 +179,7 @@ def test_a_time_limit_and_scancel(cluster, tmp_path, tiny):
     (stopped,) = re.findall(r"stopped by SIGUSR1 after step (\d+)", log.read_text())
     cluster.call("scontrol", "update", f"jobid={number}", "TimeLimit=60")
     reach(int(stopped) + 20, run, log)
-    assert re.findall(r"goes on after step (\d+)", log.read_text()) == [stopped]
+    assert re.findall(r"resuming after step (\d+)", log.read_text()) == [stopped]
 
     cluster.call("scancel", str(number))
     job = cluster.wait(number, "CANCELLED", PATIENCE, log)
@@ -200,7 +200,7 @@ def test_preemption(cluster, tmp_path, tiny):
     last = losses(run)[-1][0]
     job = cluster.wait(number, "COMPLETED", PATIENCE, log)
     assert job["Restarts"] == "1"
-    assert re.findall(r"goes on after step (\d+)", log.read_text()) == [str(last)]
+    assert re.findall(r"resuming after step (\d+)", log.read_text()) == [str(last)]
     assert_whole(run, 300)
 
 
@@ -216,7 +216,7 @@ def test_a_killed_rank(cluster, tmp_path, tiny):
     text = log.read_text()
     assert job["Restarts"] == "1"
     assert text.count(f"job {number}: the training was cut off, with status") == 1
-    (step,) = re.findall(r"goes on after step (\d+)", text)
+    (step,) = re.findall(r"resuming after step (\d+)", text)
     assert int(step) >= 40
     assert int(step) % 20 == 0
     assert_whole(run, 300)
@@ -282,7 +282,7 @@ def test_a_sweep(cluster, tmp_path, tiny):
     text = log.read_text()
     assert f"job {number}_2: nodes n" in text
     assert "world size 1  device cpu" in text
-    assert text.count("goes on after step") == 1
+    assert text.count("resuming after step") == 1
     assert_whole(tmp_path / "three-0", 5)
     assert_whole(tmp_path / "warm", 300)
     assert_whole(tmp_path / "warmer", 300)
