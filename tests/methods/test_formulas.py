@@ -61,21 +61,20 @@ def test_dino(seed):
         "dino", prototypes=count, local_views=local, temperature=0.2, teacher_temperature=0.05,
         final_teacher_temperature=0.09, teacher_warmup=warmup, centre_momentum=momentum,
     )  # fmt: skip
-    method.done, centre = done, torch.zeros(count, dtype=torch.float64)
+    centre = torch.zeros(count, dtype=torch.float64)
     tau_t = 0.05 + 0.04 * (min(1, done / warmup) if warmup else 1)
     for _ in range(3):  # the centre moves after each
         views = 2 + local
         student = torch.randn(views, images, count, generator=generator, dtype=torch.float64).requires_grad_()
         teacher = torch.randn(2, images, count, generator=generator, dtype=torch.float64) / 4
-        given = torch.cat([teacher, torch.zeros(local, images, count)])
-        rows = torch.cat([student.detach(), given], 2).flatten(0, 1).float().requires_grad_()
-        ours, _ = method.loss(rows, batch(torch.zeros(images, dtype=torch.int64)))
+        rows, given = (x.detach().flatten(0, 1).float() for x in (student, teacher))
+        outputs = methods.Outputs(rows.requires_grad_(), given)
+        ours, _ = method.loss(outputs, batch(torch.zeros(images, dtype=torch.int64)), done)
         theirs = dino(list(student), list(teacher), centre, 0.2, tau_t)
         (by_student,) = torch.autograd.grad(theirs, student, retain_graph=True)
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
         (by_rows,) = torch.autograd.grad(ours, rows)
-        expected = torch.cat([by_student, torch.zeros_like(by_student)], 2).flatten(0, 1)  # none for the teacher
-        torch.testing.assert_close(by_rows.double(), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(by_rows.double(), by_student.flatten(0, 1), rtol=1e-4, atol=1e-6)
         centre = momentum * centre + (1 - momentum) * teacher.flatten(0, 1).mean(0)  # eq. 4
         torch.testing.assert_close(method.centre.double(), centre, rtol=1e-5, atol=1e-6)
 
@@ -110,5 +109,5 @@ def test_centres_and_proxies(name):
         label = torch.randint(-1, classes, (count,), generator=generator)
         label[0] = 1
         known = label >= 0
-        value, _ = method.loss(z, batch(label))
+        value, _ = method.loss(methods.Outputs(z), batch(label), 0.0)
         same(value, theirs(z[known], label[known]), [z, *method._loss.parameters()], [z, *theirs.parameters()])
