@@ -56,6 +56,7 @@ class State:
             TrainingError: as `check`; nothing is written then.
             CheckpointError: where the checkpoint before could not be written.
         """
+        ranks.together(writer.wait)  # so that an error below names the newest checkpoint
         self.check()
         if ranks.rank() == 0 and self.step > self.saved:
             states = {"optimizer": self.optimizer.state_dict(), "meter": self.meter.state_dict()}
