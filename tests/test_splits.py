@@ -137,13 +137,13 @@ def test_a_classifier_is_asked_about_test_by_evaluate(tmp_path):
 
 @pytest.mark.slow
 def test_compare_reads_test_when_all_is_trained(read, tmp_path, monkeypatch):
-    read.forbidden, plain = "test", comparison.finished
+    read.forbidden, plain = "test", comparison.trained
 
-    def finished(*arguments):
+    def trained(*arguments):
         read.forbidden = ""
         return plain(*arguments)
 
-    monkeypatch.setattr(comparison, "finished", finished)
+    monkeypatch.setattr(comparison, "trained", trained)
     small = ["compare.fractions=[1]", "compare.seeds=1", "compare.min_steps=2", "compare.total_epochs=1"]
     run = tiny(tmp_path, *NO_VAL, *small, "compare.global_batch=16", "evaluate.pictures=false")
     result = compare(run)
