@@ -68,7 +68,7 @@ def rows(seed=0):
 @pytest.mark.parametrize("name", LOSSES)
 def test_rows_that_are_not_finite_are_seen(name, bad):
     everything = slice(None)
-    for row in (*range(8), everything):
+    for row in (0, 3, 7, everything):  # one of a pair, of another, and one without a class
         for column in (everything, 2):
             z = rows()
             z[row, column] = bad

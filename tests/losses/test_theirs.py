@@ -12,7 +12,7 @@ from pytorch_metric_learning import distances, losses, miners, reducers
 
 from sslcells.losses import BatchAllTripletLoss, BatchHardTripletLoss, NTXentLoss, PairLoss, SupConLoss
 
-SEEDS = range(25)
+SEEDS = range(15)
 TOLERANCE = 1e-9
 
 COSINE, EUCLIDEAN = distances.CosineSimilarity(), distances.LpDistance()

@@ -1,6 +1,8 @@
 """Rows that are not finite: no method's loss hides them, on one rank or on two."""
 
+import copy
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -32,12 +34,10 @@ def rows_of(name, options):
     return method, outputs, Batch(torch.zeros(IMAGES, 1, 1, 1), label, image, image // 2, 0 * image)
 
 
-def loss(name, options, plant):
-    """Its loss on rows, of student and teacher, that `plant` was let change, and the gradient of the student's."""
-    method, outputs, batch = rows_of(name, options)
-    for rows in outputs:
-        if rows is not None:
-            plant(rows)
+def loss(made, plant, teachers=False):
+    """Its loss on rows, the student's or the teacher's of which `plant` may change, and the student's gradient."""
+    method, outputs, batch = copy.deepcopy(made)
+    plant(outputs.teacher if teachers else outputs.rows)
     outputs.rows.requires_grad_()
     value, _ = method.loss(outputs, batch, 0.0)
     value.backward()
@@ -46,16 +46,18 @@ def loss(name, options, plant):
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=CASE_IDS)
 def test_a_loss_of_rows_that_are_not_finite_is_not_finite(name, options):
-    value, grad = loss(name, options, lambda rows: None)
+    made = rows_of(name, options)
+    value, grad = loss(made, lambda rows: None)
     assert value.isfinite()
     assert grad.isfinite().all()
-    for bad in BAD.values():
+    whose = (False,) if made[1].teacher is None else (False, True)
+    for teachers, (bad, number) in product(whose, BAD.items()):
         for row in (0, IMAGES - 1):  # the class of the last image is not known
-            value, _ = loss(name, options, lambda rows, row=row, bad=bad: rows[row].fill_(bad))
+            value, _ = loss(made, lambda rows, row=row, x=number: rows[row].fill_(x), teachers)
             assert not value.isfinite(), f"row {row} is {bad}"
-            value, _ = loss(name, options, lambda rows, row=row, bad=bad: rows[row, :1].fill_(bad))
+            value, _ = loss(made, lambda rows, row=row, x=number: rows[row, :1].fill_(x), teachers)
             assert not value.isfinite(), f"a number of row {row} is {bad}"
-        value, grad = loss(name, options, lambda rows, bad=bad: rows.fill_(bad))
+        value, grad = loss(made, lambda rows, x=number: rows.fill_(x), teachers)
         assert not value.isfinite(), f"all rows are {bad}"
         assert not grad.isfinite().all()
 
