@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,29 +16,50 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 _RANKS = 4
+_TIMEOUT = timedelta(seconds=60)
 _counter = itertools.count()
 _workers: list[tuple[Any, Any]] = []
 
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)` returns on each of `world` ranks; an error on any of them is raised here."""
+    for attempt in (1, 2):
+        try:
+            return _on_ranks(world, function, args)
+        except _NoGroup:  # gloo did not connect: no fault of the function, which no rank has called to its end
+            if attempt == 2:
+                raise
+    raise AssertionError("unreachable")
+
+
+class _NoGroup(RuntimeError):
+    """The ranks did not find each other."""
+
+
+def _on_ranks(world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
     if not _workers:
         _start()
     store = f"{tempfile.gettempdir()}/sslcells-gloo-{os.getpid()}-{next(_counter)}"
     connections = [connection for _, connection in _workers[:world]]
-    for rank, connection in enumerate(connections):
-        connection.send(sys.path)  # test modules collected after the workers began
-        connection.send((function, args, rank, world, store))
     answers = []
-    for rank, connection in enumerate(connections):
-        if not connection.poll(120):
-            _stop()
-            raise TimeoutError(f"rank {rank} of {world} did not answer in 120 s")
-        answers.append(connection.recv())
-    for rank, (_, error) in enumerate(answers):
+    try:
+        for rank, connection in enumerate(connections):
+            connection.send(sys.path)  # test modules collected after the workers began
+            connection.send((function, args, rank, world, store))
+        for rank, connection in enumerate(connections):
+            if not connection.poll(120):
+                raise TimeoutError(f"rank {rank} of {world} did not answer in 120 s")
+            answers.append(connection.recv())
+        for _, _, no_group in answers:
+            if no_group is not None:
+                raise _NoGroup(no_group)
+    except (OSError, EOFError, _NoGroup):  # the next test gets ranks of its own
+        _stop()
+        raise
+    for rank, (_, error, _) in enumerate(answers):
         if error is not None:
             raise AssertionError(f"rank {rank} of {world} failed:\n{error}")
-    return [value for value, _ in answers]
+    return [value for value, _, _ in answers]
 
 
 @contextmanager
@@ -83,10 +105,16 @@ def _serve(connection: Any) -> None:
         except EOFError:
             return
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-            answer = function(*args), None
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=_TIMEOUT
+            )
         except BaseException:
-            answer = None, traceback.format_exc()
+            connection.send((None, None, f"rank {rank} of {world}:\n{traceback.format_exc()}"))
+            continue
+        try:
+            answer = function(*args), None, None
+        except BaseException:
+            answer = None, traceback.format_exc(), None
         finally:
             dist.destroy_process_group()
         connection.send(answer)
