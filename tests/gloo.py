@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -41,25 +42,27 @@ def _on_ranks(world: int, function: Callable[..., Any], args: tuple[Any, ...]) -
         _start()
     store = f"{tempfile.gettempdir()}/sslcells-gloo-{os.getpid()}-{next(_counter)}"
     connections = [connection for _, connection in _workers[:world]]
-    answers = []
+    answers: dict[Any, tuple[Any, str | None, str | None]] = {}
     try:
         for rank, connection in enumerate(connections):
             connection.send(sys.path)  # test modules collected after the workers began
             connection.send((function, args, rank, world, store))
-        for rank, connection in enumerate(connections):
-            if not connection.poll(120):
-                raise TimeoutError(f"rank {rank} of {world} did not answer in 120 s")
-            answers.append(connection.recv())
-        for _, _, no_group in answers:
-            if no_group is not None:
-                raise _NoGroup(no_group)
+        while missing := [connection for connection in connections if connection not in answers]:
+            ready = wait(missing, timeout=120)
+            if not ready:
+                ranks = [connections.index(connection) for connection in missing]
+                raise TimeoutError(f"ranks {ranks} of {world} did not answer in 120 s")
+            for connection in ready:
+                answers[connection] = connection.recv()
+                if no_group := answers[connection][2]:
+                    raise _NoGroup(no_group)
     except (OSError, EOFError, _NoGroup):  # the next test gets ranks of its own
         _stop()
         raise
-    for rank, (_, error, _) in enumerate(answers):
-        if error is not None:
+    for rank, connection in enumerate(connections):
+        if error := answers[connection][1]:
             raise AssertionError(f"rank {rank} of {world} failed:\n{error}")
-    return [value for value, _, _ in answers]
+    return [answers[connection][0] for connection in connections]
 
 
 @contextmanager
