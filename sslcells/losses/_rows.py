@@ -1,7 +1,7 @@
-"""What the losses share about rows: unit length, ids as small codes, and means over positives."""
+"""What the losses share about rows: unit length, checks, ids as small codes, and the rows of all ranks."""
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ from sslcells import ranks
 
 
 def unit(z: Tensor) -> Tensor:
-    """Rows of length 1 in float32 (float64 stays): (N, D) → (N, D), of any norm.
+    """Scale rows of any norm to length 1, in float32 (float64 stays): (N, D) → (N, D).
 
-    A zero row stays zero, with a finite gradient, and so does one of subnormal numbers alone; a row that is not finite
-    holds a NaN.
+    A zero row, or one of subnormal numbers only, stays zero and has a finite gradient. A row that is not finite gives
+    a row with NaN.
 
     Raises:
-        ValueError: for what is not (N, D) with D of 1 at least.
+        ValueError: if z is not (N, D) with D ≥ 1.
     """
     if z.ndim != 2 or not z.shape[1]:
         raise ValueError(f"rows must be (N, D), of one number at least; they are {tuple(z.shape)}")
@@ -27,9 +27,9 @@ def unit(z: Tensor) -> Tensor:
 
 
 def _magnitude(z: Tensor) -> Tensor:
-    """The power of two below each row's largest number: (N, D) → (N, 1); 1 for a row of zeros.
+    """The power of two just below each row's largest number: (N, D) → (N, 1); 1 for a row of zeros.
 
-    Dividing by it is exact, and keeps the squares of very large and very small rows within the numbers' range.
+    Dividing by it is exact, and keeps the squares of very large and very small numbers within the range of z's dtype.
     """
     limits, double = torch.finfo(z.dtype), z.dtype == torch.float64
     largest = z.detach().abs().amax(1, keepdim=True)
@@ -39,21 +39,21 @@ def _magnitude(z: Tensor) -> Tensor:
 
 
 def sound(z: Tensor) -> Tensor:
-    """1, or NaN where a number of z is not finite: a factor of a loss that changes no bit of it and of its gradient.
+    """A factor for a loss: 1, which changes no bit of it or its gradient, or NaN if any number of z is not finite.
 
-    Comparisons, which mining and hinges are made of, skip NaN: without it such a loss is finite, or 0, on rows that
-    are not. No device is waited for.
+    Mining and hinges compare numbers, and comparisons skip NaN: without this factor their loss would be finite, or 0,
+    for rows that are not. Does not wait for the device.
     """
     if not z.numel():
         return z.new_ones(())
-    low, high = z.detach().aminmax()  # both are NaN where any number is
+    low, high = z.detach().aminmax()  # both are NaN if any number is
     return 1 + 0 * low + 0 * high
 
 
 def row_std(z: Tensor) -> Tensor:
-    """√D times the standard deviation over unit rows of z (N, D), mean over dimensions, detached: 0 for collapsed rows.
+    """√D times the standard deviation of each dimension of the unit rows of z (N, D), mean over dimensions, detached.
 
-    1 for rows spread over the sphere (arXiv 2011.10566, section 4.1); NaN for no rows.
+    1 for rows spread over the sphere, 0 for collapsed rows (arXiv 2011.10566, section 4.1); NaN for no rows.
     """
     if not len(z):
         return z.new_full((), math.nan)
@@ -67,13 +67,19 @@ def log1p_exp(x: Tensor) -> Tensor:
 
 
 def check_ids(ids: Tensor | None, count: int, name: str) -> None:
-    """Raise a ValueError unless ids are None or (count,) integers."""
+    """Raise a ValueError unless ids is None or (count,) integers."""
     if ids is not None and (ids.shape != (count,) or ids.dtype.is_floating_point):
         raise ValueError(f"{name} must be ({count},) integers; it is {tuple(ids.shape)} {ids.dtype}")
 
 
+def check_views(first: Tensor, second: Tensor, names: str = "z0 and z1") -> None:
+    """Raise a ValueError unless both are (B, D), D ≥ 1: rows of two views of the same images."""
+    if first.ndim != 2 or first.shape != second.shape or not first.shape[1]:
+        raise ValueError(f"{names} must both be (B, D); they are {tuple(first.shape)} and {tuple(second.shape)}")
+
+
 def codes(ids: Tensor) -> Tensor:
-    """Equal int64 ids → equal int32 codes in 0..N-1: (N,) → (N,). A negative id is unknown and equal to no other."""
+    """Small codes for ids: (N,) int64 → (N,) int32 in 0..N−1, equal where ids are. A negative id equals no other."""
     unique = torch.where(ids < 0, -1 - torch.arange(len(ids), device=ids.device), ids)
     ordered, order = unique.sort(stable=True)
     step = torch.zeros_like(ordered)
@@ -82,7 +88,7 @@ def codes(ids: Tensor) -> Tensor:
 
 
 class Gathered(NamedTuple):
-    """The rows of all ranks in rank order, and where this rank's are."""
+    """The rows of all ranks in rank order, and which of them are this rank's."""
 
     refs: Tensor
     """(R, D), without gradient"""
@@ -91,12 +97,12 @@ class Gathered(NamedTuple):
 
     @property
     def own(self) -> slice:
-        """This rank's part of anything that has one entry a reference."""
+        """Selects this rank's part of anything with one entry per reference."""
         return slice(self.offset, self.offset + self.rows)
 
 
 def same_rows(z: Tensor) -> None:
-    """Raise a ValueError on every rank where the ranks bring different numbers of rows, or none."""
+    """Raise a ValueError on every rank if the ranks have different numbers of rows, or none."""
     ranks.same_count(len(z), "rows")
     if not len(z):
         raise ValueError(f"there are no rows to have a loss of: they are {tuple(z.shape)}")
@@ -106,17 +112,17 @@ def gather_rows(z: Tensor) -> Gathered:
     """Gather the rows of all ranks: (A, D) on every rank → (R, D).
 
     Raises:
-        ValueError: on every rank, where the ranks bring different numbers of rows, or none.
+        ValueError: on every rank, if the ranks have different numbers of rows, or none.
     """
     same_rows(z)
     return Gathered(ranks.gather(z), ranks.rank() * len(z), len(z))
 
 
 def gather_groups(z: Tensor, positive: Tensor, source: Tensor | None) -> tuple[Tensor, Gathered, Tensor, Tensor | None]:
-    """This rank's unit rows (A, D), those of all ranks, and their positive and source codes, (R,) int32 each.
+    """This rank's unit rows (A, D), the rows of all ranks, and their positive and source codes, (R,) int32 each.
 
     Raises:
-        ValueError: for z that is not (A, D), ids that are not (A,) integers, no rows, or different numbers of rows.
+        ValueError: if z is not (A, D), ids are not (A,) integers, or the ranks have no rows or different numbers.
     """
     if z.ndim != 2:
         raise ValueError(f"z must be (A, D); it is {tuple(z.shape)}")
@@ -126,52 +132,3 @@ def gather_groups(z: Tensor, positive: Tensor, source: Tensor | None) -> tuple[T
     batch = gather_rows(rows)
     sources = None if source is None else codes(ranks.gather(source))
     return rows, batch, codes(ranks.gather(positive)), sources
-
-
-class Positives(Protocol):
-    """Who is whose positive, as a symmetric relation over the references."""
-
-    def mean(self, x: Tensor, own: slice) -> Tensor:
-        """Mean of x over the positives of this rank's rows: (R, D) → (A, D); 0 for a row without positives."""
-        ...
-
-    def known(self) -> Tensor:
-        """Which references have a positive: (R,) bool."""
-        ...
-
-
-class Pairs(NamedTuple):
-    """Every row has one positive, its partner."""
-
-    partner: Tensor
-    """(R,) int64 global index"""
-
-    def mean(self, x: Tensor, own: slice) -> Tensor:
-        """The partner's x."""
-        return x[self.partner[own]]
-
-    def known(self) -> Tensor:
-        """Every row."""
-        return torch.ones_like(self.partner, dtype=torch.bool)
-
-
-class Groups(NamedTuple):
-    """Rows of equal code are each other's positives."""
-
-    code: Tensor
-    """(R,) int32"""
-
-    def mean(self, x: Tensor, own: slice) -> Tensor:
-        """Mean over the group without the row itself, from the group's sum: no (A, R) matrix."""
-        code = self.code.long()
-        total = torch.zeros_like(x).index_add_(0, code, x)
-        others = (self._size()[code[own]] - 1).to(x.dtype)[:, None]
-        return torch.where(others > 0, (total[code[own]] - x[own]) / others.clamp_min(1), 0.0)
-
-    def known(self) -> Tensor:
-        """Rows whose group has another row."""
-        return self._size()[self.code.long()] > 1
-
-    def _size(self) -> Tensor:
-        code = self.code.long()
-        return torch.zeros_like(code).scatter_add_(0, code, torch.ones_like(code))

@@ -1,4 +1,4 @@
-"""The rows of the global batch on every rank, for a loss that each rank computes as a whole."""
+"""The rows of the global batch on every rank, for a loss that every rank computes on all of them."""
 
 from typing import Any
 
@@ -13,26 +13,31 @@ from sslcells.losses._rows import same_rows
 def gather_with_grad(z: Tensor, views: int = 1) -> Tensor:
     """The rows that one process would have: (V·B, D), view-major, on every rank → (V·B·world, D), view-major.
 
-    For a loss that every rank computes on all of them, with the same value everywhere. Its gradient by this rank's rows
-    is handed back × world, with no collective, so that DDP's mean over ranks is the gradient of the global batch; what
-    the loss itself learns has the whole gradient on every rank already, and the mean leaves it as it is.
+    For a loss that every rank computes on all rows, with the same value on each. Backward returns this rank's part of
+    the gradient × world, without a collective, so that DDP's mean over ranks is the gradient of the global batch. The
+    loss's own parameters already have that gradient on every rank, and the mean does not change it.
 
     Raises:
-        ValueError: on every rank, where the ranks bring different numbers of rows, none, or not as many of each view.
+        ValueError: on every rank, if the ranks have different numbers of rows, none, or not as many of each view.
+
+    Example:
+        >>> z = torch.eye(2, requires_grad=True)
+        >>> gather_with_grad(z).tolist()  # one process: its own rows
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     same_rows(z)
     if z.ndim != 2 or views < 1 or len(z) % views:
         raise ValueError(f"rows must be (V·B, D) of views={views}; they are {tuple(z.shape)}")
-    rows: Tensor = _Whole.apply(z, views)
+    rows: Tensor = _Gather.apply(z, views)
     return rows
 
 
 def gather_ids(ids: Tensor, views: int = 1) -> Tensor:
-    """(B,) ids of this rank's images → (V·B·world,) of the rows of `gather_with_grad`."""
+    """(B,) ids of this rank's images → (V·B·world,) ids of the rows of `gather_with_grad`."""
     return ranks.gather(ids).repeat(views)
 
 
-class _Whole(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, views: int) -> Tensor:
         ctx.views = views

@@ -1,6 +1,6 @@
-"""Momentum contrast: rows against keys that carry no gradient, of the global batch and of a queue."""
+"""Momentum contrast: rows against keys without gradient, from the global batch and from a queue."""
 
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -8,19 +8,27 @@ from torch.autograd.function import once_differentiable
 
 from sslcells import ranks
 from sslcells.losses import torch_engine
-from sslcells.losses._rows import check_ids, gather_rows, sound, unit
+from sslcells.losses._rows import check_ids, check_views, gather_rows, sound, unit
 
 
+@final
 class MoCoLoss(nn.Module):
     """InfoNCE of queries and keys, arXiv 1911.05722, eq. 1, with the keys of the whole global batch.
 
-    The key of a query is its positive; all other keys are negatives, but for those that show its own image: those of
-    every rank (arXiv 2104.02057, algorithm 1), and those of a queue where one is given. The mean over the ranks is the
-    loss of the global batch. Keys carry no gradient, so backward needs no collective. In float32 (float64 stays)
-    whatever autocast says; a tile of similarities at a time is kept.
+    A query's own key is its positive. All other keys are negatives: those of all ranks (arXiv 2104.02057, algorithm 1)
+    and those of a queue where one is given; except, where image ids are given, the keys of the query's own image. The
+    mean over ranks is the loss of the global batch. Keys carry no gradient, so backward needs no collective. Computed
+    in float32 (float64 stays), also under autocast; one tile of similarities is kept at a time.
 
-    `stats` holds detached scalars of this rank after each call: `accuracy`, the fraction of queries that are nearest to
+    After each call `stats` holds detached scalars of this rank: `accuracy`, the fraction of queries that are nearest to
     their own key, and `positive_similarity`.
+
+    Example:
+        >>> q, k = torch.eye(3), torch.eye(3)
+        >>> print(f"{MoCoLoss(temperature=0.5)(q, k):.3f}")  # log(1 + 2 exp(−1/0.5))
+        0.240
+        >>> print(f"{MoCoLoss(temperature=0.5)(q, k, queue=-torch.eye(3)):.3f}")  # three more negatives
+        0.444
     """
 
     def __init__(self, temperature: float = 0.2) -> None:
@@ -44,14 +52,13 @@ class MoCoLoss(nn.Module):
             q: (B, D) rows of any norm.
             k: (B, D) rows of any norm; k[b] shows the same image as q[b].
             queue: (Q, D), equal on every rank.
-            image: (B,) int64: other keys of equal id, which show the query's own image, are no negatives.
-            queue_image: (Q,) int64, the same of the queue's keys; a negative id is equal to none.
+            image: (B,) int64; other keys of equal id show the query's image and are not negatives.
+            queue_image: (Q,) int64, the images of the queue's keys; a negative id equals no other.
 
         Raises:
             ValueError: for shapes that do not fit, no rows, or numbers of rows that differ between ranks.
         """
-        if q.ndim != 2 or q.shape != k.shape:
-            raise ValueError(f"q and k must be (B, D) both; they are {tuple(q.shape)} and {tuple(k.shape)}")
+        check_views(q, k, "q and k")
         if queue is not None and queue.shape[1:] != k.shape[1:]:
             raise ValueError(f"queue must be (Q, {k.shape[1]}); it is {tuple(queue.shape)}")
         check_ids(image, len(k), "image")
@@ -73,7 +80,7 @@ class MoCoLoss(nn.Module):
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Mean loss of queries; its gradient is computed with it, as the keys have none: (softmax · keys − key) / τ."""
+    """Mean loss of queries. The forward pass computes their gradient too: (softmax · keys − key) / τ."""
 
     @staticmethod
     def forward(

@@ -1,12 +1,11 @@
-"""Losses on all pairs and all triplets of the global batch, a few rows against all others at a time.
+"""Losses on all pairs and all triplets of the global batch, computed a few rows against all others at a time.
 
-Every rank computes the loss of the whole batch (so the work on a rank grows with R², and not with A·R as the tiled
-losses') and keeps the gradient of its own rows; no (R, R) matrix is kept, and backward needs no collective.
+Every rank computes the loss of the whole batch and keeps the gradient of its own rows, so its work grows with R², not
+with A·R as for the tiled losses. No (R, R) matrix is kept, and backward needs no collective.
 """
 
-import math
 from abc import ABC, abstractmethod
-from typing import Any, get_args
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +13,24 @@ from torch.autograd.function import once_differentiable
 
 from sslcells import ranks
 from sslcells.losses._rows import gather_groups, sound
-from sslcells.losses.triplet import Distance
+from sslcells.losses.distances import Distance, check_distance, pair_distances
 
 _TILE = 2**21
-"""entries of the matrices of rows × references that are held at a time, unless one row has more"""
+"""entries of a matrix of rows × references held at a time, or one row where that has more"""
 
 
 class _AllPairsLoss(nn.Module, ABC):
-    """A sum over what each row has with all others, its terms each divided by what they count.
+    """A sum of terms over all pairs of rows, each term divided by a count.
 
-    Rows of equal id are positives; of the others, those of equal source, where sources are given, count as neither.
-    The value is the same on every rank: the loss of the global batch. Gradients are handed back × world, so that DDP's
-    mean over ranks is that loss's gradient. Rows are normalised, and distances computed, in float32 (float64 for
-    float64 rows). `stats` holds detached scalars after each call.
+    Rows of equal id are positives; other rows of equal source, where sources are given, are neither positives nor
+    negatives. The value is the loss of the global batch, the same on every rank. Gradients are returned × world, so
+    that DDP's mean over ranks is the gradient of that loss. Rows are normalised, and distances computed, in float32
+    (float64 for float64 rows). `stats` holds detached scalars after each call.
     """
 
     def __init__(self, distance: Distance) -> None:
         super().__init__()
-        if distance not in get_args(Distance):
-            raise ValueError(f"distance={distance!r} is none of {', '.join(get_args(Distance))}")
+        check_distance(distance)
         self.distance = distance
         self.stats: dict[str, Tensor] = {}
 
@@ -41,8 +39,8 @@ class _AllPairsLoss(nn.Module, ABC):
 
         Args:
             z: (A, D) rows of any norm.
-            positive: (A,) int64 ids; a negative id has no positives and is a negative of every row.
-            source: (A,) int64; rows of equal source that are not positives are no negatives either.
+            positive: (A,) int64 ids; a row with a negative id has no positives and is a negative of every other row.
+            source: (A,) int64; rows of equal source that are not positives are not negatives either.
 
         Raises:
             ValueError: for shapes that do not fit, no rows, or numbers of rows that differ between ranks.
@@ -56,25 +54,35 @@ class _AllPairsLoss(nn.Module, ABC):
 
     @abstractmethod
     def terms(self, distance: Tensor, positive: Tensor, negative: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(T, R) distances of some rows to all, and bool who is whose → the terms' sums, and figures to add up.
+        """(T, R) distances of T rows to all, and (T, R) bool masks → the sum of each term, and figures to add up.
 
-        The first figures are the terms' divisors.
+        The first figures are the divisors of the terms.
         """
 
     @abstractmethod
     def _figures(self, totals: Tensor) -> dict[str, Tensor]:
-        """`stats` from the added-up figures."""
+        """`stats` from the figures' totals."""
 
 
+@final
 class BatchAllTripletLoss(_AllPairsLoss):
     """Triplet loss on every valid triplet of the global batch, arXiv 1703.07737 section 3, equation 6.
 
-    The mean over the triplets whose loss is above 0 ("BA≠0" there); none gives 0. A row's triplets are not written out:
-    with its negatives sorted, how many are nearer than a positive's distance + margin, and the sum of their distances,
-    is a look-up, so that time grows with R² log R and not R³.
+    The mean over the triplets with a loss above 0 ("BA≠0" there); 0 if there are none. Triplets are not written out: in
+    a row's sorted negatives, the number and the summed distance of those nearer than d(positive) + margin are look-ups,
+    so that time grows with R² log R and not with R³.
 
-    `stats`: `active`, the share of the triplets with a loss above 0; `positive_distance` and `negative_distance`, the
-    mean distances of all pairs.
+    `stats`: `active`, the fraction of the triplets with a loss above 0; `positive_distance` and `negative_distance`,
+    the mean distances of all pairs.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> label = torch.tensor([0, 0, 1])
+        >>> loss = BatchAllTripletLoss(margin=0.4, distance="cosine")
+        >>> print(f"{loss(z, label):.3f}")  # one of the two triplets is active: 0.2 − 0.4 + 0.4
+        0.200
+        >>> loss.stats["active"].item()
+        0.5
     """
 
     def __init__(self, margin: float = 0.2, distance: Distance = "euclidean") -> None:
@@ -85,7 +93,7 @@ class BatchAllTripletLoss(_AllPairsLoss):
 
     def terms(self, distance: Tensor, positive: Tensor, negative: Tensor) -> tuple[list[Tensor], Tensor]:
         """Σ over each row's positives p and negatives n of max(0, d_p + margin − d_n), in float64."""
-        # Rows that are no negatives stand at the end; the sums are long, and lose what a float32 cannot hold.
+        # Rows that are not negatives sort to the end; float32 would lose digits in such long sums.
         far = torch.where(negative, distance, torch.inf).double().sort(1)[0]  # (T, R)
         to = (distance + self.margin).double()
         nearer = torch.searchsorted(far.detach(), to.detach().contiguous())  # (T, R)
@@ -111,14 +119,22 @@ class BatchAllTripletLoss(_AllPairsLoss):
         }
 
 
+@final
 class PairLoss(_AllPairsLoss):
-    """Pairs of one id nearer than `positive_margin`, of two ids farther than `margin`, over the global batch.
+    """Positive pairs nearer than `positive_margin`, negative pairs farther than `margin`, over the global batch.
 
     squared: ½ max(0, d − positive_margin)² and ½ max(0, margin − d)², the contrastive loss of Hadsell et al. 2006,
-    equation 4, which has a positive margin of 0; otherwise the hinges themselves. Of positive and of negative pairs
-    each the mean over those with a loss above 0, as there are many more negative ones; the sum of both.
+    equation 4, where positive_margin is 0; otherwise the hinges themselves. The loss is the mean over the positive
+    pairs with a loss above 0 plus the mean over such negative pairs, of which there are many more.
 
-    `stats`: `active_positives` and `active_negatives`, the shares of the pairs with a loss above 0.
+    `stats`: `active_positives` and `active_negatives`, the fractions of the pairs with a loss above 0.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> label = torch.tensor([0, 0, 1])
+        >>> loss = PairLoss(margin=0.5, squared=False, distance="cosine")
+        >>> print(f"{loss(z, label):.3f}")  # 0.2 of the positive pair, 0.5 − 0.4 of the one active negative pair
+        0.300
     """
 
     def __init__(
@@ -148,7 +164,7 @@ class PairLoss(_AllPairsLoss):
 
 
 class _AllPairs(torch.autograd.Function):
-    """Loss of all rows; their gradient is taken in the forward pass, a few rows at a time, and kept for this rank's."""
+    """Loss of all rows; the gradient of this rank's rows is computed in the forward pass, a few rows at a time."""
 
     @staticmethod
     def forward(
@@ -173,8 +189,8 @@ class _AllPairs(torch.autograd.Function):
             positive[torch.arange(len(positive)), torch.arange(start, start + len(positive))] = False
             with torch.enable_grad():
                 z = refs.detach().requires_grad_()
-                sums, figures = pairs.terms(_distances(z[part], z, pairs.distance), positive, negative)
-                # The divisors are only known at the end: each term's gradient is kept on its own.
+                sums, figures = pairs.terms(pair_distances(z[part], z, pairs.distance), positive, negative)
+                # The divisors are known only at the end: keep the gradient of each term apart.
                 by_term = [torch.autograd.grad(s, z, retain_graph=True)[0][own] for s in sums]
             _add(losses, [s.detach() for s in sums])
             _add(gradients, by_term)
@@ -194,18 +210,3 @@ class _AllPairs(torch.autograd.Function):
 
 def _add(sums: list[Tensor], more: list[Tensor]) -> None:
     sums[:] = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
-
-
-def _distances(a: Tensor, b: Tensor, kind: Distance) -> Tensor:
-    """Distances of unit rows: (T, D), (R, D) → (T, R); rows too near to be told apart have distance 0 and gradient 0.
-
-    The product of a row with itself is 1 up to the rounding of D summands: without a threshold equal rows would count
-    as a pair with a loss above 0.
-    """
-    cosine_distance = 1 - a @ b.T
-    apart = cosine_distance > torch.finfo(a.dtype).eps * (4 + math.sqrt(a.shape[1]))
-    if kind == "cosine":
-        return torch.where(apart, cosine_distance, 0.0)
-    if kind == "sqeuclidean":
-        return torch.where(apart, 2 * cosine_distance, 0.0)
-    return torch.where(apart, torch.where(apart, 2 * cosine_distance, 1.0).sqrt(), 0.0)

@@ -1,32 +1,42 @@
-"""VICReg and Barlow Twins: what the dimensions of the rows should be like over the global batch.
+"""VICReg and Barlow Twins: losses on the dimensions of the rows over the global batch.
 
-Both are functions of sums over the images: of rows, (D,), and of products of centred rows, (D, D). The sums of all
-ranks are those of one process, so the loss and its gradient are too. Sums are taken in two rounds, rows and then
-products of rows without their mean, since Σz² − (Σz)²/n cancels in float32.
+Both are functions of sums over the images: of rows, (D,), and of products of centred rows, (D, D). Summed over ranks
+they equal those of one process, and so do the loss and its gradient. There are two rounds of sums, of rows and then of
+products of rows minus their mean, because Σz² − (Σz)²/n cancels in float32.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from sslcells import ranks
+from sslcells.losses._rows import check_views
 
 
+@final
 class VICRegLoss(nn.Module):
     """Variance, invariance and covariance over the global batch, arXiv 2105.04906, eq. 6.
 
-    invariance · mean‖z0 − z1‖² / D  +  variance · (v(z0) + v(z1))  +  covariance · (c(z0) + c(z1)), with v the mean
-    hinge max(0, 1 − std) of the dimensions (eq. 1) and c the sum of the squared covariances of two different dimensions
-    / D (eq. 4). The division by D in the first term is that of the paper's algorithm 1, which its weights belong to;
-    its eq. 5 has none. The authors' code halves v.
+    invariance · mean‖z0 − z1‖² / D  +  variance · (v(z0) + v(z1))  +  covariance · (c(z0) + c(z1)). v is the mean over
+    dimensions of max(0, 1 − std) (eq. 1), c the sum of the squared covariances of two different dimensions / D (eq. 4).
+    The first term is divided by D as in the paper's algorithm 1, which the weights belong to; eq. 5 does not divide.
+    The authors' code halves v.
 
-    Where torch.distributed is initialised the batch is that of all ranks, which may bring different numbers of rows.
-    The value is the same on every rank, and DDP's mean of gradients is the gradient of one process. Backward
-    communicates nothing. The sums are in float32 (float64 stays) whatever autocast says; memory O(D²).
+    Where torch.distributed is initialised, the batch is that of all ranks, which may have different numbers of rows.
+    The value is the same on every rank, and DDP's mean of gradients is the gradient of one process. Backward needs no
+    collective. Sums are in float32 (float64 stays), also under autocast; memory O(D²).
 
-    `stats` holds detached scalars after each call: `invariance`, `variance`, `covariance` (before their weights) and
-    `std`, the mean standard deviation of a dimension: 0 where the rows have collapsed.
+    After each call `stats` holds detached scalars: `invariance`, `variance`, `covariance` (before their weights) and
+    `std`, the mean standard deviation of a dimension, 0 for collapsed rows.
+
+    Example:
+        >>> z = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+        >>> loss = VICRegLoss()  # equal views, std above 1, no covariance
+        >>> print(f"{loss(z, z):.3f}")
+        0.000
+        >>> print(f"{loss(z, z + 1):.3f}")  # 25 · mean squared difference
+        25.000
     """
 
     def __init__(
@@ -43,7 +53,7 @@ class VICRegLoss(nn.Module):
         """Loss of two views of the same images, (B, D) each, of any norm.
 
         Raises:
-            ValueError: for views that are not (B, D) both, or fewer than two images in the world.
+            ValueError: for views that are not both (B, D), or fewer than two images in the world.
         """
         with torch.autocast(z0.device.type, enabled=False):
             first, second, count = centred(z0, z1)
@@ -66,14 +76,22 @@ class VICRegLoss(nn.Module):
         return loss
 
 
+@final
 class BarlowTwinsLoss(nn.Module):
     """Redundancy reduction over the global batch, arXiv 2103.03230, eq. 1 and 2.
 
-    Σ_i (1 − C_ii)² + λ Σ_i Σ_{j≠i} C_ij², C being the correlation of dimension i in one view with dimension j in the
-    other. Ranks, precision and memory as in VICRegLoss.
+    Σ_i (1 − C_ii)² + λ Σ_i Σ_{j≠i} C_ij², where C_ij is the correlation of dimension i of one view with dimension j of
+    the other. Ranks, precision and memory as in VICRegLoss.
 
-    `stats` holds detached scalars after each call: `on_diagonal` and `off_diagonal` (before its weight), and `std`, the
+    After each call `stats` holds detached scalars: `on_diagonal` and `off_diagonal` (before its weight), and `std`, the
     mean standard deviation of a dimension.
+
+    Example:
+        >>> z = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+        >>> print(f"{BarlowTwinsLoss()(z, z):.3f}")
+        0.000
+        >>> print(f"{BarlowTwinsLoss()(z, -z):.3f}")  # both correlations are −1
+        8.000
     """
 
     def __init__(self, off_diagonal: float = 0.005, *, epsilon: float = 1e-5) -> None:
@@ -103,23 +121,23 @@ class BarlowTwinsLoss(nn.Module):
 
 
 class Centred(NamedTuple):
-    """Two views without the mean of the global batch."""
+    """Two views minus the mean of the global batch."""
 
     first: Tensor
     """(B, D)"""
     second: Tensor
     """(B, D)"""
     images: Tensor
-    """(): of the world"""
+    """() number of images in the world"""
 
 
 def centred(z0: Tensor, z1: Tensor) -> Centred:
-    """Both views (B, D) in float32 without their global means.
+    """Both views (B, D) in float32 (float64 stays) minus their global means.
 
-    The means carry no gradient: a sum of products of centred rows has none by a mean, since centred rows add up to 0.
+    The means carry no gradient: the gradient of a sum of products of centred rows by a mean is 0, as centred rows add
+    up to 0.
     """
-    if z0.ndim != 2 or z0.shape != z1.shape or not z0.shape[1]:
-        raise ValueError(f"z0 and z1 must be (B, D) both; they are {tuple(z0.shape)} and {tuple(z1.shape)}")
+    check_views(z0, z1)
     z = torch.stack([z0, z1])
     z = z if z.dtype == torch.float64 else z.float()
     sums, count = totals(z.detach().sum(1), z.new_tensor(float(len(z0))))
@@ -130,7 +148,7 @@ def centred(z0: Tensor, z1: Tensor) -> Centred:
 
 
 def totals(*parts: Tensor) -> list[Tensor]:
-    """Sums over the ranks of tensors of one dtype, in one exchange."""
+    """Sums over ranks of tensors of one dtype, in one collective."""
     whole = ranks.total(torch.cat([part.flatten() for part in parts]))
     pieces = torch.split(whole, [part.numel() for part in parts])
     return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]

@@ -1,7 +1,7 @@
 """Batch-hard triplet loss over the global batch, mined tile by tile."""
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -9,33 +9,44 @@ from torch.autograd.function import once_differentiable
 
 from sslcells import ranks
 from sslcells.losses._rows import Gathered, gather_groups, log1p_exp, sound
+from sslcells.losses.distances import Distance, check_distance, row_distances
 from sslcells.losses.engine import MiningPrecision, hardest
 from sslcells.losses.torch_engine import ranked_negative
 
-Distance = Literal["euclidean", "sqeuclidean", "cosine"]
 
-
+@final
 class BatchHardTripletLoss(nn.Module):
     """Batch-hard triplet loss over the global batch (arXiv 1703.07737, eq. 5).
 
-    Each row is an anchor; its positive is the least similar row of its own id, its negative the most similar row of
-    another id, in the whole world; ties go to the lowest global index, so that the choice is the same for any number of
-    ranks. Pairs are mined on dot products of unit rows and measured as differences. An anchor without a positive or a
-    negative is left out. Ranks as in NTXentLoss: the value is the sum over this rank's valid anchors × world / valid
-    anchors in the world. Only the chosen pairs carry gradient, O(A·D), and backward needs no collective.
+    Each row is an anchor. Its positive is the least similar row with its id, its negative the most similar row with
+    another id, among the rows of all ranks. Ties go to the lowest global index, so that the choice does not depend on
+    the number of ranks. Pairs are mined by dot products of unit rows, and their distances computed from differences. An
+    anchor without a positive or without a negative is left out. The value is the sum over this rank's valid anchors ×
+    world / valid anchors in the world, as in NTXentLoss. Only the chosen pairs carry gradient, O(A·D), and backward
+    needs no collective.
 
-    `stats` holds detached scalars of this rank after each call: `active` (fraction of valid anchors with a loss above
+    After each call `stats` holds detached scalars of this rank: `active` (fraction of valid anchors with a loss above
     0; with `soft`, with the negative nearer than the positive), `positive_distance`, `negative_distance`.
 
-    Ways out of hard mining, which the authors of arXiv 1503.03832 found to collapse early in training: `soft`, the
-    `rank`-th hardest negative, and `semi_hard` ones, farther than the positive (its section 3.2; an anchor without
-    one is left out). The last two are mined in torch operations on every device.
+    Mining the hardest negatives can collapse early in training (arXiv 1503.03832). Alternatives: `soft`; the `rank`-th
+    hardest negative; `semi_hard` negatives, farther than the positive (section 3.2 there; an anchor without one is left
+    out). The last two are mined in torch operations on every device.
 
-    `precision` is of the fused GPU kernel's comparisons: "exact" tells rows apart as float32 does; "bf16" is faster and
-    takes another row for up to a third of the anchors of tight classes, all of them as hard within 0.004 of cosine.
+    `precision` is that of the fused GPU kernel's comparisons: "exact" distinguishes rows as float32 does; "bf16" is
+    faster and chooses another row for up to a third of the anchors of tight classes, each within 0.004 of the cosine.
 
-    When every row is the same the loss is exactly the margin and its gradient 0, from where there is no way back:
+    When all rows are equal, the loss is exactly the margin and its gradient 0: training cannot recover from that, so
     watch `active` and the distances.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> label = torch.tensor([0, 0, 1])  # the third row has no positive and is left out as an anchor
+        >>> loss = BatchHardTripletLoss(margin=0.2, distance="cosine")
+        >>> print(f"{loss(z, label):.3f}")  # distances: 0.2 to the positive, 1.0 and 0.4 to the negative
+        0.000
+        >>> loss.margin = 0.4
+        >>> print(f"{loss(z, label):.3f}")  # the mean of 0 and 0.2 − 0.4 + 0.4
+        0.100
     """
 
     def __init__(
@@ -53,8 +64,7 @@ class BatchHardTripletLoss(nn.Module):
             raise ValueError(f"rank={rank} is below 1, the hardest negative")
         if margin < 0:
             raise ValueError(f"margin={margin} is negative")
-        if distance not in get_args(Distance):
-            raise ValueError(f"distance={distance!r} is none of {', '.join(get_args(Distance))}")
+        check_distance(distance)
         self.margin, self.distance, self.soft = margin, distance, soft
         self.semi_hard, self.rank = semi_hard, rank
         self.precision: MiningPrecision = precision
@@ -65,8 +75,8 @@ class BatchHardTripletLoss(nn.Module):
 
         Args:
             z: (A, D) rows of any norm.
-            positive: (A,) int64 ids; a negative id has no positives and is a negative of every row.
-            source: (A,) int64; rows of equal source that are not positives are no negatives either.
+            positive: (A,) int64 ids; a row with a negative id has no positives and is a negative of every other row.
+            source: (A,) int64; rows of equal source that are not positives are not negatives either.
 
         Raises:
             ValueError: for shapes that do not fit, no rows, or numbers of rows that differ between ranks.
@@ -84,26 +94,15 @@ class BatchHardTripletLoss(nn.Module):
         return loss * sound(batch.refs)
 
     def _anchor_loss(self, rows: Tensor, positives: Tensor, negatives: Tensor) -> tuple[Tensor, ...]:
-        """(T, D) each → of each triplet the loss, whether it is active, and the two distances, (T,) each."""
-        to_positive = _distance(rows, positives, self.distance)
-        to_negative = _distance(rows, negatives, self.distance)
+        """(T, D) each → for each triplet the loss, True where it is active, and the two distances, (T,) each."""
+        to_positive = row_distances(rows, positives, self.distance)
+        to_negative = row_distances(rows, negatives, self.distance)
         gap = to_positive - to_negative + (0.0 if self.soft else self.margin)
         return log1p_exp(gap) if self.soft else gap.clamp_min(0), gap > 0, to_positive, to_negative
 
 
-def _distance(a: Tensor, b: Tensor, kind: Distance) -> Tensor:
-    """Row-wise distance of unit rows, (T, D) twice → (T,), from differences: exact near zero, and 0 has gradient 0."""
-    squared = (a - b).square().sum(1)
-    if kind == "cosine":
-        return squared / 2
-    if kind == "sqeuclidean":
-        return squared
-    apart = squared > 0
-    return torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), 0.0)
-
-
 class _Triplets(torch.autograd.Function):
-    """Loss of this rank's anchors; backward gives own rows their gradient in every triplet of the world."""
+    """Loss of this rank's anchors; backward gives this rank's rows their gradient from the triplets of all ranks."""
 
     @staticmethod
     def forward(

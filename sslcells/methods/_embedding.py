@@ -1,4 +1,4 @@
-"""What methods share: the head whose output are the rows, and who is whose positive."""
+"""What methods share: the head that makes the rows, and which rows are positives."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ Positive = Literal["view", "label", "source"]
 
 
 class Head(Section):
-    """The head whose output are the rows."""
+    """The head that makes the rows."""
 
     hidden: int = Field(256, ge=1)
     """Width of the head's hidden layers."""
@@ -28,18 +28,18 @@ class Head(Section):
 
 
 class WideHead(Head):
-    """One for losses on the dimensions of the rows."""
+    """A wide head, for losses on the dimensions of the rows."""
 
     hidden: int = Field(512, ge=1)
     """Width of the head's hidden layers."""
     dimension: int = Field(512, ge=2)
-    """D, the width of a row; the loss takes memory for D² numbers, and gains from a wide one (8192 in the paper)."""
+    """D, the width of a row; a wide one helps (8192 in the paper), but the loss keeps D² numbers."""
     layers: int = Field(3, ge=1)
     """Linear maps in the head."""
 
 
 class Embedding(methods.Method):
-    """A method whose rows are its head's output: the features, projected."""
+    """A method whose rows are the features after a projection head; it has no teacher."""
 
     def __init__(self, config: Head, features: int, views: int) -> None:
         super().__init__()
@@ -56,18 +56,18 @@ class Embedding(methods.Method):
 
 
 def check_positives(kind: Positive, images: ImageSet, views: int) -> None:
-    """Raise a ConfigError where no image can have a positive of this kind."""
+    """Raise a ConfigError if no image can have a positive of this kind."""
     if kind == "label":
         check_labels(images, "method.positive=label")
     if kind == "source" and views == 1 and len(images.sources.unique()) == len(images):  # type: ignore[no-untyped-call]
         raise ConfigError(
             f"method.positive=source: each of the {len(images)} images of the train split is the only one of its "
-            f"source, and with one view has no positive; method.positive=view needs none"
+            f"source, and with one view has no positive; method.positive=view needs no sources"
         )
 
 
 def check_labels(images: ImageSet, what: str) -> None:
-    """Raise a ConfigError where at least two classes are not known."""
+    """Raise a ConfigError unless the images have labels of at least two classes."""
     if not images.labelled:
         raise ConfigError(
             f"{what} needs labels of at least two classes; the train split has {len(images)} images without; "
@@ -76,7 +76,7 @@ def check_labels(images: ImageSet, what: str) -> None:
 
 
 def positives(kind: Positive, batch: Batch, views: int) -> Tensor:
-    """(V·B,) ids, equal for positives, none below 0: an image without a label is a positive of its own views alone."""
+    """(V·B,) ids ≥ 0, equal for positives; an image without a label has only its own other view as a positive."""
     if kind == "label":
         ids = torch.where(batch.label < 0, batch.image + _UNKNOWN, batch.label)
     else:
@@ -88,8 +88,8 @@ _UNKNOWN = 2**32
 """above every class"""
 
 
-def drawn_by(batch: Batch) -> int:
-    """A seed that the images of the global batch, in their order, decide: the same on every rank."""
+def seed_of(batch: Batch) -> int:
+    """A seed made from the image ids of the global batch in their order: the same on every rank."""
     mixed = 0
     for image in ranks.gather(batch.image).tolist():
         mixed = (mixed * 1_000_003 + image) % 2**63

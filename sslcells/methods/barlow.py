@@ -1,6 +1,6 @@
-"""Barlow Twins, arXiv 2103.03230: a dimension of one view correlates with itself in the other, and with no other."""
+"""Barlow Twins, arXiv 2103.03230: each dimension correlates with itself in the other view, and with no other."""
 
-from typing import Literal
+from typing import Literal, final
 
 from pydantic import Field
 from torch import Tensor
@@ -12,13 +12,14 @@ from sslcells.methods._embedding import Embedding, WideHead
 
 
 class Config(WideHead):
-    """Loss and the head that only the loss sees."""
+    """Loss and projection head."""
 
     name: Literal["barlow"] = "barlow"
     off_diagonal: float = Field(0.005, ge=0)
     """Weight of the correlations between different dimensions; λ in the paper."""
 
 
+@final
 class Method(Embedding):
     """A projection head and Barlow Twins' loss."""
 

@@ -1,6 +1,6 @@
-"""BYOL, arXiv 2006.07733: a predictor on one view's row finds the row that a slow teacher gives to the other view."""
+"""BYOL, arXiv 2006.07733: predict, from one view, the row that a slow-moving teacher gives the other view."""
 
-from typing import Literal
+from typing import Literal, final
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class Config(Section):
 
     name: Literal["byol"] = "byol"
     momentum: float = Field(0.996, ge=0, lt=1)
-    """Of the teacher at the first step; it goes to 1 by half a cosine."""
+    """Momentum of the teacher at the first step; it rises to 1 by half a cosine."""
     hidden: int = Field(512, ge=1)
     """Width of the hidden layers of projector and predictor (4096 in the paper)."""
     dimension: int = Field(128, ge=2)
@@ -25,11 +25,12 @@ class Config(Section):
     layers: int = Field(2, ge=1)
     """Linear maps in the projector; the predictor has two."""
     norm: Norm = "batch"
-    """Normalisation in both."""
+    """Normalisation in projector and predictor."""
 
 
+@final
 class Method(methods.Method):
-    """Projector, which the teacher has too, and predictor, which it has not."""
+    """A projector, which the teacher has too, and a predictor, which only the student has."""
 
     views = 2
     negative_views = 0

@@ -1,12 +1,11 @@
-"""CosFace, arXiv 1801.09414: a softmax over learned class centres, with a margin in the cosine to the own class."""
+"""CosFace, arXiv 1801.09414: a softmax over learned class centres, with a cosine margin for the true class."""
 
-from typing import Literal
+from typing import Literal, final
 
 from pydantic import Field
 from pytorch_metric_learning.losses import CosFaceLoss
 
-from sslcells.data import ImageSet
-from sslcells.methods._centres import CentreMethod, Centres, classes
+from sslcells.methods._centres import CentreMethod, Centres
 
 
 class Config(Centres):
@@ -14,15 +13,16 @@ class Config(Centres):
 
     name: Literal["cosface"] = "cosface"
     margin: float = Field(0.35, gt=0, lt=2)
-    """Taken from the cosine to the own centre."""
+    """Subtracted from the cosine to the true class's centre."""
     scale: float = Field(64.0, gt=0)
-    """Of the logits."""
+    """Factor of the logits."""
 
 
+@final
 class Method(CentreMethod):
     """An embedding head, and CosFace's centres."""
 
-    def __init__(self, config: Config, features: int, images: ImageSet) -> None:
-        count = classes(images, config.name)
-        loss = CosFaceLoss(count, config.dimension, margin=config.margin, scale=config.scale)
-        super().__init__(config, features, loss)
+    @staticmethod
+    def centres(config: Config, count: int) -> CosFaceLoss:
+        """The loss with `count` centres."""
+        return CosFaceLoss(count, config.dimension, margin=config.margin, scale=config.scale)

@@ -1,7 +1,7 @@
-"""DINO, arXiv 2104.14294: every view is given to prototypes as a slow teacher gives the image's full-size views."""
+"""DINO, arXiv 2104.14294: assign every view to prototypes as a slow-moving teacher assigns the full-size views."""
 
 import math
-from typing import Literal, Self
+from typing import Literal, Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -16,37 +16,37 @@ from sslcells.models.heads import Norm, projection
 
 
 class Config(Section):
-    """Loss, head, teacher and local views; defaults are the paper's for ViT-S on ImageNet where none is named."""
+    """Loss, head, teacher and local views; defaults are the paper's for ViT-S on ImageNet unless stated."""
 
     name: Literal["dino"] = "dino"
     local_views: int = Field(4, ge=0)
-    """Small views of parts of each image, for the student alone (8 in the paper)."""
+    """Small crops of each image, for the student only (8 in the paper)."""
     local_size: int = Field(24, ge=8)
-    """Their height and width in pixels; under half of augment.size in the paper (96 of 224)."""
+    """Height and width of a local view, in pixels; 96 in the paper, where augment.size is 224."""
     local_min_scale: float = Field(0.05, gt=0, le=1)
-    """Smallest local crop, as a part of the image's area."""
+    """Smallest local crop, as a fraction of the image's area."""
     local_max_scale: float = Field(0.4, gt=0, le=1)
-    """Largest local crop; augment.min_scale is the smallest of the others."""
+    """Largest local crop, as a fraction of the image's area; augment.min_scale is the smallest full-size crop."""
     prototypes: int = Field(4096, ge=2)
-    """K, the outputs that are compared (65536 in the paper)."""
+    """K, the number of prototypes (65536 in the paper)."""
     momentum: float = Field(0.996, ge=0, lt=1)
-    """Of the teacher at the first step; it goes to 1 by half a cosine."""
+    """Momentum of the teacher at the first step; it rises to 1 by half a cosine."""
     temperature: float = Field(0.1, gt=0)
-    """Of the student's outputs."""
+    """Temperature of the student's outputs."""
     teacher_temperature: float = Field(0.04, gt=0)
-    """Of the teacher's outputs, at the first step."""
+    """Temperature of the teacher's outputs at the first step."""
     final_teacher_temperature: float = Field(0.07, gt=0)
-    """Of the teacher's outputs, from `teacher_warmup` on."""
+    """Temperature of the teacher's outputs from `teacher_warmup` on."""
     teacher_warmup: float = Field(0.3, ge=0, le=1)
-    """Part of the training in which the teacher's temperature rises (30 of 100 epochs in the paper)."""
+    """Fraction of the training over which the teacher's temperature rises (30 of 100 epochs in the paper)."""
     centre_momentum: float = Field(0.9, ge=0, lt=1)
-    """Of the centre, the mean of the teacher's outputs."""
+    """Momentum of the centre, the running mean of the teacher's outputs."""
     freeze: float = Field(0.01, ge=0, le=1)
-    """First part of the training, in which the prototypes stay as they are (one of 100 epochs in the paper)."""
+    """First fraction of the training, in which the prototypes are frozen (one of 100 epochs in the paper)."""
     hidden: int = Field(512, ge=1)
     """Width of the head's hidden layers (2048 in the paper)."""
     dimension: int = Field(128, ge=2)
-    """Width of what is compared with the prototypes (256 in the paper)."""
+    """Width of a prototype (256 in the paper)."""
     layers: int = Field(3, ge=1)
     """Linear maps in the head, before the prototypes."""
     norm: Norm = "none"
@@ -74,8 +74,9 @@ class Prototypes(nn.Module):
         return F.linear(F.normalize(z, dim=1), F.normalize(weight, dim=1))
 
 
+@final
 class Method(methods.Method):
-    """Head and prototypes, which the teacher has too, and the centre of the teacher's outputs."""
+    """A head with prototypes, which the teacher has too, and the centre of the teacher's outputs."""
 
     views = 2
     negative_views = 0
@@ -105,7 +106,7 @@ class Method(methods.Method):
         return self.head
 
     def loss(self, outputs: methods.Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 1 to 3: the teacher's full-size views against every other view of the student."""
+        """Eq. 1 to 3: the teacher's full-size views against all other views of the student."""
         assert outputs.teacher is not None
         c, images = self._config, len(outputs.teacher) // self.views
         student = outputs.rows.float().view(-1, images, self._prototypes)  # (V, B, K)
@@ -115,7 +116,7 @@ class Method(methods.Method):
         log_target = ((teacher - self.centre) / temperature).log_softmax(2)
         target = log_target.exp()  # (2, B, K)
         log_student = (student / c.temperature).log_softmax(2)
-        cross = -torch.einsum("tbk,sbk->ts", target, log_student) / images  # (2, V): of each pair of views
+        cross = -torch.einsum("tbk,sbk->ts", target, log_student) / images  # (2, V): for each pair of views
         others = 1 - torch.eye(*cross.shape, device=cross.device)
         loss = (cross * others).sum() / others.sum() * sound(outputs.rows) * sound(outputs.teacher)
 
@@ -124,7 +125,7 @@ class Method(methods.Method):
         mean = ranks.total(teacher.mean((0, 1))) / ranks.world()
         self.centre.lerp_(mean, 1 - c.centre_momentum)
         return loss, {
-            "teacher_entropy": entropy / math.log(self._prototypes),  # 1: the same for every image
+            "teacher_entropy": entropy / math.log(self._prototypes),  # 1: uniform over the prototypes
             "kl": loss.detach() - entropy,
-            "prototypes_used": torch.special.entr(usage).sum().exp(),  # 1: all images at one
+            "prototypes_used": torch.special.entr(usage).sum().exp(),  # 1: all images share one
         }

@@ -1,6 +1,6 @@
-"""The margin loss with distance-weighted sampling, arXiv 1706.07567: a learned boundary between near and far."""
+"""The margin loss with distance-weighted sampling, arXiv 1706.07567: a boundary between near and far pairs."""
 
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from pydantic import Field
@@ -11,7 +11,7 @@ from sslcells.data import Batch, ImageSet
 from sslcells.losses import unit
 from sslcells.methods import Outputs
 from sslcells.methods._centres import Centres, classes, whole_batch
-from sslcells.methods._embedding import Embedding, drawn_by
+from sslcells.methods._embedding import Embedding, seed_of
 
 
 class Config(Centres):
@@ -19,22 +19,23 @@ class Config(Centres):
 
     name: Literal["margin"] = "margin"
     margin: float = Field(0.2, gt=0)
-    """How far from the boundary, on either side, a pair must be; rows have length 1."""
+    """Required distance of a pair from the boundary, on its side; rows have length 1."""
     boundary: float = Field(1.2, gt=0, lt=2)
-    """The distance that parts near from far, at first."""
+    """Initial boundary: the distance between rows that separates positive from negative pairs."""
     learn: Literal["none", "one", "per_class"] = "per_class"
-    """Whether the boundary is learned, and one for all or one for each class of the anchor."""
+    """Learn no boundary, one for all anchors, or one for each class of the anchor."""
     nu: float = Field(0.0, ge=0)
-    """How strongly a learned boundary is kept small."""
+    """Weight of the regularisation that keeps a learned boundary small."""
     cutoff: float = Field(0.5, gt=0, lt=1.4)
-    """Negatives nearer than this are drawn as if they were so far: very near ones have noisy gradients."""
+    """Sample negatives nearer than this as if they were this far: very near ones have noisy gradients."""
 
 
+@final
 class Method(Embedding):
     """An embedding head, and the boundaries.
 
-    Every rank has all rows, all of their distances, and draws the same negatives: memory grows with the square of the
-    global batch.
+    Every rank holds all rows and all their distances, and draws the same negatives: memory grows with the square of
+    the global batch.
     """
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
@@ -50,13 +51,13 @@ class Method(Embedding):
         )
 
     def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Equation 4, over each positive pair of the global batch and one negative of its anchor, drawn for it."""
+        """Equation 4, over each positive pair of the global batch with one sampled negative of its anchor."""
         with torch.autocast(outputs.rows.device.type, enabled=False):
             z, label, whole = whole_batch(outputs.rows, batch, self.views)
             boundary = self._loss.beta.detach().mean().to(z.device)
             if not len(label):
                 return (0 * z).sum() * whole, {"boundary": boundary}
-            generator = torch.Generator().manual_seed(drawn_by(batch))
+            generator = torch.Generator().manual_seed(seed_of(batch))
             triplets = distance_weighted(z.detach(), label, self._cutoff, generator)
             loss: Tensor = self._loss(z, label, triplets) if len(triplets[0]) else (0 * z).sum()
         return loss * whole, {"boundary": boundary}
@@ -65,10 +66,11 @@ class Method(Embedding):
 def distance_weighted(
     z: Tensor, label: Tensor, cutoff: float, generator: torch.Generator, farthest: float = 1.4
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All positive pairs, each with a negative of its anchor: (N, D) rows, (N,) → three (T,) indices.
+    """All positive pairs, each with a sampled negative of its anchor: (N, D) rows, (N,) labels → three (T,) indices.
 
-    A negative at distance d < `farthest` is drawn with weight 1 / q(max(d, cutoff)), q being the density of distances
-    between random points of the sphere (section 4): drawn so, distances come evenly. Anchors without one are left out.
+    A negative at distance d < `farthest` has weight 1 / q(max(d, cutoff)), where q is the density of distances between
+    random points on the sphere (section 4), so that the sampled distances are uniform. Anchors without such a negative
+    are left out.
     """
     z = unit(z)
     d = torch.cdist(z, z)

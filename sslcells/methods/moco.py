@@ -1,9 +1,9 @@
-"""MoCo v3, arXiv 2104.02057: rows find the teacher's key of the other view among those of the global batch.
+"""MoCo v3, arXiv 2104.02057: find the teacher's key for the other view among the keys of the global batch.
 
-With a queue, as in MoCo v1 (arXiv 1911.05722), also among the keys of the steps before.
+With a queue, as in MoCo v1 (arXiv 1911.05722), keys of earlier steps are negatives too.
 """
 
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from pydantic import Field
@@ -21,11 +21,11 @@ class Config(Section):
 
     name: Literal["moco"] = "moco"
     temperature: float = Field(0.2, ge=0.003, le=100)
-    """Of the similarities."""
+    """Temperature of the similarities."""
     momentum: float = Field(0.99, ge=0, lt=1)
-    """Of the teacher at the first step; it goes to 1 by half a cosine."""
+    """Momentum of the teacher at the first step; it rises to 1 by half a cosine."""
     queue: int = Field(0, ge=0)
-    """Keys of earlier steps that are negatives too; 0 for MoCo v3, 65536 in v1, for small global batches."""
+    """Number of keys of earlier steps that are negatives too: 0 for MoCo v3; 65536 in v1, for small global batches."""
     hidden: int = Field(512, ge=1)
     """Width of the hidden layers of projector and predictor (4096 in the paper)."""
     dimension: int = Field(128, ge=2)
@@ -33,11 +33,12 @@ class Config(Section):
     layers: int = Field(3, ge=1)
     """Linear maps in the projector; the predictor has two."""
     norm: Norm = "batch"
-    """Normalisation in both, and of their rows."""
+    """Normalisation in projector and predictor, and of their rows."""
 
 
+@final
 class Method(methods.Method):
-    """Projector, which the teacher has too, predictor, which it has not, and the queue of keys."""
+    """A projector, which the teacher has too, a predictor, which only the student has, and the queue of keys."""
 
     views = 2
     negative_views = 1
@@ -66,8 +67,7 @@ class Method(methods.Method):
     def loss(self, outputs: methods.Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Algorithm 1: 2τ · InfoNCE in both directions. The keys then join the queue.
 
-        No other key of the query's own image is its negative: none in the queue, and none where the batch shows the
-        image again.
+        Other keys of the query's own image, in the queue or from a repeat in the batch, are not negatives.
         """
         assert outputs.teacher is not None
         queries, keys = outputs.rows.chunk(2), unit(outputs.teacher.detach()).chunk(2)

@@ -1,9 +1,9 @@
-"""All pairs of the global batch: the contrastive loss of Hadsell, Chopra and LeCun (CVPR 2006), or hinges.
+"""The contrastive loss of Hadsell, Chopra and LeCun (CVPR 2006), or hinges, on all pairs of the global batch.
 
 http://yann.lecun.com/exdb/publis/pdf/hadsell-chopra-lecun-06.pdf
 """
 
-from typing import Literal, Self
+from typing import Literal, Self, final
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -19,17 +19,17 @@ class Config(Head):
 
     name: Literal["pairs"] = "pairs"
     loss: Literal["contrastive", "hinge"] = "contrastive"
-    """Half the squared distance beyond the margins, equation 4; or that distance itself."""
+    """contrastive: half the square of what a pair is short of its margin, equation 4; hinge: that amount itself."""
     positive: Positive = "view"
-    """Who is whose positive: the other view of the image (no labels needed), its class, or its source."""
+    """Positives: the other view of the image (no labels needed), images of its class, or images of its source."""
     same_source: Literal["negative", "ignore"] = "negative"
-    """Whether an image of the same source, when it is no positive, is a negative or left out."""
+    """Images of the same source that are not positives: negatives, or left out."""
     margin: float = Field(1.0, gt=0)
-    """How far apart negatives must be; rows have length 1."""
+    """Required distance of negative pairs; rows have length 1."""
     positive_margin: float = Field(0.0, ge=0)
-    """How near each other positives need not come."""
+    """Positive pairs nearer than this have no loss."""
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
-    """Between rows."""
+    """Distance between rows."""
     views: int = Field(2, ge=1, le=2)
     """Augmented views of each image; 1 is enough with labels."""
 
@@ -40,6 +40,7 @@ class Config(Head):
         return self
 
 
+@final
 class Method(Embedding):
     """An embedding head and a loss on pairs."""
 
@@ -52,7 +53,7 @@ class Method(Embedding):
         )
 
     def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean over the positive pairs with a loss, and that over the negative ones."""
+        """The mean over the positive pairs with a loss plus that over the negative pairs with a loss."""
         source = batch.source.repeat(self.views) if self._config.same_source == "ignore" else None
         loss: Tensor = self._loss(outputs.rows, positives(self._config.positive, batch, self.views), source)
         return loss, self._loss.stats

@@ -1,6 +1,6 @@
-"""Proxy-Anchor, arXiv 2003.13911, and ProxyNCA, arXiv 1703.07464: learned proxies stand for the classes."""
+"""Proxy-Anchor, arXiv 2003.13911, and ProxyNCA, arXiv 1703.07464: a learned proxy stands for each class."""
 
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from pydantic import Field
@@ -18,28 +18,30 @@ class Config(Centres):
 
     name: Literal["proxies"] = "proxies"
     loss: Literal["proxy_anchor", "proxy_nca"] = "proxy_anchor"
-    """Each proxy is an anchor for the rows of the batch; or each row is one for the proxies."""
+    """proxy_anchor: proxies are anchors, compared with the rows; proxy_nca: rows are anchors, compared with proxies."""
     margin: float = Field(0.1, ge=0)
-    """With proxy_anchor: in the cosine, on both sides."""
+    """With proxy_anchor: added to the cosine of negatives, subtracted from that of positives."""
     alpha: float = Field(32.0, gt=0)
     """With proxy_anchor: the scale of the cosines."""
     softmax_scale: float = Field(8.0, gt=0)
     """With proxy_nca: the scale of the squared distances between rows and proxies of length 1."""
 
 
+@final
 class Method(Embedding):
-    """An embedding head, and proxies. Proxy-Anchor looks at all rows of a class at once: each rank has all rows."""
+    """An embedding head, and proxies. Proxy-Anchor compares all rows of a class at once, so each rank gathers all."""
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__(config, features, config.views)
         count = classes(images, config.name)
-        if config.loss == "proxy_anchor":
+        self._anchors = config.loss == "proxy_anchor"
+        if self._anchors:
             self._loss = ProxyAnchorLoss(count, config.dimension, margin=config.margin, alpha=config.alpha)
         else:
             self._loss = ProxyNCALoss(count, config.dimension, softmax_scale=config.softmax_scale)
 
     def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the global batch; and for how many of its rows the nearest proxy is their own's."""
+        """The loss of the global batch, and the fraction of its rows whose nearest proxy is that of their class."""
         with torch.autocast(outputs.rows.device.type, enabled=False):
             z, label, whole = whole_batch(outputs.rows, batch, self.views)
             if not len(label):
@@ -47,5 +49,5 @@ class Method(Embedding):
             loss: Tensor = self._loss(z, label) * whole
             with torch.no_grad():
                 logits = self._loss.get_logits(z)
-        nearest = logits.argmin(1) if isinstance(self._loss, ProxyNCALoss) else logits.argmax(1)
+        nearest = logits.argmax(1) if self._anchors else logits.argmin(1)  # cosines, or distances
         return loss, {"top1": (nearest == label).float().mean()}

@@ -1,14 +1,13 @@
-"""A siamese network that judges pairs, the same or not: Koch et al. 2015 (`difference`), and two other heads.
+"""A siamese network that classifies pairs as same or different: Koch et al. 2015 (`difference`), and two other heads.
 
 https://www.cs.cmu.edu/~rsalakhu/papers/oneshot1.pdf
 
-Every row of the global batch is an anchor with one positive and one negative partner, drawn from the global batch by
-what images it holds. `concat` judges (a, b) side by side and so says one thing of (a, b) and another of (b, a): its
-judgement is no distance, and depends on who asks. `difference` judges |a − b|, `cosine` is the cosine; both are
-symmetric.
+Every row of the global batch is an anchor with one positive and one negative partner, sampled from the global batch
+with a seed made from its image ids. `concat` classifies (a, b) side by side, so its answers for (a, b) and (b, a)
+differ: it is not a distance. `difference` classifies |a − b|, `cosine` is the cosine; both are symmetric.
 """
 
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from pydantic import Field
@@ -18,26 +17,27 @@ from torch.nn import functional as F
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import gather_ids, gather_with_grad, sound
 from sslcells.methods import Outputs
-from sslcells.methods._embedding import Embedding, Head, Positive, check_positives, drawn_by, positives
+from sslcells.methods._embedding import Embedding, Head, Positive, check_positives, positives, seed_of
 
 
 class Config(Head):
-    """The judge of pairs, and the embedding head below it."""
+    """The classifier of pairs, and the embedding head below it."""
 
     name: Literal["siamese"] = "siamese"
     judge: Literal["concat", "difference", "cosine"] = "difference"
-    """A perceptron on both rows or on their absolute difference, with binary cross-entropy; or the cosine, regressed
-    to 1 and 0."""
+    """concat, difference: a perceptron on both rows, or on their absolute difference, with binary cross-entropy;
+    cosine: the cosine, regressed to 1 for positive and 0 for negative pairs."""
     positive: Positive = "view"
-    """Who is whose positive: the other view of the image (no labels needed), its class, or its source."""
+    """Positives: the other view of the image (no labels needed), images of its class, or images of its source."""
     same_source: Literal["negative", "ignore"] = "negative"
-    """Whether an image of the same source, when it is no positive, may be a negative partner."""
+    """Images of the same source that are not positives: possible negative partners, or left out."""
     views: int = Field(2, ge=1, le=2)
     """Augmented views of each image; 1 is enough with labels."""
 
 
+@final
 class Method(Embedding):
-    """An embedding head, and a judge of pairs of its rows."""
+    """An embedding head, and a classifier of pairs of its rows."""
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__(config, features, views=2 if config.positive == "view" else config.views)
@@ -48,7 +48,7 @@ class Method(Embedding):
         self._judge = nn.Sequential(*layers)
 
     def judge(self, a: Tensor, b: Tensor) -> Tensor:
-        """How much the same two rows are: (N, D) twice → (N,), a logit, or the cosine."""
+        """Score of each pair for being the same: (N, D) twice → (N,), a logit, or the cosine."""
         if self._config.judge == "cosine":
             return F.cosine_similarity(a, b)
         pair = torch.cat([a, b], 1) if self._config.judge == "concat" else (a - b).abs()
@@ -56,28 +56,31 @@ class Method(Embedding):
         return logit[:, 0]
 
     def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the pairs of the global batch, which every rank judges; and how many are judged rightly."""
+        """The mean over the pairs of the global batch, on every rank, and the fraction classified correctly."""
         z = gather_with_grad(outputs.rows.float(), self.views)  # (R, D)
         whole = Batch(z, *(gather_ids(ids) for ids in batch[1:]))
         source = whole.source.repeat(self.views) if self._config.same_source == "ignore" else None
-        generator = torch.Generator().manual_seed(drawn_by(batch))
+        generator = torch.Generator().manual_seed(seed_of(batch))
         chosen, exists = partners(positives(self._config.positive, whole, self.views), source, generator)
         with torch.autocast(z.device.type, enabled=False):
-            said = self.judge(z.repeat(2, 1), z[chosen.flatten()])  # (2R,): the positive pairs, then the negative ones
+            score = self.judge(z.repeat(2, 1), z[chosen.flatten()])  # (2R,): the positive pairs, then the negative ones
         same = torch.arange(2 * len(z), device=z.device) < len(z)
         if self._config.judge == "cosine":
-            each, right = (said - same.to(said)).square(), (said > 0.5) == same
+            each, right = (score - same.to(score)).square(), (score > 0.5) == same
         else:
-            each, right = F.binary_cross_entropy_with_logits(said, same.to(said), reduction="none"), (said > 0) == same
+            each, right = (
+                F.binary_cross_entropy_with_logits(score, same.to(score), reduction="none"),
+                (score > 0) == same,
+            )
         exists, count = exists.flatten(), exists.sum().clamp_min(1)
         return (each * exists).sum() / count * sound(z), {"pair_accuracy": (right & exists).sum() / count}
 
 
 def partners(positive: Tensor, source: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A positive and a negative partner of each row: (R,) ids → (2, R) indices, and whether there is one, (2, R) bool.
+    """A positive and a negative partner of each row: (R,) ids → (2, R) indices, and (2, R) bool: True if there is one.
 
-    Both are drawn evenly, the negative from all rows of other ids; one that is of the row's source, where sources are
-    given, does not count.
+    Both are sampled uniformly, the negative from all rows of other ids. Where sources are given, a negative of the
+    row's own source counts as none.
     """
     count = len(positive)
     order = positive.argsort(stable=True)

@@ -1,8 +1,7 @@
 """SimCLR, arXiv 2002.05709: two views of an image attract, all other images of the global batch repel."""
 
-from typing import Literal, Self
+from typing import Literal, Self, final
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -17,45 +16,48 @@ class Config(Head):
 
     name: Literal["simclr"] = "simclr"
     temperature: float = Field(0.2, ge=0.003, le=100)
-    """Of the similarities."""
+    """Temperature of the similarities."""
     learn_temperature: bool = False
-    """Let the loss learn its temperature, from `temperature` on; not with hard_negative."""
+    """Learn the temperature, starting from `temperature`; not with hard_negative."""
     loss: Literal["nt_xent", "decoupled", "hard_negative"] = "nt_xent"
-    """NT-Xent; DCL, without the positive in the denominator; or NT-Xent that expects false negatives."""
+    """NT-Xent; DCL, without the positive in the denominator; or NT-Xent corrected for false and hard negatives."""
     prior: float = Field(0.1, ge=0, lt=1)
-    """With hard_negative: the part of the negatives that is taken to be of the anchor's own class."""
+    """With hard_negative: the fraction of the negatives assumed to be of the anchor's class."""
     beta: float = Field(0.0, ge=0)
-    """With hard_negative: how much more a similar negative weighs; 0 for the debiased loss alone."""
+    """With hard_negative: how much more weight a similar negative gets; 0 for the debiased loss without weights."""
     same_source: Literal["negative", "ignore", "positive"] = "negative"
-    """What another image of the same source is: a negative, left out of the negatives, or a positive."""
+    """Other images of the same source: negatives, left out, or positives."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.same_source == "positive" and self.loss != "nt_xent":
-            raise ValueError(f"same_source=positive has SupCon's loss, which is nt_xent of groups, and no {self.loss}")
+            raise ValueError(
+                f"same_source=positive uses SupCon's loss, which is nt_xent of groups, and not {self.loss}"
+            )
         if self.learn_temperature and self.loss == "hard_negative":
             raise ValueError("learn_temperature goes with nt_xent and decoupled, not with hard_negative")
         return self
 
 
+@final
 class Method(Embedding):
     """A projection head and NT-Xent."""
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__(config, features, views=2)
-        self._ignore = config.same_source == "ignore"
+        self._same_source = config.same_source
         self._loss = _loss(config)
 
     def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """NT-Xent of the two views; SupCon's loss by source where images of one source are positives.
 
-        An image that the batch shows again is no negative of itself: its other rows are left out.
+        Where an image occurs more than once in the batch, its other rows are left out of its negatives.
         """
         rows = outputs.rows
-        if isinstance(self._loss, SupConLoss):
-            loss: Tensor = self._loss(rows, torch.cat([batch.source, batch.source]))
+        if self._same_source == "positive":
+            loss: Tensor = self._loss(rows, batch.source.repeat(2))
         else:
-            left_out = batch.source if self._ignore else batch.image if self.repeated else None
+            left_out = batch.source if self._same_source == "ignore" else batch.image if self.repeated else None
             loss = self._loss(*rows.chunk(2), left_out)
         return loss, self._loss.stats
 

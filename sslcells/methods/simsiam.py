@@ -1,6 +1,6 @@
-"""SimSiam, arXiv 2011.10566: a predictor on one view's row finds the other view's, which is taken as given."""
+"""SimSiam, arXiv 2011.10566: predict the other view's row, which gets no gradient."""
 
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from sslcells.models.heads import Norm, projection
 
 
 class Config(Section):
-    """Heads."""
+    """Projector and predictor."""
 
     name: Literal["simsiam"] = "simsiam"
     hidden: int = Field(512, ge=1)
@@ -26,11 +26,12 @@ class Config(Section):
     layers: int = Field(3, ge=1)
     """Linear maps in the projector; the predictor has two."""
     norm: Norm = "batch"
-    """Normalisation in both, and of the projector's rows."""
+    """Normalisation in both heads, and of the projector's rows."""
 
 
+@final
 class Method(methods.Method):
-    """Projector and predictor."""
+    """A projector and a predictor."""
 
     views = 2
     negative_views = 0
@@ -42,7 +43,7 @@ class Method(methods.Method):
         self.head = nn.Sequential(projector, projection(out, config.bottleneck, out, 2, norm))
 
     def forward(self, features: Tensor, progress: float) -> Tensor:
-        """(2B, F) → predictions and rows, side by side: (2B, 2D)."""
+        """(2B, F) → predictions and projections, side by side: (2B, 2D)."""
         rows = self.head.get_submodule("0")(features)
         return torch.cat([self.head.get_submodule("1")(rows), rows], 1)
 
@@ -50,8 +51,8 @@ class Method(methods.Method):
         """There is no teacher."""
 
     def loss(self, outputs: methods.Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 3 and 4: minus the cosine of a view's prediction and the other view's row, which gets no gradient."""
-        predicted, given = outputs.rows.chunk(2, 1)
-        other = unit(given.detach()).roll(len(given) // 2, 0)
+        """Eq. 3 and 4: minus the cosine of one view's prediction and the other view's projection, detached."""
+        predicted, projected = outputs.rows.chunk(2, 1)
+        other = unit(projected.detach()).roll(len(projected) // 2, 0)
         loss = -(unit(predicted) * other).sum(1).mean()
-        return loss, {"row_std": row_std(given)}
+        return loss, {"row_std": row_std(projected)}

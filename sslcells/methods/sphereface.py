@@ -1,12 +1,11 @@
-"""SphereFace, arXiv 1704.08063: a softmax over learned class centres, the angle to the own one multiplied."""
+"""SphereFace, arXiv 1704.08063: a softmax over learned class centres; the angle to the true one is multiplied."""
 
-from typing import Literal
+from typing import Literal, final
 
 from pydantic import Field
 from pytorch_metric_learning.losses import SphereFaceLoss
 
-from sslcells.data import ImageSet
-from sslcells.methods._centres import CentreMethod, Centres, classes
+from sslcells.methods._centres import CentreMethod, Centres
 
 
 class Config(Centres):
@@ -14,15 +13,16 @@ class Config(Centres):
 
     name: Literal["sphereface"] = "sphereface"
     margin: int = Field(4, ge=2)
-    """The angle to the own centre is multiplied by it."""
+    """Factor of the angle to the true class's centre."""
     scale: float = Field(1.0, gt=0)
-    """Of the logits, beside the length of the row, which is not normalised here."""
+    """Factor of the logits, which also grow with the length of the row: rows are not normalised here."""
 
 
+@final
 class Method(CentreMethod):
     """An embedding head, and SphereFace's centres."""
 
-    def __init__(self, config: Config, features: int, images: ImageSet) -> None:
-        count = classes(images, config.name)
-        loss = SphereFaceLoss(count, config.dimension, margin=config.margin, scale=config.scale)
-        super().__init__(config, features, loss)
+    @staticmethod
+    def centres(config: Config, count: int) -> SphereFaceLoss:
+        """The loss with `count` centres."""
+        return SphereFaceLoss(count, config.dimension, margin=config.margin, scale=config.scale)

@@ -1,6 +1,6 @@
-"""SupCon, arXiv 2004.11362: images of one class, or of one source, attract, all others of the global batch repel."""
+"""SupCon, arXiv 2004.11362: images of one class or source attract, all others of the global batch repel."""
 
-from typing import Literal
+from typing import Literal, final
 
 from pydantic import Field
 from torch import Tensor
@@ -16,15 +16,16 @@ class Config(Head):
 
     name: Literal["supcon"] = "supcon"
     temperature: float = Field(0.1, ge=0.003, le=100)
-    """Of the similarities."""
+    """Temperature of the similarities."""
     learn_temperature: bool = False
-    """Let the loss learn its temperature, from `temperature` on."""
+    """Learn the temperature, starting from `temperature`."""
     positive: Literal["label", "source"] = "label"
-    """Who is whose positive: its class (an image without one has its own views alone), or its source."""
+    """Positives: images of the same class (without a label, only the other view), or of the same source."""
     same_source: Literal["negative", "ignore"] = "negative"
-    """Whether an image of the same source, when it is no positive, is a negative or left out."""
+    """Images of the same source that are not positives: negatives, or left out."""
 
 
+@final
 class Method(Embedding):
     """A projection head and SupCon's loss of two views."""
 
@@ -35,7 +36,7 @@ class Method(Embedding):
         self._loss = SupConLoss(config.temperature, learnable=config.learn_temperature)
 
     def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_out, equation 2: the mean over all positives outside of the logarithm."""
+        """L_out, equation 2: the mean over the positives is outside the logarithm."""
         source = batch.source.repeat(self.views) if self._config.same_source == "ignore" else None
         loss: Tensor = self._loss(outputs.rows, positives(self._config.positive, batch, self.views), source)
         return loss, self._loss.stats

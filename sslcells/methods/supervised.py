@@ -1,6 +1,6 @@
-"""A classifier trained on labels: the baseline, the fine-tuned encoder, and with a frozen one the linear probe."""
+"""A classifier trained on labels: from scratch, fine-tuning, or, with a frozen encoder, a linear probe."""
 
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from pydantic import Field
@@ -19,13 +19,13 @@ class Config(Section):
 
     name: Literal["supervised"] = "supervised"
     loss: Literal["cross_entropy", "focal", "bce"] = "cross_entropy"
-    """Of one class an image: cross-entropy, or focal; of several at once (ChestMNIST): bce."""
+    """cross_entropy or focal for one class per image; bce for several classes per image (ChestMNIST)."""
     gamma: float = Field(2.0, ge=0)
-    """With focal: how much less an image weighs that is already told well; 0 is cross-entropy."""
+    """With focal: how strongly well-classified images are down-weighted; 0 is cross-entropy."""
     class_weights: Literal["none", "balanced"] = "none"
-    """balanced: an image weighs N / (K · images of its class); with bce, a class's positives weigh its negatives."""
+    """balanced: weight N / (K · images of its class) per image; with bce, negatives / positives of the class."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """With cross_entropy: the share of the target that is spread over all classes."""
+    """With cross_entropy: the fraction of the target that is spread over all classes."""
     hidden: int = Field(256, ge=1)
     """Width of the head's hidden layers."""
     layers: int = Field(1, ge=1)
@@ -33,12 +33,13 @@ class Config(Section):
     norm: Norm = "batch"
     """Normalisation in the head's hidden layers."""
     standardise: bool = False
-    """Bring each feature to mean 0 and deviation 1 over the batch before the head, as a probe on a frozen encoder
-    needs: BatchNorm without scale and shift, arXiv 2111.06377, appendix A."""
+    """Normalise each feature to mean 0 and standard deviation 1 over the batch before the head, as a probe on a frozen
+    encoder needs: BatchNorm without scale and shift, arXiv 2111.06377, appendix A."""
 
 
+@final
 class Method(methods.Classifier):
-    """A head that gives each class a logit."""
+    """A head with one logit per class."""
 
     views = 1
     negative_views = 0
@@ -71,7 +72,7 @@ class Method(methods.Classifier):
         """There is no teacher."""
 
     def loss(self, outputs: methods.Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss over the labelled images of the global batch, weighted by class; 0 where none is labelled."""
+        """The mean loss over the labelled images of the global batch, weighted by class; 0 if none is labelled."""
         rows = outputs.rows.float()
         if self._targets is not None:
             target = self._targets[batch.image].float()  # (B, K)
@@ -90,7 +91,7 @@ class Method(methods.Classifier):
         return mean * sound(rows), figures
 
     def probabilities(self, rows: Tensor) -> Tensor:
-        """Logits (M, K) → softmax over the classes, or with several an image a sigmoid each."""
+        """Logits (M, K) → softmax over the classes, or sigmoids where an image may have several classes."""
         return rows.float().sigmoid() if self.several else rows.float().softmax(1)
 
     def _of_one_class(self, rows: Tensor, label: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class Method(methods.Classifier):
 
 
 def _logits(features: int, config: Config, classes: int) -> nn.Module:
-    """The head, (N, F) → (N, K), whose last map has a bias: classes are not equally frequent."""
+    """The head, (N, F) → (N, K); its last map has a bias, as classes are not equally frequent."""
     *before, last = projection(features, config.hidden, classes, config.layers, config.norm).children()
     assert isinstance(last, nn.Linear)
     first = [nn.BatchNorm1d(features, affine=False)] if config.standardise else []
@@ -110,7 +111,7 @@ def _logits(features: int, config: Config, classes: int) -> nn.Module:
 
 
 def _check(config: Config, images: ImageSet) -> None:
-    """Raise a ConfigError where these images have not the labels that the loss learns from."""
+    """Raise a ConfigError if these images lack the labels that the loss needs."""
     if config.loss == "bce":
         if images.targets is None and not images.labelled:
             raise ConfigError("method.loss=bce learns from labels, and the train split has none")

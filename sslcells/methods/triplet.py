@@ -1,6 +1,6 @@
 """Triplet learning, arXiv 1703.07737: batch-hard or batch-all, with views, labels or sources as positives."""
 
-from typing import Literal, Self
+from typing import Literal, Self, final
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -16,20 +16,20 @@ class Config(Head):
 
     name: Literal["triplet"] = "triplet"
     positive: Positive = "view"
-    """Who is whose positive: the other view of the image (no labels needed), its class, or its source."""
+    """Positives: the other view of the image (no labels needed), images of its class, or images of its source."""
     same_source: Literal["negative", "ignore"] = "negative"
-    """Whether an image of the same source, when it is no positive, is a negative or left out."""
+    """Images of the same source that are not positives: negatives, or left out."""
     margin: float = Field(0.2, ge=0)
-    """By how much the negative must be farther than the positive; rows have length 1."""
+    """How much farther than the positive the negative must be; rows have length 1."""
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
-    """Between rows."""
+    """Distance between rows."""
     soft: bool = False
-    """log(1 + exp(difference of distances)) in place of the margin; not with negative=all."""
+    """Use log(1 + exp(d(positive) − d(negative))) in place of the margin; not with negative=all."""
     negative: Literal["hardest", "semi-hard", "all"] = "hardest"
-    """Of each anchor: its farthest positive with the hardest negative, or with the hardest of those farther than the
-    positive; or every valid triplet of the global batch, and the mean over those with a loss."""
+    """hardest: each anchor's farthest positive with its nearest negative; semi-hard: with the nearest negative that is
+    farther than that positive; all: every valid triplet of the global batch, and the mean over those with a loss."""
     rank: int = Field(1, ge=1)
-    """Which of the hardest negatives: 1 is the hardest, 2 the one after it."""
+    """Rank of the negative among the hardest: 1 for the hardest, 2 for the next."""
     views: int = Field(2, ge=1, le=2)
     """Augmented views of each image; 1 is enough with labels."""
 
@@ -40,6 +40,7 @@ class Config(Head):
         return self
 
 
+@final
 class Method(Embedding):
     """An embedding head and a triplet loss."""
 

@@ -1,6 +1,6 @@
-"""VICReg, arXiv 2105.04906: two views agree, every dimension varies over the global batch, and no two of them alike."""
+"""VICReg, arXiv 2105.04906: views agree, every dimension varies over the batch, and no two vary together."""
 
-from typing import Literal
+from typing import Literal, final
 
 from pydantic import Field
 from torch import Tensor
@@ -12,17 +12,18 @@ from sslcells.methods._embedding import Embedding, WideHead
 
 
 class Config(WideHead):
-    """Loss and the head that only the loss sees."""
+    """Loss and expander head."""
 
     name: Literal["vicreg"] = "vicreg"
     invariance: float = Field(25.0, ge=0)
     """Weight of the distance between the views; λ in the paper."""
     variance: float = Field(25.0, ge=0)
-    """Weight of what a dimension's standard deviation lacks to 1; μ in the paper."""
+    """Weight of max(0, 1 − standard deviation) of the dimensions; μ in the paper."""
     covariance: float = Field(1.0, ge=0)
     """Weight of the covariances between dimensions; ν in the paper."""
 
 
+@final
 class Method(Embedding):
     """An expander and VICReg's three terms."""
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sslcells import ranks
-from sslcells.losses import BatchHardTripletLoss, HardNegativeLoss, NTXentLoss, SupConLoss, _rows, triplet
+from sslcells.losses import BatchHardTripletLoss, HardNegativeLoss, NTXentLoss, SupConLoss, _contrast, _rows, triplet
 from sslcells.losses import contrastive as module
 from sslcells.losses import torch_engine as engine
 
@@ -72,7 +72,7 @@ LOSSES = [
 
 def without_world(monkeypatch):
     """The loss forgets that DDP divides by the world."""
-    for m in (module, triplet):
+    for m in (_contrast, module, triplet):
         monkeypatch.setattr(m, "ranks", SimpleNamespace(**{**vars(ranks), "world": lambda: 1}))
 
 

@@ -8,7 +8,7 @@ from test_contract import Images
 from sslcells import methods
 from sslcells.config import PLUGINS, ConfigError
 from sslcells.data import Batch
-from sslcells.methods._embedding import drawn_by
+from sslcells.methods._embedding import seed_of
 from sslcells.methods.margin import distance_weighted
 
 D, N = 8, 24
@@ -64,7 +64,7 @@ def test_the_margin_loss_is_theirs_on_the_triplets_drawn():
     method, z = build("margin"), rows()
     theirs = losses.MarginLoss(learn_beta=True, num_classes=3)
     one, two = (method.loss(methods.Outputs(z), batch(LABEL), 0.0)[0] for _ in range(2))
-    generator = torch.Generator().manual_seed(drawn_by(batch(LABEL)))
+    generator = torch.Generator().manual_seed(seed_of(batch(LABEL)))
     want = theirs(z, LABEL, distance_weighted(z.detach(), LABEL, 0.5, generator))
     assert one.item() == two.item() == pytest.approx(want.item(), rel=1e-5)
 
