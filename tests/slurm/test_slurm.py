@@ -1,4 +1,4 @@
-"""The templates of slurm/ on a real SLURM of two nodes: what they refuse, what they train, and how they go on."""
+"""The templates of slurm/ on a real SLURM of two nodes: what they refuse, what they train, and how they resume."""
 
 import json
 import math
