@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -21,16 +21,20 @@ import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tifffile
+from torch.utils.data import DataLoader, Dataset
 
-from sslcells import values
+from sslcells import launcher, values
 from sslcells.data._decode import READER, Decoder, Header, Unreadable
 from sslcells.data._scan import OURS, Listing
+from sslcells.data.loader import attended, quiet
 from sslcells.storage import write_atomically
 
-_THREADS = 16
-"""threads that verify images; at most one per core"""
+_READERS = 16
+"""processes that verify images; at most one per core"""
+_FEW = 4096
+"""images that threads verify instead, as processes take a while to begin"""
 _BLOCK = 64
-"""images that a thread verifies at a time"""
+"""images that are verified at a time"""
 _KEPT = 24
 """Parquet files kept in one folder: three splits, and eight ways to read them"""
 _SAVE = 60.0
@@ -100,19 +104,45 @@ def look(root: Path, listing: Listing, decoder: Decoder, whole: bool, part: str)
 
 
 def _headers(root: Path, names: Sequence[str], decoder: Decoder, whole: bool) -> Iterator[list[Header | str]]:
-    """The header of each file, or why it is broken, in order."""
+    """The header of each file, or why it is broken, in order.
 
-    def look_at(block: Sequence[str]) -> list[Header | str]:
-        found: list[Header | str] = []
-        for name in block:
-            try:
-                found.append(decoder.header(f"{root}/{name}", whole))
-            except Unreadable as error:
-                found.append(str(error))
-        return found
+    Python reads many small files no faster in several threads than in one, so processes read them. A few files are
+    read before processes have begun.
 
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        yield from pool.map(look_at, (names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK)))
+    Raises:
+        DataError: if a process dies.
+    """
+    blocks = _Blocks(root, names, decoder, whole)
+    workers = min(_READERS, launcher.cores())
+    if len(names) < _FEW or workers == 1:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(blocks.__getitem__, range(len(blocks)))
+        return
+    with attended(_from_processes(blocks, workers)) as headers:
+        yield from headers
+
+
+def _from_processes(blocks: "_Blocks", workers: int) -> Generator[list[Header | str], None, None]:
+    yield from DataLoader(blocks, batch_size=None, num_workers=workers, collate_fn=list, worker_init_fn=quiet)
+
+
+class _Blocks(Dataset[list[Header | str]]):
+    """The files in blocks: the headers of the files of block `index`, or why one is broken."""
+
+    def __init__(self, root: Path, names: Sequence[str], decoder: Decoder, whole: bool) -> None:
+        self._root, self._names, self._decoder, self._whole = root, names, decoder, whole
+
+    def __len__(self) -> int:
+        return -(-len(self._names) // _BLOCK)
+
+    def __getitem__(self, index: int) -> list[Header | str]:
+        return [self._header(name) for name in self._names[index * _BLOCK : (index + 1) * _BLOCK]]
+
+    def _header(self, name: str) -> Header | str:
+        try:
+            return self._decoder.header(f"{self._root}/{name}", self._whole)
+        except Unreadable as error:
+            return str(error)
 
 
 class _Memory:

@@ -83,7 +83,7 @@ def _no_room(size: int, error: Exception) -> DataError:
     )
 
 
-def _quiet(worker: int) -> None:
+def quiet(worker: int) -> None:
     """A worker leaves signals to its parent, and takes one core."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -194,7 +194,7 @@ def _loaded(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=_quiet,
+        worker_init_fn=quiet,
         pin_memory=pin_memory,
         prefetch_factor=ahead(_bytes(images, batches), workers, together) if workers else None,
     )

@@ -2,13 +2,15 @@
 
 import multiprocessing
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from sslcells.config import ConfigError
-from sslcells.data import _verified, folder, open_split
+from sslcells.data import DataError, _verified, folder, open_split
 from sslcells.data._decode import Decoder
 
 
@@ -177,3 +179,33 @@ def test_old_memories_are_forgotten(cells, monkeypatch):
     for size in (3, 4, 5, 6):
         opened(cells, size=size)
     assert len(memory(cells)) == 2
+
+
+def test_processes_find_what_threads_find(tmp_path, monkeypatch):
+    for i in range(200):
+        written(tmp_path / f"cells/{'ab'[i % 2]}/{i:03d}.png", i % 256)
+    for i in (0, 77, 199):
+        (tmp_path / f"cells/{'ab'[i % 2]}/{i:03d}.png").write_bytes(b"no image")
+    found = []
+    for few in (10**9, 0):
+        monkeypatch.setattr(_verified, "_FEW", few)
+        monkeypatch.setattr(_verified.launcher, "cores", lambda: 2)
+        decoder = Decoder(channels=1, size=(8, 8), fit="crop", intensity="percentile")
+        names = [f"{'ab'[i % 2]}/{i:03d}.png" for i in range(200)]
+        blocks = list(_verified._headers(tmp_path / "cells", names, decoder, True))
+        found.append([header for block in blocks for header in block])
+    assert found[0] == found[1]
+    assert [i for i, header in enumerate(found[1]) if header == "not an image"] == [0, 77, 199]
+
+
+def test_a_process_that_dies_is_told(cells, monkeypatch):
+    monkeypatch.setattr(_verified, "_FEW", 0)
+    monkeypatch.setattr(_verified.launcher, "cores", lambda: 2)
+
+    def killed(*args):
+        time.sleep(0.5)  # the parent has written what it asks
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Decoder, "header", killed)
+    with pytest.raises(DataError, match="a process that reads images died"):
+        opened(cells)
