@@ -40,6 +40,7 @@ class Section(BaseModel):
         validate_default=True,
         use_attribute_docstrings=True,
         coerce_numbers_to_str=True,
+        allow_inf_nan=False,
     )
     changes_sections: ClassVar[bool] = False
     """True if its mappings hold changes to other sections, whose fields interpret the words later"""

@@ -277,6 +277,13 @@ def test_nothing_that_is_shipped_uses_an_old_key():
     assert not [(file.name, found[0]) for file in texts for found in old.finditer(table.sub("", file.read_text()))]
 
 
+@pytest.mark.parametrize("word", ["inf", ".inf", "-.inf", "nan", ".nan"])
+def test_a_number_is_finite(word):
+    for key in ("optim.lr", "optim.weight_decay", "train.total_epochs", "method.temperature"):
+        with pytest.raises(ConfigError, match=rf"{key}=.*finite number"):
+            load(None, [f"{key}={word}"])
+
+
 def test_all_mistakes_come_in_one_message():
     with pytest.raises(ConfigError, match="3 mistakes") as error:
         load(None, ["optim.lrr=1", "method.temprature=1", "train.workers=-1"])

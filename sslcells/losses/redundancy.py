@@ -141,8 +141,8 @@ def centred(z0: Tensor, z1: Tensor) -> Centred:
     z = torch.stack([z0, z1])
     z = z if z.dtype == torch.float64 else z.float()
     sums, count = totals(z.detach().sum(1), z.new_tensor(float(len(z0))))
-    if ranks.world() == 1 and len(z0) < 2:
-        raise ValueError(f"statistics of {len(z0)} image in the batch: there must be two")
+    if len(z0) < 2 and count < 2:  # reads the device only where a rank has so few
+        raise ValueError(f"statistics of {int(count)} image in the global batch: there must be two")
     first, second = z - (sums / count)[:, None]
     return Centred(first, second, count)
 

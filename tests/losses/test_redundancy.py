@@ -89,6 +89,20 @@ def test_collapsed_rows_are_told_by_the_stats_and_give_no_nan(name):
     assert LOSSES[name].stats["std"] < 0.02
 
 
+def one_image(name):
+    """The message for a world with one image, which is rank 1's."""
+    rows = torch.zeros(torch.distributed.get_rank(), D)
+    try:
+        LOSSES[name](rows, rows)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_image_in_the_world_is_too_few_on_every_rank(name):
+    assert on_ranks(2, one_image, name) == ["statistics of 1 image in the global batch: there must be two"] * 2
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_mistakes_are_named(name):
     with pytest.raises(ValueError, match=r"\(4, 5\) and \(3, 5\)"):
