@@ -69,7 +69,7 @@ class Plugin(NamedTuple):
     def names(self) -> list[str]:
         """The choices: the modules of the package that declare a Config."""
         folder = Path(next(iter(importlib.import_module(self.package).__path__)))
-        names = (module.name for module in pkgutil.iter_modules([str(folder)]))
+        names = (module.name for module in pkgutil.iter_modules([str(folder)]) if not module.ispkg)
         return sorted(n for n in names if "\nclass Config(" in (folder / f"{n}.py").read_text(encoding="utf-8"))
 
     def choice(self, section: Mapping[str, Any]) -> str:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from sslcells.config import ConfigError, Section, nearest
 from sslcells.data import DataError, ImageSet
-from sslcells.data._decode import Decoder, Fit, Header, Intensity, Size, Stack, Unreadable
+from sslcells.data._decode import Decoder, Fit, Header, Size, Unreadable
+from sslcells.data._decode.axes import Stack
+from sslcells.data._decode.meaning import Intensity
 from sslcells.data._found import Clock, Found
 from sslcells.data._scan import SUFFIXES, Listing, find_root, find_splits, is_image, is_split, subfolders, walk
 from sslcells.data._sources import check_pattern, look_up_sources, read_table, source_ids
@@ -60,10 +62,13 @@ class Config(Section):
     stack: Stack | None = None
     """For TIFF files whose channels are not colours (fluorescence): the axis, `first` (C, H, W), `last` or `auto`."""
     intensity: Intensity = "percentile"
-    """Scaling of grey images above 8 bit, and of each channel of a stack, to 0..255. `percentile`: between its
-    `percentiles`; `full`: over the full range of its number type."""
+    """Scaling of images above 8 bit, and of each channel of a stack, to 0..255. `percentile`: between its own
+    `percentiles` (the three colours on one scale); `full`: over `range`, the same for every image."""
     percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.1, 99.9)
     """Percentiles of an image, or of a channel of a stack, that become 0 and 255."""
+    range: tuple[float, float] | None = None
+    """With `intensity: full`: the values that become 0 and 255, such as [0, 4095] for 12 bits; none: the range that
+    the file or its type names, and images that leave more than three quarters of it empty are refused."""
     labels: Literal["folder", "none"] = "folder"
     """`folder`: the first sub-folder in the split is the class; images outside sub-folders have no label."""
     sources: str | None = None
@@ -94,11 +99,15 @@ class Config(Section):
             )
         if self.percentiles[0] >= self.percentiles[1]:
             raise ValueError(f"percentiles={list(self.percentiles)}: the first must be below the second")
+        if self.range is not None and self.range[0] >= self.range[1]:
+            raise ValueError(f"range={list(self.range)}: the first must be below the second")
+        if self.range is not None and self.intensity != "full":
+            raise ValueError(f"range={list(self.range)} is for intensity=full, not for intensity={self.intensity}")
         return self
 
     def decoder(self) -> Decoder:
         """The decoder that these fields describe."""
-        return Decoder(self.channels, self.size, self.fit, self.intensity, self.stack, self.percentiles)
+        return Decoder(self.channels, self.size, self.fit, self.intensity, self.stack, self.percentiles, self.range)
 
 
 class FolderImages(ImageSet):

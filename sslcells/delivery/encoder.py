@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         self.features = width(backbone, self.channels, self.size)
         """F"""
         self.reading = reading
-        """how files become pixels: size, fit, intensity, stack, percentiles"""
+        """how files become pixels: size, fit, intensity, stack, percentiles, range"""
         self.decoder = _decoder(self.channels, reading)
         """reads files and PIL images; None if the channels are neither grey nor RGB, nor those of a stack of files"""
         self.digest = digest
@@ -134,9 +134,11 @@ def _decoder(channels: int, reading: dict[str, Any]) -> Decoder | None:
     stack, size = reading.get("stack"), reading["size"]
     if stack is None and channels not in (1, 3):
         return None
-    low, high = reading.get("percentiles", (0.1, 99.9))  # older files do not name them
+    low, high = reading.get("percentiles", (0.1, 99.9))  # older files name neither these nor the rest
     size = None if size is None else (int(size[0]), int(size[1]))
-    return Decoder(channels, size, reading["fit"], reading["intensity"], stack, (low, high))
+    span = reading.get("range")
+    span = None if span is None else (float(span[0]), float(span[1]))
+    return Decoder(channels, size, reading["fit"], reading["intensity"], stack, (low, high), span)
 
 
 def load_encoder(run: str | os.PathLike[str] | Run, device: str | torch.device = "cpu") -> Encoder:

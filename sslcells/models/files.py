@@ -30,7 +30,7 @@ def export(
 ) -> None:
     """Write encoder.safetensors and encoder.json: what images it takes, and how to make it again.
 
-    `reading` says how files became the pixels it learned from: a decoder's size, fit, intensity, stack, percentiles.
+    `reading` says how files became the pixels it learned from: a decoder's fields without `channels`.
 
     `timm.create_model(**spec["timm"], checkpoint_path="encoder.safetensors")` loads it; with stem "small", which timm
     has no argument for, the stem is replaced first, as `load` does.

@@ -127,7 +127,8 @@ def test_many_classes_are_cut_short(tmp_path):
 
 
 def test_the_numbers_of_a_stack(tmp_path):
-    values = np.stack([np.full((8, 9), 7, np.float32), np.full((8, 9), np.nan, np.float32)])
+    values = np.full((2, 8, 9), 7, np.float32)
+    values[1, 0] = np.nan
     tifffile.imwrite(tmp_path / "1.tif", values)
     text = describe(open_splits(folder.Config(path=str(tmp_path), stack="first", channels=2, size=8)))
     assert "float32, 7 to 7; 1 image of one even value; 1 image with NaN or infinite values" in text

@@ -376,9 +376,8 @@ def test_deep_png_and_big_endian_tiff(tmp_path):
     assert images.pixels(0).float().std() > 60
 
 
-@pytest.mark.parametrize("values", [np.full((8, 8), 900, np.uint16), np.full((8, 8), np.nan, np.float32)])
-def test_even_and_undefined_images_are_black(tmp_path, values):
-    tifffile.imwrite(tmp_path / "1.tif", values)
+def test_even_images_are_black(tmp_path):
+    tifffile.imwrite(tmp_path / "1.tif", np.full((8, 8), 900, np.uint16))
     assert only(tmp_path / "1.tif").eq(0).all()
 
 
