@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sslcells import __version__, shipped
-from sslcells.commandline import arguments, guarded, one_process, report_error
+from sslcells.arguments import arguments
+from sslcells.commandline import guarded, one_process, report_error
 from sslcells.errors import ConfigError, UserError
 
 

@@ -1,0 +1,211 @@
+"""The arguments of all commands. Nothing here imports torch, so --help and a misspelt option answer at once."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from sslcells import __version__
+from sslcells.values import place
+
+_TRAIN = """\
+Train an encoder. Without arguments: SimCLR on synthetic blood cells, small enough for a laptop.
+
+  accelerate launch -m sslcells.train --config folder data.path=my/cells name=my_cells
+  sslcells train --config simclr_bloodcells --check
+  sslcells train --debug method.name=triplet
+"""
+
+_EMBED = """\
+Embed every image in a folder, at any depth, into shards with path, id, vector and label. If it is killed, the same
+command resumes it.
+
+  sslcells embed runs/my_cells path/to/images
+  accelerate launch --config_file launch/gpu8.yaml -m sslcells embed runs/my_cells path/to/images
+"""
+
+_EVALUATE = """\
+Evaluate a finished run: leaks between splits, kNN, linear probe, few-shot, retrieval, clustering, measures that need
+no labels; fine-tuning with --fine-tune. Results are printed and written to RUN/evaluation.json, and with pictures to
+RUN/report.html. It uses the test split, which training never reads; use evaluate.split=val to choose between runs.
+
+  sslcells evaluate runs/my_cells
+  sslcells evaluate runs/my_cells data.sources=sources.csv evaluate.split=val
+  accelerate launch --config_file launch/gpu8.yaml -m sslcells.evaluate runs/my_cells
+"""
+
+_COMPARE = """\
+Train the recipe's encoder without labels, then three classifiers on fractions of the labels, with the same backbone,
+data and number of steps: supervised from scratch, a probe on the frozen encoder, and the encoder fine-tuned. Results
+are printed and written to RUN/comparison.json, and with curves and predictions to RUN/comparison.html. If it is
+stopped, the same command resumes it.
+
+  sslcells compare --config compare_pbc28 data.path=pbc28.npz
+  accelerate launch --config_file launch/gpu8.yaml -m sslcells.compare --config compare_pathmnist
+"""
+
+_SOURCES = """\
+Find images in a folder that were made from the same photograph (rotated, mirrored, shifted, cropped) when file names
+do not tell. Writes sources.csv for data.sources; then such images are never negatives of each other, and never leak
+between splits.
+
+  sslcells sources path/to/images --out runs/sources
+  sslcells train --config simclr_bloodcells data.path=path/to/images data.sources=runs/sources/sources.csv
+"""
+
+_INIT = """\
+Write launch/ (configurations for accelerate launch), slurm/ (job templates) and an example of a sweep into a folder;
+with --recipes all recipes too. Existing files that differ are kept, and listed.
+
+  sslcells init my_project
+  cd my_project && accelerate launch --config_file launch/gpu8.yaml -m sslcells.train --config folder data.path=my/cells
+  cd my_project && bash slurm/simclr.sh data.path=/shared/cells name=cells
+"""
+
+_EXPORT = """\
+Export the encoder for timm, torch.export and ONNX, with a model card. The output of each format is compared with the
+encoder's. A format that cannot be written is skipped, and the last lines say why.
+
+  sslcells export runs/my_cells
+"""
+
+_RECIPE = "a YAML file, or the name of a recipe (see: sslcells recipes)"
+
+_CPU = "use the CPU even if the machine has an accelerator"
+
+
+def arguments(command: str | None = None, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, with the command's name first unless `command` gives it; exits with 2 on error."""
+    parser = argparse.ArgumentParser(prog="sslcells", description="Self-supervised learning for cell images.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for add in (_train, _evaluate, _compare, _selfcheck, _export, _embed, _search, _sources, _sync, _recipes, _init):
+        add(commands)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args, rest = parser.parse_known_args([command, *argv] if command else argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest  # argparse takes them only before or only after the options
+    return args
+
+
+_Commands = Any
+"""What `add_subparsers` returns; argparse does not export its type."""
+
+
+def _command(commands: _Commands, name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
+    """Add a command; its description keeps its line breaks."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=description, formatter_class=raw
+    )
+    return parser
+
+
+def _path(typed: str) -> str:
+    return str(place(typed))
+
+
+def _recipe_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", metavar="RECIPE", type=_path, help=_RECIPE)
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+
+
+def _train(commands: _Commands) -> None:
+    sub = _command(commands, "train", "train an encoder", _TRAIN)
+    _recipe_options(sub)
+    words = "print the full configuration and what follows from it, then exit"
+    sub.add_argument("--check", action="store_true", help=words)
+    words = "run five steps in one process, with checks and detailed output"
+    sub.add_argument("--debug", action="store_true", help=words)
+
+
+def _evaluate(commands: _Commands) -> None:
+    sub = _command(commands, "evaluate", "evaluate a finished run", _EVALUATE)
+    sub.add_argument("run", metavar="RUN", type=place, help="the run's folder")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to data, evaluate or train")
+    words = "first fine-tune the encoder on fractions of the labels (set by compare.*): minutes to hours"
+    sub.add_argument("--fine-tune", action="store_true", help=words)
+
+
+def _compare(commands: _Commands) -> None:
+    summary = "compare supervised training, a probe and fine-tuning on few labels"
+    _recipe_options(_command(commands, "compare", summary, _COMPARE))
+
+
+def _selfcheck(commands: _Commands) -> None:
+    _command(commands, "selfcheck", "check that this machine or cluster computes correct losses and gradients")
+
+
+def _export(commands: _Commands) -> None:
+    summary = "export the encoder for timm, torch and ONNX, with a model card"
+    sub = _command(commands, "export", summary, _EXPORT)
+    sub.add_argument("run", metavar="RUN", type=_path, help="folder of a finished run")
+    sub.add_argument("--to", metavar="FOLDER", type=_path, help="output folder (RUN/export)")
+    onnx = sub.add_mutually_exclusive_group()
+    onnx.add_argument("--onnx", action="store_true", help="fail if ONNX cannot be written")
+    onnx.add_argument("--no-onnx", action="store_true", help="do not write ONNX")
+
+
+def _embed(commands: _Commands) -> None:
+    sub = _command(commands, "embed", "embed a folder of images", _EMBED)
+    sub.add_argument("run", metavar="RUN", type=_path, help="folder of a finished run, or an exported encoder")
+    sub.add_argument("images", metavar="IMAGES", type=_path, help="folder of images, at any depth")
+    sub.add_argument("--out", metavar="FOLDER", type=_path, help="output folder (RUN/embeddings/NAME)")
+    formats, words = ["parquet", "npz", "h5ad"], "file format of the shards (parquet)"
+    sub.add_argument("--format", default="parquet", choices=formats, help=words)
+    sub.add_argument("--no-labels", action="store_true", help="do not read the first sub-folder as the class")
+    sub.add_argument("--batch", type=int, default=256, metavar="N", help="images per rank and forward pass (256)")
+    sub.add_argument("--workers", type=int, metavar="N", help="data loader processes per rank")
+    sub.add_argument("--shard", type=int, metavar="N", help="images per shard (4096)")
+    sub.add_argument("--cpu", action="store_true", help=_CPU)
+
+
+def _search(commands: _Commands) -> None:
+    sub = _command(commands, "search", "find the embedded images most similar to given ones")
+    words = "output folder of sslcells embed, or the run it used"
+    sub.add_argument("target", metavar="RUN_OR_EMBEDDINGS", type=_path, help=words)
+    sub.add_argument("queries", metavar="QUERY", nargs="+", type=_path, help="image files")
+    sub.add_argument("--k", type=int, default=10, metavar="N", help="neighbours per query (10)")
+    words = "folder for the picture and the table (EMBEDDINGS/search)"
+    sub.add_argument("--out", metavar="FOLDER", type=_path, help=words)
+    sub.add_argument("--encoder", metavar="RUN", type=_path, help="the run, if it was moved after embedding")
+    words = "table with columns path and source; neighbours of the query's source are skipped"
+    sub.add_argument("--sources", metavar="CSV", type=_path, help=words)
+    sub.add_argument("--source-pattern", metavar="REGEX", help="its one group, searched in the path, gives the source")
+    sub.add_argument("--faiss", action="store_true", help="use an index, built once: faster, but may miss neighbours")
+    sub.add_argument("--cpu", action="store_true", help=_CPU)
+
+
+def _sources(commands: _Commands) -> None:
+    sub = _command(commands, "sources", "find images made from the same photograph", _SOURCES)
+    sub.add_argument("images", metavar="IMAGES", type=_path, help="folder of images, at any depth")
+    words = "folder for sources.csv and sources.png (current folder)"
+    sub.add_argument("--out", metavar="FOLDER", type=_path, help=words)
+    words = "table with the true sources, columns path and source; prints precision and recall"
+    sub.add_argument("--known", metavar="CSV", type=_path, help=words)
+    words = "keypoints that two images must share (12); twice as many between groups"
+    sub.add_argument("--inliers", type=int, default=12, metavar="N", help=words)
+    words = "images closest in colour that each image is compared with (20)"
+    sub.add_argument("--neighbours", type=int, default=20, metavar="N", help=words)
+    words = "pairs of groups to compare at the end (100000)"
+    sub.add_argument("--between", type=int, default=100_000, metavar="N", help=words)
+
+
+def _sync(commands: _Commands) -> None:
+    sub = _command(commands, "sync", "upload to W&B what it does not have yet of a run")
+    sub.add_argument("runs", nargs="+", metavar="RUN", type=_path, help="a run's folder, such as runs/quickstart")
+
+
+def _recipes(commands: _Commands) -> None:
+    description = "List the recipes that --config accepts by name, or print one."
+    sub = _command(commands, "recipes", "list the recipes, or print one", description)
+    sub.add_argument("name", metavar="RECIPE", nargs="?", help="recipe to print")
+
+
+def _init(commands: _Commands) -> None:
+    sub = _command(commands, "init", "write launch files and SLURM templates into a folder", _INIT)
+    sub.add_argument("folder", metavar="FOLDER", type=_path, help="folder to write to; it is created if needed")
+    sub.add_argument("--recipes", action="store_true", help="also write all recipes, into configs/")
+    sub.add_argument("--overwrite", action="store_true", help="replace existing files that differ")
