@@ -30,6 +30,7 @@ from sslcells.evaluation.sheets import Image
 from sslcells.models import files
 from sslcells.run import checkpoint, wandb_sync
 from sslcells.run.metrics import METRICS, note_steps, read_metrics
+from sslcells.run.progress import Bars, bars
 from sslcells.run.state import trained
 from sslcells.storage import is_file, json_text
 
@@ -70,11 +71,12 @@ def measured(
     names = ranks.from_main(lambda: holdout.held_out_by(folder))
     splits = holdout.as_trained(open_splits(run.data), names)
     encoder, spec = ranks.together(lambda: _encoder(folder, run, splits["train"].channels))
-    encoded = Encoded(run, encoder.to(device), splits, device)
-    predictions, why_not = _predictions(run, folder, splits, encoded.augment, device)
+    console = Console(highlight=False, quiet=ranks.rank() > 0)
+    with bars(console) as bar:
+        encoded = Encoded(run, encoder.to(device), splits, device, bar)
+        predictions, why_not = _predictions(run, folder, splits, encoded.augment, device, bar)
     if ranks.rank() > 0:
         return {}, []
-    console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
     classes, query_split = splits["train"].classes, _query_split(run, encoded.by_split)
@@ -121,8 +123,10 @@ def measured(
 class Encoded:
     """Everything that needs the images and the encoder; every rank computes it together and gets all of it."""
 
-    def __init__(self, run: Run, encoder: nn.Module, splits: Mapping[str, ImageSet], device: torch.device) -> None:
-        self._run, self._encoder, self._device = run, encoder, device
+    def __init__(
+        self, run: Run, encoder: nn.Module, splits: Mapping[str, ImageSet], device: torch.device, bar: Bars
+    ) -> None:
+        self._run, self._encoder, self._device, self._bar = run, encoder, device, bar
         self.augment = Augment(run.augment, *models.normalisation(run.model, splits["train"].channels))
         self.by_split = {split: self._split_features(images, split) for split, images in splits.items()}
         train, most = splits["train"], run.evaluate.max_images
@@ -131,9 +135,12 @@ class Encoded:
         def copied(pixels: Tensor, image: Tensor) -> Tensor:
             return self.augment.plain(copies(pixels.cpu(), image).to(device))
 
-        self.near = (self._z(train, few, self._plain), self._z(train, few, copied))
+        self.near = (
+            self._z(train, few, self._plain, "images to copy"),
+            self._z(train, few, copied, "their copies"),
+        )
         viewed = spread(len(train), min(VIEWED, most or VIEWED))
-        self.views = [self._z(train, viewed, self._view(which)) for which in (0, 1)]
+        self.views = [self._z(train, viewed, self._view(which), f"view {which + 1} of 2") for which in (0, 1)]
 
     def pixels_of(self, images: ImageSet) -> Callable[[int], Image]:
         """Row i's image of a split as it was read, (H, W, C) uint8."""
@@ -152,13 +159,14 @@ class Encoded:
             index,
             of_pixels=lambda pixels: (digests(pixels), histograms(pixels)),
             what=f"images of {split}",
+            progress=self._bar(f"images of {split}", len(index)),
         )
         digest, histogram = found.of_pixels
         return SplitFeatures(digest, histogram, found.z, found.labels, found.sources, found.names)
 
-    def _z(self, images: ImageSet, index: Sequence[int], prepare: Prepare) -> Tensor:
-        batch, workers = self._run.evaluate.batch, self._run.train.workers
-        return encode(images, self._encoder, prepare, self._device, batch, workers, index).z
+    def _z(self, images: ImageSet, index: Sequence[int], prepare: Prepare, what: str) -> Tensor:
+        batch, workers, progress = self._run.evaluate.batch, self._run.train.workers, self._bar(what, len(index))
+        return encode(images, self._encoder, prepare, self._device, batch, workers, index, progress=progress).z
 
     def _plain(self, pixels: Tensor, image: Tensor) -> Tensor:
         return self.augment.plain(pixels)
@@ -241,7 +249,7 @@ def _of_val(splits: Mapping[str, ImageSet], names: Sequence[str]) -> list[str]:
 
 
 def _predictions(
-    run: Run, folder: Path, splits: Mapping[str, ImageSet], augment: Augment, device: torch.device
+    run: Run, folder: Path, splits: Mapping[str, ImageSet], augment: Augment, device: torch.device, bar: Bars
 ) -> tuple[Predictions | None, list[str]]:
     """The predictions on `evaluate.split` if the run trained a classifier; else None, with the reason for the notes."""
     if not methods.classifies(run.method):
@@ -254,7 +262,7 @@ def _predictions(
     if ranks.from_main(lambda: checkpoint.newest(folder / "checkpoints")) is None:
         return None, [f"{without}: {folder / 'checkpoints'} holds no complete checkpoint"]
     learner = trained(run, folder, splits["train"], device)
-    return predict(learner, splits[run.evaluate.split], run, augment, device), []
+    return predict(learner, splits[run.evaluate.split], run, augment, device, bar), []
 
 
 def _classes_may_differ(run: Run, trained: Run) -> bool:

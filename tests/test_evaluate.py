@@ -42,6 +42,7 @@ def test_what_it_prints_and_leaves(run, capsys):
     assert main(None, ["evaluate", str(run), *QUICK]) == 0
     out = capsys.readouterr().out
     assert out.index("Leaks") < out.index("Classes of the test split")
+    assert "images of train" not in out[: out.index("Leaks")], "no bars outside a terminal"
     result = result_of(run)
     assert {r["task"] for r in result["figures"]} == {"kNN", "linear probe", "few-shot", "retrieval", "clustering"}
     assert [r["name"] for r in result["figures"] if r["task"] == "kNN"] == [
@@ -64,6 +65,15 @@ def test_what_it_prints_and_leaves(run, capsys):
     nearest = row(result, "kNN", "k = 1")["scores"]["accuracy"]["value"]
     assert last["evaluation/test/kNN/k = 1/image/accuracy"] == nearest
     assert {path.name for path in pictures_of(run, 5, newest=False)} >= {"similarities.png", "tsne_class.png"}
+
+
+def test_a_bar_for_each_pass_over_images_in_a_terminal(run, capsys, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    measured(load(f"{run}/config.yaml", [*QUICK, "evaluate.max_images=20"]), run, torch.device("cpu"))
+    last = capsys.readouterr().out.rsplit("images of train", 1)[1]  # the bars as they were drawn last
+    for name in ("images of val", "images of test", "images to copy", "their copies", "view 1 of 2", "view 2 of 2"):
+        assert name in last
+    assert last.count("20/20") == 7
 
 
 def test_the_knn_is_that_of_the_run(run):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -26,6 +26,7 @@ from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, 
 from sslcells.evaluation.encode import encode_batches
 from sslcells.run.interrupt import Awaited, Interrupt, Stopped
 from sslcells.run.lock import Lock
+from sslcells.run.progress import columns_on
 from sslcells.storage import is_file
 from sslcells.values import place
 
@@ -324,8 +325,7 @@ class _Meter:
             soft_wrap=True,
         )
         if console.is_terminal and not console.quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=console)
+            self._progress = columns_on(console)
             self._task = self._progress.add_task("images", total=self._embeddings.count, completed=self._before)
             self._progress.start()
         return self

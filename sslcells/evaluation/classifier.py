@@ -15,6 +15,7 @@ from sslcells.data import ImageSet
 from sslcells.evaluation.encode import encode, spread
 from sslcells.evaluation.scores import of_classes, of_ranking
 from sslcells.methods import Classifier, Learner, Logits
+from sslcells.run.progress import Bars, no_bars
 from sslcells.storage import write_atomically
 
 
@@ -73,10 +74,17 @@ def read_predictions(folder: Path, split: str) -> Predictions:
         )
 
 
-def predict(learner: Learner, images: ImageSet, run: Run, augment: Augment, device: torch.device) -> Predictions | None:
+def predict(
+    learner: Learner,
+    images: ImageSet,
+    run: Run,
+    augment: Augment,
+    device: torch.device,
+    bar: Bars = no_bars,
+) -> Predictions | None:
     """A classifier's predictions for the images with known classes; None if there are none, or for other methods.
 
-    Every rank calls this and gets all predictions.
+    Every rank calls this and gets all predictions. `bar` shows how many of the images are done.
     """
     method = learner.method
     if not isinstance(method, Classifier):
@@ -90,7 +98,16 @@ def predict(learner: Learner, images: ImageSet, run: Run, augment: Augment, devi
     def plain(pixels: Tensor, image: Tensor) -> Tensor:
         return augment.plain(pixels)
 
-    found = encode(images, Logits(learner), plain, device, run.evaluate.batch, run.train.workers, index.tolist())
+    found = encode(
+        images,
+        Logits(learner),
+        plain,
+        device,
+        run.evaluate.batch,
+        run.train.workers,
+        index.tolist(),
+        progress=bar("predictions", len(index)),
+    )
     classes = images.classes or range(found.z.shape[1])
     labels = F.one_hot(labels[index], found.z.shape[1]) if method.several and labels.ndim == 1 else labels[index]
     probabilities = method.probabilities(found.z).double()

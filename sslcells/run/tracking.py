@@ -1,4 +1,4 @@
-"""Where figures go: all to metrics.jsonl and the tracker, those that a person follows to the console.
+"""All figures go to metrics.jsonl and the tracker; the console shows those that a person follows.
 
 metrics.jsonl and plots/ are complete. A process of its own, `sslcells.run.wandb_sync`, sends them to W&B; TensorBoard
 gets them through Accelerate.
@@ -15,12 +15,13 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from sslcells.config import Run
 from sslcells.errors import UserError
 from sslcells.run import wandb_sync
 from sslcells.run.metrics import METRICS, flat, forget_after, note_steps
+from sslcells.run.progress import columns_on
 from sslcells.storage import json_text, patiently
 
 
@@ -42,8 +43,7 @@ class Log:
         self._folder, self._path = run.folder, run.folder / METRICS
         forget_after(self._path, start)
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=self._console)
+            self._progress = columns_on(self._console)
             self._task = self._progress.add_task("training", total=steps, completed=start)
             self._progress.start()
         if run.log.tracker == "tensorboard":
@@ -66,7 +66,7 @@ class Log:
         """Write figures after `step` finished steps: a line of metrics.jsonl, a line of the console, and the tracker.
 
         Raises:
-            LogError: where metrics.jsonl cannot be written; a run without its figures is worth nothing.
+            LogError: if metrics.jsonl cannot be written; a run without its figures is worth nothing.
         """
         if not self._main:
             return
@@ -151,7 +151,7 @@ class Log:
 
 
 def console_line(step: int, steps: int, epoch: float, values: Mapping[str, float]) -> str:
-    """The figures that a person follows, each in a column of its own; empty where `values` has none of them.
+    """The figures that a person follows, each in a column of its own; empty if `values` has none of them.
 
     A column that has no value is left blank, so that the lines of training and of evaluation stand below each other.
     """
