@@ -69,7 +69,7 @@ def measured(
     if run.evaluate.umap:
         installed("umap", "umap", "evaluate.umap=true")
     names = ranks.from_main(lambda: holdout.held_out_by(folder))
-    splits = holdout.as_trained(open_splits(run.data), names)
+    splits = holdout.hold_out_named(open_splits(run.data), names)
     encoder, spec = ranks.together(lambda: _encoder(folder, run, splits["train"].channels))
     console = Console(highlight=False, quiet=ranks.rank() > 0)
     with bars(console) as bar:
@@ -244,7 +244,7 @@ def _of_val(splits: Mapping[str, ImageSet], names: Sequence[str]) -> list[str]:
     """The note on val if it is a part of train."""
     about = splits["val"].about if "val" in splits else ""
     if about:
-        return [f"val is {about.removeprefix('of ')}"]
+        return [f"val is {about}"]
     return [f"the run held out {len(names)} images, and none of them is in train here"] if names else []
 
 

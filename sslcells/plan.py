@@ -7,7 +7,7 @@ from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, check_tracker
 from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.describe import describe
-from sslcells.data.holdout import hold_out, says
+from sslcells.data.holdout import hold_out, summary
 from sslcells.data.subset import labelled_part
 
 
@@ -22,7 +22,7 @@ def open_run(run: Run) -> dict[str, ImageSet]:
     if "val" in splits and splits["val"].about and len(train) < run.train.global_batch:
         raise ConfigError(
             f"train.global_batch={run.train.global_batch} is more than the {len(train)} images of the train split that "
-            f"are trained on; the figures are {splits['val'].about}: evaluate.holdout"
+            f"are trained on; the figures are of {splits['val'].about}: evaluate.holdout"
         )
     return splits | {"train": train}
 
@@ -107,7 +107,7 @@ def consequences(run: Run, world: int) -> str:
             describe(splits),
             f"images: {', '.join(f'{name} {len(s)}' for name, s in splits.items())}; "
             + (f"{len(images.classes)} classes" if images.classes else "no labels"),
-            says(splits, run.evaluate.holdout),
+            summary(splits, run.evaluate.holdout),
             f"encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, {features} features",
             f"ranks: {world}, {plan.batch} images and {anchors} anchors each",
             f"negatives per anchor: {negatives}, of {references + method.queued} rows in {where}"

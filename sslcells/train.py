@@ -19,7 +19,7 @@ from sslcells.commandline import one_process
 from sslcells.config import Run, dump, load
 from sslcells.data import Batch, ImageSet, holdout, reading, sampler
 from sslcells.data.describe import brief
-from sslcells.data.loader import attended, read_in_parts
+from sslcells.data.loader import read_in_parts, with_workers
 from sslcells.evaluation.during_training import Evaluation
 from sslcells.evaluation.encode import NotFinite
 from sslcells.methods import Outputs
@@ -87,7 +87,7 @@ def _steps(
     state = State(net, optimizer, accelerator.scaler, Meter(run, plan, device, scaled=accelerator.scaler is not None))
     start.lap("building")
 
-    ranks.from_main(lambda: holdout.note(run.folder, splits, goes_on=claim.checkpoint is not None))
+    ranks.from_main(lambda: holdout.record(run.folder, splits, resumes=claim.checkpoint is not None))
     if claim.checkpoint is not None:
         state.load(claim.checkpoint)
     log = Log(run, plan.steps, state.step, accelerator)
@@ -121,7 +121,7 @@ def _steps(
     indices = sampler.Steps(sampling, ranks.rank(), world, start=state.step, stop=plan.steps)
     pieces, pin, meter, first = plan.batch // plan.micro_batch, device.type == "cuda", state.meter, state.step
     meter.start()
-    with writer, attended(read_in_parts(images, indices, pieces, run.train.workers, pin_memory=pin)) as batches:
+    with writer, with_workers(read_in_parts(images, indices, pieces, run.train.workers, pin_memory=pin)) as batches:
         for parts in in_step(batches, (claim.check, writer.check), interrupt):  # read
             meter.arrived()
             for part in parts:
@@ -166,8 +166,8 @@ def _introduce(
     """The first lines of the log: who runs, on what, and what was read."""
     negatives = state.learner.method.negatives(plan.global_batch)
     log.say(f"sslcells {__version__}  {plan.headline(accelerator.device, accelerator.mixed_precision, negatives)}")
-    log.say(holdout.says(splits, run.evaluate.holdout))
-    if run.model.encoder and (warning := holdout.seen_before(splits, Path(run.model.encoder))):
+    log.say(holdout.summary(splits, run.evaluate.holdout))
+    if run.model.encoder and (warning := holdout.overlap_warning(splits, Path(run.model.encoder))):
         log.say(warning)
     log.say(f"{run.folder}: {f'resuming after step {state.step}' if state.step else f'{plan.steps} steps'}")
     log.say(brief(splits))

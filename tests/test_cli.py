@@ -34,7 +34,7 @@ def test_check_prints_a_tree_that_reads_back_and_what_follows(capsys, tmp_path):
     (tmp_path / "config.yaml").write_text(tree)
     assert load(str(tmp_path / "config.yaml")) == load(None, [*SMALL, "train.total_epochs=3"])
     assert "negatives per anchor: 14, of 16 rows" in consequences
-    assert "sampler: shuffle: every image once an epoch, but for 0 that fill no global batch" in consequences
+    assert "sampler: shuffle: every image once per epoch, except 0 that do not fill a batch" in consequences
     assert "steps: 15, 5 an epoch, warm-up 5" in consequences
     assert "memory of the loss" in consequences
 

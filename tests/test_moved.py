@@ -81,8 +81,8 @@ def relabel(cells):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (grow, r"from \d+ images and would go on with \d+; 1 new, such as a/cell_000000b\.png"),
-        (shrink, r"from \d+ images and would go on with \d+; 1 no longer there, such as b/cell_000001\.png"),
+        (grow, r"on \d+ images and would resume with \d+; 1 new, such as a/cell_000000b\.png"),
+        (shrink, r"on \d+ images and would resume with \d+; 1 no longer there, such as b/cell_000001\.png"),
         (relabel, r"1 new, such as b/cell_000002\.png; 1 no longer there, such as a/cell_000002\.png"),
     ],
 )
@@ -112,7 +112,7 @@ def rewritten(folder, change):
     [
         (lambda w: w["labels"].__setitem__(0, 1 - w["labels"][0]), r"1 of \d+ images have another label, such as a/"),
         (lambda w: w["classes"].append("c"), "its classes were a, b, c; now a, b"),
-        (lambda w: w["names"].reverse(), "its images come in another order: image 0 was b/.*, now a/"),
+        (lambda w: w["names"].reverse(), "its images are in another order: image 0 was b/.*, now a/"),
         (lambda w: w.pop("names"), "cannot be read"),
     ],
 )
@@ -131,4 +131,4 @@ def test_a_run_that_wrote_nothing_down_goes_on_where_its_images_were(begun, job)
         train(run_of(out, cells))
     folder = train(run_of(out, begun / "cells"))
     assert untimed(folder) == untimed(begun / "whole" / "quickstart")
-    assert listing.noted(folder)
+    assert listing.recorded(folder)

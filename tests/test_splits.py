@@ -87,7 +87,7 @@ def test_what_is_held_out_is_never_trained_on_and_the_same_after_a_resume(read, 
 
 @pytest.mark.slow
 def test_the_log_and_check_say_what_is_held_out(tmp_path, capsys):
-    said = "figures while it trains: of 10 of 80 images of train (each its own source as far as is known), held out"
+    said = "figures during training: on 10 of 80 images of train (sources unknown), held out"
     train(tiny(tmp_path, *NO_VAL))
     assert said in capsys.readouterr().out
     assert main("train", ["--check", *TINY, *NO_VAL, f"out={tmp_path}"]) == 0

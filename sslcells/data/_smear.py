@@ -1,8 +1,8 @@
 """Synthetic Wright-Giemsa stained blood smears: one white cell amid red cells, drawn with numpy.
 
-Everything is laid out in micrometres on a field of fixed width, so a scene is the same at every pixel
-size. Cells are painted as amounts of three absorbers; light goes through them by Beer-Lambert's law and
-then through an imperfect microscope. Arrays are float32 and image-like ones are indexed (row, column).
+Positions are in micrometres on a field of fixed width, so a scene is the same at every pixel size. Cells
+are painted as amounts of three absorbers; light passes them by Beer-Lambert's law, and then an imperfect
+microscope. Arrays are float32, and those of images are indexed (row, column).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 CLASSES = ("neutrophil", "eosinophil", "basophil", "lymphocyte", "monocyte")
 FIELD_UM = 24.0
 
-# Shapes are drawn with soft edges, so half as many pixels again as the sensor has suffice.
+# Shapes are drawn with soft edges, so 1.5 times as many pixels as on the sensor are enough.
 _OVERSAMPLE = 1.5
-# Finer than 1/6 µm the lens resolves nothing, so larger pictures are drawn no finer.
+# The lens resolves nothing finer than 1/6 µm, so pictures with more pixels are not drawn finer.
 _FINEST_PIXELS = 144
 # Absorbance in (red, green, blue). Romanowsky stains hold two dyes but show three colours: the thiazine
 # alone is blue, eosin alone orange-pink, and where both bind to chromatin their complex is purple.
@@ -39,7 +39,7 @@ Place = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class _Granules:
-    """Round inclusions of the cytoplasm; pale dyes make vacuoles of them."""
+    """Round inclusions of the cytoplasm; with pale dyes they are vacuoles."""
 
     count: Range
     radius_um: Range
@@ -183,7 +183,7 @@ class _Canvas:
         return span(place[1]), span(place[0])
 
     def warped_um(self, window: Window, place: Place, amount_um: float) -> tuple[Array, Array]:
-        """Coordinates (h, w) from the middle of a place, distorted to make what is drawn irregular."""
+        """Coordinates (h, w) relative to the middle of a place, distorted so that shapes become irregular."""
         rows, columns = window
         x = amount_um * self.warp[0][window] + (self.axis_um[columns] - place[0])
         y = amount_um * self.warp[1][window] + (self.axis_um[rows, None] - place[1])
@@ -199,9 +199,10 @@ class _Canvas:
         return share
 
     def stamps(self, middles_um: Array, reach_um: float) -> tuple[NDArray[np.intp], Array, Array]:
-        """Square patches of pixels around n points (n, 2): x, y from each point broadcast to (n, p, p).
+        """Square patches of pixels around n points (n, 2): flat index (n, p, p) of each pixel, and its x and y.
 
-        The first result is the pixels' flat index; what lies off the field has the index one past its end.
+        x and y are relative to the point and broadcast to (n, p, p). A pixel outside of the field has the index one
+        past the end.
         """
         pixels = len(self.axis_um)
         reach = math.ceil(reach_um / self.pixel_um)
@@ -214,7 +215,7 @@ class _Canvas:
         return flat, from_middle[:, 0, None, :], from_middle[:, 1, :, None]
 
     def replace(self, window: Window, coverage: Array, dyes: Dyes, shade: Array | float = 1.0) -> None:
-        """Put something in the place of what is there."""
+        """Paint over the window: dyes and shade replace its amounts, as far as the coverage says."""
         for layer, dye in zip(self.dyes, dyes, strict=True):
             layer[window] += coverage * (np.float32(dye) * shade - layer[window])
 
@@ -228,7 +229,7 @@ def _ellipse(x: Array, y: Array, radius: float, stretch: float, angle: float) ->
 
 
 def _capsules_distance(x: Array, y: Array, capsules: Array, blend: float) -> Array:
-    """Signed distance (h, w) to the union of capsules (k, 5: two ends and a radius), creases filled."""
+    """Signed distance (h, w) to the union of capsules (k, 5: two ends and a radius), with rounded creases."""
     start, end, radius = capsules[:, :2], capsules[:, 2:4], capsules[:, 4, None, None]
     half = np.sqrt(((end - start) ** 2).sum(axis=1, keepdims=True)) / 2
     along = (end - start) / np.maximum(2 * half, 1e-6)
@@ -238,19 +239,19 @@ def _capsules_distance(x: Array, y: Array, capsules: Array, blend: float) -> Arr
     frames = (axes @ np.stack([x, y]).reshape(2, -1) - origin).reshape(2, len(capsules), *x.shape)
     beyond = np.maximum(np.abs(frames[0]) - half[:, :, None], 0)
     distance = np.sqrt(beyond * beyond + frames[1] * frames[1]) - radius
-    # The tiny addend keeps the logarithm finite far from every capsule.
+    # 1e-30 keeps the logarithm finite far from every capsule.
     smooth: Array = np.log(np.exp(distance / -blend).sum(axis=0) + 1e-30) * -blend
     return smooth
 
 
 def _turned(capsules: Array, angle: float) -> Array:
-    """The capsules turned about the origin."""
+    """The capsules, rotated about the origin."""
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]], np.float32)
     return np.column_stack([capsules[:, :2] @ turn, capsules[:, 2:4] @ turn, capsules[:, 4]])
 
 
 def _paint_red_cells(rng: Generator, canvas: _Canvas, white: Place) -> None:
-    """Scatter red cells, which the white cell pushes aside."""
+    """Scatter red cells, but none where the white cell is."""
     typical_um, crowding = rng.normal(3.6, 0.15), rng.uniform(0.80, 1.1)
     pallor, dyes = rng.uniform(0.2, 0.75), (0.0, rng.uniform(0.0, 0.14), rng.uniform(0.40, 0.68))
     placed: list[tuple[float, float]] = []
@@ -288,7 +289,7 @@ def _paint_platelets(rng: Generator, canvas: _Canvas) -> None:
 
 
 def _granule_coverage(rng: Generator, canvas: _Canvas, kind: _Granules, cell: Place) -> Array:
-    """Coverage (pixels, pixels) by granules strewn over the disc of a cell."""
+    """Coverage (pixels, pixels) by granules scattered over the disc of a cell."""
     count = int(rng.uniform(kind.count[0], kind.count[1] + 1))
     spot = _on_arc(rng.uniform(0, math.tau, count), np.sqrt(rng.random(count)) * cell[2])
     radius = rng.uniform(*kind.radius_um, (count, 1, 1)).astype(np.float32)
@@ -309,7 +310,7 @@ def _paint_white_cell(rng: Generator, canvas: _Canvas, look: _Look, cell: Place)
     texture = canvas.texture[window]
 
     squared = _ellipse(x, y, radius_um, rng.uniform(0.85, 1.18), rng.uniform(0, math.tau))
-    # Halved, the form's excess over 1 is the distance in radii, near the outline.
+    # Near the outline, half of (form − 1) is the distance in radii.
     body = canvas.coverage((squared - 1) * (radius_um / 2), 0.3)
     canvas.replace(window, body, look.cytoplasm, rng.uniform(0.75, 1.3) * (1 + 0.12 * texture))
 
@@ -326,7 +327,7 @@ def _paint_white_cell(rng: Generator, canvas: _Canvas, look: _Look, cell: Place)
 
 
 def _photograph(rng: Generator, dyes: Array, size: int) -> NDArray[np.uint8]:
-    """Send light through dye amounts (3, pixels, pixels) onto a sensor: (size, size, 3)."""
+    """The image (size, size, 3) of a sensor behind dye amounts (3, pixels, pixels)."""
     pixels = dyes.shape[1]
     thiazine, eosin = np.exp(rng.normal(0, 0.22)), np.exp(rng.normal(0, 0.22))
     strength = np.array([[thiazine], [thiazine * np.exp(rng.normal(0, 0.2))], [eosin]])
@@ -347,7 +348,7 @@ def _photograph(rng: Generator, dyes: Array, size: int) -> NDArray[np.uint8]:
     image *= lamp.astype(np.float32)[:, None, None] * (1 + fall_y[:, None] + fall_x).astype(np.float32)
     flare, grain = np.float32(rng.uniform(0.0, 0.10)), np.float32(rng.uniform(0.004, 0.025))
     image += flare * (np.float32(0.9) - image)
-    # The one draw that depends on the pixel size comes last, so that it disturbs no other.
+    # Only this draw depends on the pixel size, so it comes last and changes no other.
     image += grain * rng.standard_normal(image.shape, np.float32)
     return np.ascontiguousarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0))
 
@@ -355,7 +356,7 @@ def _photograph(rng: Generator, dyes: Array, size: int) -> NDArray[np.uint8]:
 def draw_smear(seed: int, index: int, label: int, size: int) -> NDArray[np.uint8]:
     """Draw one white cell of class `CLASSES[label]`: (size, size, 3) RGB of a field 24 µm wide.
 
-    The picture depends on the arguments alone, and `size` changes its sharpness but not its scene.
+    The picture depends only on the arguments; `size` changes its sharpness but not its scene.
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, index))))
     look = _LOOKS[label]

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from sslcells import launcher, values
 from sslcells.data._decode import READER, Decoder, Header, Unreadable
 from sslcells.data._scan import OURS, Listing
-from sslcells.data.loader import attended, quiet
+from sslcells.data.loader import start_worker, with_workers
 from sslcells.storage import write_atomically
 
 _READERS = 16
@@ -118,12 +118,12 @@ def _headers(root: Path, names: Sequence[str], decoder: Decoder, whole: bool) ->
         with ThreadPoolExecutor(workers) as pool:
             yield from pool.map(blocks.__getitem__, range(len(blocks)))
         return
-    with attended(_from_processes(blocks, workers)) as headers:
+    with with_workers(_from_processes(blocks, workers)) as headers:
         yield from headers
 
 
 def _from_processes(blocks: "_Blocks", workers: int) -> Generator[list[Header | str], None, None]:
-    yield from DataLoader(blocks, batch_size=None, num_workers=workers, collate_fn=list, worker_init_fn=quiet)
+    yield from DataLoader(blocks, batch_size=None, num_workers=workers, collate_fn=list, worker_init_fn=start_worker)
 
 
 class _Blocks(Dataset[list[Header | str]]):

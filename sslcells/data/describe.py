@@ -1,7 +1,7 @@
-"""What was read of a data set, in words: for `--check`, and for the first lines of a training's log.
+"""Describes a data set in words, for `--check` and for the first lines of the training log.
 
-Whoever reads it should find the mistakes in a folder: a split that was not meant, a class with two images, images
-without a source, files that are no images, sizes and number types that do not belong together.
+The description should reveal the mistakes in a folder: an unintended split, a class with two images, images without a
+source, files that are not images, mixed sizes or number types.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,24 +14,24 @@ from sslcells.data import ImageSet
 from sslcells.data._found import Found
 
 _CLASSES = 60
-"""classes that are listed; of more the largest and the smallest"""
+"""number of classes to list; of more classes, the largest and the smallest"""
 _SAMPLE = 16
-"""images of a split whose values are looked at"""
+"""images per split whose values are read"""
 _HEADERS = 256
-"""files of a split whose headers are read, where the whole split was not looked at"""
+"""files per split whose headers are read, unless the split was verified"""
 
 
 def describe(splits: Mapping[str, ImageSet]) -> str:
-    """Some lines about each split; of a large one only a sample is opened.
+    """Some lines about each split; only a sample of a large split is opened.
 
     Raises:
-        DataError: where an image of the sample cannot be read.
+        DataError: if an image of the sample cannot be read.
     """
     return "\n".join(["what was read:", *(line for name, images in splits.items() for line in _split(name, images))])
 
 
 def brief(splits: Mapping[str, ImageSet]) -> str:
-    """One line: how many images, classes and sources, and what was left out; opens nothing."""
+    """One line: the numbers of images, classes, sources, and files left out; opens no image."""
     out = []
     for name, images in splits.items():
         parts = [f"{name} {len(images):,}"]
@@ -63,7 +63,7 @@ def _labels(images: ImageSet) -> str:
         per_class: list[int] = images.targets.sum(0).tolist()
         none = int((images.targets.sum(1) == 0).sum())
         counts = ", ".join(f"{k} {n:,}" for k, n in enumerate(per_class))
-        return f"labels: several an image, of {len(per_class)} classes: {counts}; {none:,} images have none"
+        return f"labels: several per image, {len(per_class)} classes: {counts}; {_plural(none, 'image')} without any"
     if not images.classes:
         return "labels: none"
     known = images.labels[images.labels >= 0]
@@ -82,23 +82,21 @@ def _labels(images: ImageSet) -> str:
 def _sources(images: ImageSet) -> str:
     if images.sourced is None:
         shared = len(images) - _distinct(images.sources)
-        return (
-            f"sources: {_distinct(images.sources):,}" if shared else "sources: not known, each image counts as its own"
-        )
+        return f"sources: {_distinct(images.sources):,}" if shared else "sources: unknown, each image counts as its own"
     known = int(images.sourced.sum())
     of = _plural(_distinct(images.sources[images.sourced]), "source")
     text = f"sources: {_plural(known, 'image')} of {of}{_such_as(images, images.sourced)}"
     unknown = len(images) - known
-    return text + (f"; {unknown:,} without one{_such_as(images, ~images.sourced)}" if unknown else "; none without one")
+    return text + (f"; {unknown:,} without one{_such_as(images, ~images.sourced)}" if unknown else "; all have one")
 
 
 def _such_as(images: ImageSet, which: Tensor) -> str:
-    places = which.nonzero()
-    return f", such as {images.name(int(places[0]))}" if len(places) else ""
+    indices = which.nonzero()
+    return f", such as {images.name(int(indices[0]))}" if len(indices) else ""
 
 
 def _files(images: ImageSet, found: Found | None) -> list[str]:
-    """Sizes, kinds and pages of the files, of all where they were looked at, else of a sample."""
+    """Sizes, kinds and pages of all files if they were verified, otherwise of a sample."""
     if found is None:
         return []
     of = "all"
@@ -116,7 +114,7 @@ def _files(images: ImageSet, found: Found | None) -> list[str]:
     kinds = sorted(found.kinds.items(), key=lambda item: -item[1][0])
     many = len(kinds) > 1
     lines = [
-        f"files ({of} looked at): "
+        f"files ({of} read): "
         + ", ".join(f"{kind} {n:,}" + f" (such as {example})" * many for kind, (n, example) in kinds[:8])
         + f", … {len(kinds) - 8} more kinds" * (len(kinds) > 8)
     ]
@@ -131,16 +129,15 @@ def _files(images: ImageSet, found: Found | None) -> list[str]:
     if found.paged is not None:
         count, example, pages = found.paged
         lines.append(
-            f"further pages or frames, of which the first alone is read: {_plural(count, 'file')}, "
-            f"such as {example} with {pages}"
+            f"several pages or frames, only the first is used: {_plural(count, 'file')}, such as {example} with {pages}"
         )
     return lines
 
 
 def _values(images: ImageSet) -> str:
-    """Number types and ranges of a sample, as they are before anything is made of them."""
+    """Number types and ranges of a sample, before any conversion."""
     types: dict[str, int] = {}
-    low, high, even = np.inf, -np.inf, 0
+    low, high, constant = np.inf, -np.inf, 0
     undefined = 0
     chosen = _spread(len(images), _SAMPLE)
     for i in chosen:
@@ -150,10 +147,10 @@ def _values(images: ImageSet) -> str:
         undefined += int(finite.size < values.size)
         if finite.size:
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-            even += int(finite.min() == finite.max())
+            constant += int(finite.min() == finite.max())
     named = ", ".join(types) if len(types) == 1 else ", ".join(f"{kind} {n}" for kind, n in types.items())
-    text = f"values ({len(chosen)} looked at): {named}, {low:g} to {high:g}"
-    text += f"; {_plural(even, 'image')} of one even value" if even else ""
+    text = f"values ({len(chosen)} images read): {named}, {low:g} to {high:g}"
+    text += f"; {_plural(constant, 'image')} with only one value" if constant else ""
     return text + (f"; {_plural(undefined, 'image')} with NaN or infinite values" if undefined else "")
 
 
@@ -172,7 +169,7 @@ def _left_out(found: Found | None) -> list[str]:
 
 
 def _spread(count: int, most: int) -> Sequence[int]:
-    """At most `most` of 0..count−1, evenly, the first and the last among them."""
+    """At most `most` of the indices 0..count−1, evenly spaced, including the first and the last."""
     return range(count) if count <= most else [i * (count - 1) // (most - 1) for i in range(most)]
 
 

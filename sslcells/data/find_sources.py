@@ -1,4 +1,4 @@
-"""Which images of a folder show the same place of a slide, where no file name says so.
+"""Finds images of a folder that show the same place of a slide, if file names do not tell.
 
 Copies of a photograph that are turned, mirrored, shifted or cropped keep its colours and its details. Nearest
 neighbours by colour are candidates. SIFT features (Lowe 2004, doi 10.1023/B:VISI.0000029664.99615.94) of both images
@@ -32,9 +32,9 @@ _RATIO, _REACH = 0.8, 6.0
 """Threshold of Lowe's ratio test; largest distance of a mapped feature from its match, in pixels."""
 _SCALES = 0.5, 2.0
 """Smallest and largest scale between two images of one source."""
-_IN_VAIN, _BETWEEN = 5, 3
+_FAILS, _FAILS_BETWEEN = 5, 3
 """Failed pairs after which two groups are not compared further: by colour neighbours, and between all groups."""
-_BLIND = 2
+_STRICTER = 2
 """Factor on `inliers` between groups: there are many pairs of groups, and few of them show one place."""
 _BLOCK = 512
 """Rows whose cosines are in memory at a time."""
@@ -98,7 +98,7 @@ def find_sources(
         except Unreadable as error:
             return str(error)
 
-    with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, user_api="blas"):  # each thread makes products
+    with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, user_api="blas"):  # the pool uses all cores
         results = list(pool.map(read, files))
         unreadable = [(name, seen) for name, seen in zip(names, results, strict=True) if isinstance(seen, str)]
         kept = [(name, seen) for name, seen in zip(names, results, strict=True) if not isinstance(seen, str)]
@@ -107,18 +107,18 @@ def find_sources(
         colours = np.stack([colour for _, (colour, _) in kept]) if kept else np.zeros((0, 1), np.float32)
         joined = Groups(cv2, details, pool, 4 * threads)
         tensor = torch.from_numpy(colours)
-        joined.run(_candidates(tensor, neighbours), inliers, _IN_VAIN)
+        joined.run(_candidates(tensor, neighbours), inliers, _FAILS)
         groups = joined.groups()
         among, nearest = len(groups) * (len(groups) - 1) // 2, _nearest_groups(tensor, groups, between)
         say(f"{len(groups):,} groups; comparing {len(nearest):,} of {among:,} pairs of groups")
-        joined.run(_pairs_between(tensor, groups, nearest), _BLIND * inliers, _BETWEEN)
+        joined.run(_pairs_between(tensor, groups, nearest), _STRICTER * inliers, _FAILS_BETWEEN)
     return Sources(
         [name for name, _ in kept], joined.group_of_each(), joined.best, unreadable, joined.passed, joined.failed
     )
 
 
 def _colour_and_details(cv2: Any, pixels: NDArray[np.uint8]) -> tuple[Floats, Details]:
-    """Colours (320,), square roots of the shares of lightness and hue, which turning leaves as they are; details."""
+    """Colours (320,), square roots of the shares of lightness and hue, the same after rotation; and the details."""
     lab = cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB)
     light = cv2.calcHist([lab], [0], None, [64], [0, 256]).ravel()
     hue = cv2.calcHist([lab], [1, 2], None, [16, 16], [90, 180, 90, 180]).ravel()
@@ -152,23 +152,23 @@ class Groups:
         while True:
             batch: list[tuple[int, int]] = []
             for pair in candidates:
-                both = self._both(*pair)
-                if both[0] != both[1] and fails[both] < patience:
+                groups = self._groups_of(*pair)
+                if groups[0] != groups[1] and fails[groups] < patience:
                     batch.append(pair)
                 if len(batch) == self._ahead:
                     break
             if not batch:
                 return
             for compared in self._pool.map(self._compare, batch):
-                both = self._both(compared.one, compared.other)
+                groups = self._groups_of(compared.one, compared.other)
                 if compared.inliers >= inliers:
-                    self._parent[both[1]] = both[0]
+                    self._parent[groups[1]] = groups[0]
                     self.passed.append(compared)
                     for i in (compared.one, compared.other):
                         self.best[i] = max(self.best[i], compared.inliers)
                 else:
                     self.failed.append(compared)
-                    fails[both] += 1
+                    fails[groups] += 1
 
     def group_of_each(self) -> list[int]:
         """For each image the first image of its group."""
@@ -187,7 +187,7 @@ class Groups:
             parent[i] = i = parent[parent[i]]
         return i
 
-    def _both(self, i: int, j: int) -> tuple[int, int]:
+    def _groups_of(self, i: int, j: int) -> tuple[int, int]:
         a, b = self._first(i), self._first(j)
         return min(a, b), max(a, b)
 
@@ -207,9 +207,9 @@ def _candidates(colours: Tensor, neighbours: int) -> Iterator[tuple[int, int]]:
 
 
 def _nearest_groups(colours: Tensor, groups: Sequence[Sequence[int]], most: int) -> list[tuple[int, int]]:
-    """At most `most` pairs of groups, by the cosine of their mean colours, in the order of `_candidates`."""
+    """At most `most` pairs of groups, nearest by the cosine of their mean colours, in the order of `_candidates`."""
     mean = torch.stack([colours[members].mean(0) for members in groups]) if groups else colours
-    each = -(-2 * most // max(1, len(groups)))  # neighbours of a group: every pair is met up to twice
+    each = -(-2 * most // max(1, len(groups)))  # neighbours of a group: a pair may appear twice, once for each group
     return list(islice(_candidates(unit(mean), each), most))
 
 
@@ -219,7 +219,7 @@ def _pairs_between(
     """For each pair of groups the images that are nearest by colour, each image in one pair."""
     for a, b in pairs:
         cosine = colours[groups[a]] @ colours[groups[b]].T
-        for _ in range(min(_BETWEEN, *cosine.shape)):
+        for _ in range(min(_FAILS_BETWEEN, *cosine.shape)):
             i, j = divmod(int(cosine.argmax()), cosine.shape[1])
             cosine[i] = cosine[:, j] = -1
             yield groups[a][i], groups[b][j]
@@ -237,13 +237,13 @@ def _nearest_by_colour(rows: Tensor, count: int) -> Tensor:
 
 
 def shared(cv2: Any, one: Details, other: Details) -> int:
-    """How many details of `one` a single rotation, scale and shift maps onto `other`, as it is or mirrored."""
+    """Number of details of `one` that one rotation, scale and shift maps onto `other`, as it is or mirrored."""
     best = 0
-    place, mine = one.place[0], _root(one.descriptor[0])
+    place, mine = one.place[0], _root_sift(one.descriptor[0])
     for flip in (0, 1):
         if min(len(mine), len(other.descriptor[flip])) < 4:
             continue
-        cosine = mine @ _root(other.descriptor[flip]).T
+        cosine = mine @ _root_sift(other.descriptor[flip]).T
         nearest = cosine.argmax(1)
         rows = np.arange(len(cosine))
         first = cosine[rows, nearest]
@@ -260,7 +260,7 @@ def shared(cv2: Any, one: Details, other: Details) -> int:
     return best
 
 
-def _root(descriptor: NDArray[np.uint8]) -> Floats:
+def _root_sift(descriptor: NDArray[np.uint8]) -> Floats:
     """RootSIFT (Arandjelović and Zisserman, CVPR 2012, section 3): square roots of shares, rows of norm 1."""
     x = descriptor.astype(np.float32)
     rooted: Floats = np.sqrt(x / np.maximum(x.sum(1, keepdims=True), 1e-9))
@@ -271,7 +271,7 @@ def agreement(found: Sources, table: Mapping[str, str]) -> str:
     """Precision and recall of pairs of one source, among the images in a table of path → known source."""
     both = [(g, table[path]) for path, g in zip(found.paths, found.group, strict=True) if path in table]
     if not both:
-        return "none of these images is in the table of known sources: are its paths those below the folder?"
+        return "none of these images is in the table of known sources; its paths must be relative to the folder"
 
     def pairs(keys: Sequence[Any]) -> int:
         return sum(n * (n - 1) // 2 for n in Counter(keys).values())

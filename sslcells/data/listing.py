@@ -1,4 +1,4 @@
-"""The images that a run learns from, written down in its folder: it goes on with the same ones, wherever they lie."""
+"""The list of a run's train images, kept in its folder: it resumes only with the same images, wherever they are."""
 
 import gzip
 import json
@@ -12,37 +12,37 @@ from sslcells.data import ImageSet
 from sslcells.storage import is_file, json_text, write_atomically
 
 FILE = "trained_on.json.gz"
-"""In a run's folder: names, labels and sources of the images that it learns from, and the names of the classes."""
+"""In a run's folder: names, labels and sources of the images that it trains on, and the names of the classes."""
 PATHS = {"data.path", "data.root", "data.sources"}
-"""Where they lie, and their table of sources: may change when a run goes on, as the images themselves are compared."""
+"""Keys that may change when a run resumes: paths only, as the images and sources themselves are compared."""
 
 
-def note(folder: Path, images: ImageSet) -> None:
-    """Write down the images of a run's train split."""
-    content = gzip.compress(json_text(_listed(images)).encode(), compresslevel=1, mtime=0)
+def record(folder: Path, images: ImageSet) -> None:
+    """Write the list of a run's train images into its folder."""
+    content = gzip.compress(json_text(_content(images)).encode(), compresslevel=1, mtime=0)
     write_atomically(folder / FILE, lambda file: file.write(content))
 
 
-def noted(folder: Path) -> bool:
-    """Whether they are written down: earlier versions did not."""
+def recorded(folder: Path) -> bool:
+    """True if the folder has the list; earlier versions did not write it."""
     return is_file(folder / FILE)
 
 
 def differences(folder: Path, images: ImageSet) -> list[str]:
-    """How the images of train differ from those that are written down, for a person; nothing where they are the same.
+    """How the images of train differ from the recorded ones, in words; empty if they are the same.
 
     Raises:
-        ConfigError: where what is written down cannot be read.
+        ConfigError: if the list cannot be read.
     """
     try:
         before = json.loads(gzip.decompress((folder / FILE).read_bytes()))
-        now = json.loads(json_text(_listed(images)))
-        return _differ(before, now)
+        now = json.loads(json_text(_content(images)))
+        return _differences(before, now)
     except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
         raise ConfigError(f"{folder / FILE} cannot be read: {error}; choose another name=") from None
 
 
-def _listed(images: ImageSet) -> dict[str, Any]:
+def _content(images: ImageSet) -> dict[str, Any]:
     labels = images.labels if images.targets is None else images.targets
     return {
         "classes": list(images.classes),
@@ -52,19 +52,19 @@ def _listed(images: ImageSet) -> dict[str, Any]:
     }
 
 
-def _differ(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if before == now:
         return []
     then, names = before["names"], now["names"]
     if set(then) != set(names) or len(then) != len(names):
-        counts = f"it learned from {len(then)} images and would go on with {len(names)}"
+        counts = f"it was trained on {len(then)} images and would resume with {len(names)}"
         new, gone = _without(names, then), _without(then, names)
         return [
             "; ".join([counts, *_some(new, "new, such as"), *_some(gone, "no longer there, such as")]),
         ]
     if then != names:
         first = next(i for i, pair in enumerate(zip(then, names, strict=True)) if pair[0] != pair[1])
-        return [f"its images come in another order: image {first} was {then[first]}, now {names[first]}"]
+        return [f"its images are in another order: image {first} was {then[first]}, now {names[first]}"]
     if before["classes"] != now["classes"]:
         return [f"its classes were {', '.join(before['classes'])}; now {', '.join(now['classes'])}"]
     out = []

@@ -1,4 +1,4 @@
-"""How images are read, in the batches that a sampler names."""
+"""Reads images in the batches that a sampler chooses."""
 
 import shutil
 import signal
@@ -26,7 +26,7 @@ class Unread(NamedTuple):
 
 
 class _Samples(Dataset[Sample | Unread]):
-    """An image set as the data loader reads it: an unreadable image is handed over, to be told where it is seen."""
+    """An image set for torch's data loader. An error is returned, not raised: the main process raises or lists it."""
 
     def __init__(self, images: ImageSet) -> None:
         self._images = images
@@ -44,21 +44,21 @@ class _Samples(Dataset[Sample | Unread]):
 
 
 def _collate(samples: Sequence[Sample | Unread]) -> Batch | DataError:
-    whole: list[Sample] = []
+    good: list[Sample] = []
     for sample in samples:
         if isinstance(sample, Unread):
             return sample.error
-        whole.append(sample)
-    pixels, *ids = zip(*whole, strict=True)
+        good.append(sample)
+    pixels, *ids = zip(*good, strict=True)
     batch = Batch(torch.stack(pixels), *(torch.tensor(i, dtype=torch.int64) for i in ids))
-    return _unshared(batch) or batch
+    return _share_memory(batch) or batch
 
 
-def _unshared(tensors: Sequence[Tensor]) -> DataError | None:
-    """Lay a worker's tensors into the memory that it shares with the main process, or say why that cannot be done.
+def _share_memory(tensors: Sequence[Tensor]) -> DataError | None:
+    """Move a worker's tensors into memory that it shares with the main process; returns the error if there is no room.
 
-    torch would do it later, in a thread of the queue's, where an error is printed and the batch lost: the main process
-    waits for it for ever.
+    Otherwise torch would do it later, in a thread of its queue. There an error is only printed and the batch is lost,
+    and the main process waits for it for ever.
     """
     if get_worker_info() is None:
         return None
@@ -66,41 +66,41 @@ def _unshared(tensors: Sequence[Tensor]) -> DataError | None:
         for x in tensors:
             x.share_memory_()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        return _no_room(sum(x.nbytes for x in tensors), error)
+        return _no_room_error(sum(x.nbytes for x in tensors), error)
     return None
 
 
-def _no_room(size: int, error: Exception) -> DataError:
+def _no_room_error(size: int, error: Exception) -> DataError:
     try:
         room = shutil.disk_usage("/dev/shm")
         shm = f"/dev/shm has {room.total / 2**20:.4g} MiB, {room.free / 2**20:.4g} of them free"
     except OSError:
-        shm = "/dev/shm is not there"
+        shm = "there is no /dev/shm"
     return DataError(
         f"a process that reads images found no room in shared memory for {size / 2**20:.3g} MiB: {shm} "
-        f"({str(error).splitlines()[0]}). A larger one helps (docker run --shm-size=8g), fewer train.workers, or "
+        f"({str(error).splitlines()[0]}). Make it larger (docker run --shm-size=8g), use fewer train.workers, or use "
         f"train.workers=0 (sslcells embed: --workers 0)"
     )
 
 
-def quiet(worker: int) -> None:
-    """A worker leaves signals to its parent, and takes one core."""
+def start_worker(worker: int) -> None:
+    """Prepare a data loader process: it leaves signals to its parent, and uses one core."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.set_wakeup_fd(-1)  # what comes here is not for the parent
+    signal.set_wakeup_fd(-1)  # inherited: the worker's signals would wake the parent
     torch.set_num_threads(1)
 
 
 def read(
     images: ImageSet, batches: Sampler[list[Pick]], workers: int, pin_memory: bool, together: int = 1
 ) -> Generator[Batch, None, None]:
-    """The batches of images that a sampler names, in its order, read ahead by `workers` processes.
+    """The batches of images that a sampler chooses, in its order, read ahead by `workers` processes.
 
-    For `attended`, where processes read. So many batches are wanted `together`; what is read ahead has the bytes of
-    those, or `AHEAD` where that is more.
+    Use it inside `with_workers`. The caller uses `together` batches at a time; the images read ahead have as many bytes
+    as these, or `AHEAD` if that is more.
 
     Raises:
-        DataError: where an image cannot be read, naming it.
+        DataError: if an image cannot be read; the message names it.
     """
     for batch in _loaded(images, batches, workers, pin_memory, _collate, together):
         if isinstance(batch, DataError):
@@ -111,7 +111,7 @@ def read(
 def read_in_parts(
     images: ImageSet, batches: Sampler[list[Pick]], parts: int, workers: int, pin_memory: bool
 ) -> Generator[list[Batch], None, None]:
-    """As `read`, but each batch in so many equal parts: a large one is never copied into one piece, nor read as one."""
+    """Like `read`, but each batch comes in `parts` equal parts, so a large batch is never copied into one piece."""
     batch: list[Batch] = []
     for part in read(images, Parts(batches, parts), workers, pin_memory, together=parts):
         batch.append(part)
@@ -121,14 +121,14 @@ def read_in_parts(
 
 
 @contextmanager
-def attended(batches: Generator[T, None, None]) -> Iterator[Generator[T, None, None]]:
-    """From `with` to its end the batches of `read` are read; the processes that do it end with the block.
+def with_workers(batches: Generator[T, None, None]) -> Iterator[Generator[T, None, None]]:
+    """The batches of `read`, while the `with` block lasts; the processes that read them end with it.
 
-    One left behind would wait for work for ever, and the exit for it. One that dies is told in the middle of anything:
-    torch raises where the signal of its death arrives.
+    A process left behind would wait for work for ever, and keep the program from exiting. If one dies, torch raises an
+    error in the main process at any place in the block.
 
     Raises:
-        DataError: where a process that reads dies.
+        DataError: if a process that reads dies.
     """
     try:
         yield batches
@@ -136,7 +136,7 @@ def attended(batches: Generator[T, None, None]) -> Iterator[Generator[T, None, N
         if "DataLoader worker" not in str(error):
             raise
         shared = "; see /dev/shm, and train.workers=0" if "shm" in str(error) else ""
-        died = DataError(f"a process that reads images died, for lack of memory perhaps: {error}{shared}")
+        died = DataError(f"a process that reads images died, perhaps for lack of memory: {error}{shared}")
         for note in getattr(error, "__notes__", ()):  # on which rank
             died.add_note(note)
         raise died from None
@@ -145,25 +145,25 @@ def attended(batches: Generator[T, None, None]) -> Iterator[Generator[T, None, N
 
 
 class Readable(NamedTuple):
-    """What could be read of the images that were asked for together."""
+    """A batch in which some images may be unreadable."""
 
-    asked: int
-    """how many were"""
+    size: int
+    """number of images, unreadable ones included"""
     image: list[int]
-    """the indices of those that could, in their order"""
+    """indices of the images that could be read, in order"""
     pixels: Tensor | list[Tensor]
-    """theirs: (B, C, H, W) uint8, or (C, H, W) each where their sizes differ"""
+    """of these images: (B, C, H, W) uint8, or a list of (C, H, W) if their sizes differ"""
     unreadable: list[tuple[int, str]]
-    """the indices of the others, and why"""
+    """index of each other image, and the reason"""
 
 
 def read_readable(
     images: ImageSet, batches: Sampler[list[Pick]], workers: int, pin_memory: bool
 ) -> Generator[Readable, None, None]:
-    """As `read`, but what cannot be read is listed instead, and sizes may differ.
+    """Like `read`, but unreadable images are listed in the batch, and sizes may differ.
 
     Raises:
-        DataError: where there is no room for what was read.
+        DataError: if shared memory has no room for the images.
     """
     for batch in _loaded(images, batches, workers, pin_memory, _collate_readable):
         if isinstance(batch, DataError):
@@ -177,7 +177,8 @@ def _collate_readable(samples: Sequence[Sample | Unread]) -> Readable | DataErro
     unreadable = [(sample.image, str(sample.error)) for sample in samples if isinstance(sample, Unread)]
     one_size = len({x.shape for x in pixels}) == 1
     read = torch.stack(pixels) if one_size else pixels
-    return _unshared([read] if isinstance(read, Tensor) else read) or Readable(len(samples), image, read, unreadable)
+    error = _share_memory([read] if isinstance(read, Tensor) else read)
+    return error or Readable(len(samples), image, read, unreadable)
 
 
 def _loaded(
@@ -188,46 +189,46 @@ def _loaded(
     collate: Callable[[Sequence[Sample | Unread]], Any],
     together: int = 1,
 ) -> Iterator[Any]:
-    """What `collate` makes of each batch."""
+    """The result of `collate` for each batch."""
     loader: DataLoader[Sample | Unread] = DataLoader(
         _Samples(images),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=quiet,
+        worker_init_fn=start_worker,
         pin_memory=pin_memory,
         prefetch_factor=ahead(_bytes(images, batches), workers, together) if workers else None,
     )
     try:
-        each = iter(loader)
-    except OSError as error:  # the processes' locks lie in shared memory too
+        batches_read = iter(loader)
+    except OSError as error:  # the processes' locks are in shared memory too
         if not workers:
             raise
-        raise _no_room(0, error) from None
-    yield from each
+        raise _no_room_error(0, error) from None
+    yield from batches_read
 
 
 AHEAD = 2**30
-"""bytes of images that a rank reads ahead, at the most, unless one batch is more"""
+"""most bytes of images that a rank reads ahead, unless the batches used at a time are larger"""
 
 
 def ahead(size: int, workers: int, together: int = 1) -> int:
-    """Batches of `size` bytes that each worker reads ahead: four times what is wanted together, if bytes allow."""
+    """Number of batches of `size` bytes that each worker reads ahead: 4 · `together`, or fewer if they are large."""
     allowed = max(AHEAD, size * together) // max(1, size)
     return max(1, min(4 * together, allowed // workers))
 
 
 def _bytes(images: ImageSet, batches: Sampler[list[Pick]]) -> int:
-    """Bytes of the pixels of a batch, by its first image."""
+    """Bytes of the pixels of a batch, estimated from its first image."""
     first = next(iter(batches), [])
     try:
         return len(first) * images.pixels(first[0].image).nbytes if first else 0
-    except DataError:  # told where it is read
+    except DataError:  # raised again when the batch is read
         return 0
 
 
 class Parts(Sampler[list[Pick]]):
-    """Batches, each cut into so many equal parts."""
+    """Batches, each cut into `parts` equal parts."""
 
     def __init__(self, batches: Sampler[list[Pick]], parts: int) -> None:
         self._batches, self._parts = batches, parts

@@ -1,4 +1,4 @@
-"""Which images make up the global batch of a step: a function of (seed, step), so that any step can be gone to."""
+"""Chooses the images of each global batch, as a function of seed and step, so that a run can resume at any step."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,36 +19,36 @@ class Sampling(ABC):
     """The global batches of a run, the same for any number of ranks."""
 
     repeats: bool = False
-    """whether an image may come more than once in a global batch"""
+    """True if a global batch may show an image more than once"""
 
     @abstractmethod
     def batch(self, step: int) -> Tensor:
-        """(G,) int64: the images of the global batch of a step; rank r of W takes the r-th part."""
+        """(G,) int64: the images of a step's global batch; rank r of W takes the r-th part."""
 
     @abstractmethod
     def describe(self) -> str:
-        """What it does, in numbers, for `--check`."""
+        """A description with numbers, for `--check`."""
 
 
 def build(config: Sampler, images: ImageSet, global_batch: int, seed: int) -> Sampling:
-    """The sampling that `config` describes, of the images of a train split.
+    """The sampling of a train split that `config` asks for.
 
     Raises:
-        ConfigError: where the images, or the size of the global batch, do not allow it.
+        ConfigError: if the images or the size of the global batch do not allow it.
     """
     if config.kind == "shuffle":
         return Shuffle(len(images), global_batch, seed)
     if config.kind == "sources":
         return Groups(images.sources, "source", config.per_source, global_batch, seed)
     if not images.labelled:
-        raise ConfigError(f"sampler.kind={config.kind} needs labels; the train split has none: sampler.kind=shuffle")
+        raise ConfigError(f"sampler.kind={config.kind} needs labels, train has none; use sampler.kind=shuffle")
     if config.kind == "balanced":
         return Balanced(images.labels, images.classes, global_batch, seed)
     return Groups(images.labels, "class", config.per_class, global_batch, seed)
 
 
 class Shuffle(Sampling):
-    """Every epoch is a permutation of the images; the rest of an epoch that fills no batch is dropped."""
+    """Each epoch is a permutation of the images; its last images are dropped if they do not fill a batch."""
 
     def __init__(self, images: int, global_batch: int, seed: int) -> None:
         self._images, self._global_batch, self._seed = images, global_batch, seed
@@ -63,13 +63,13 @@ class Shuffle(Sampling):
 
     def describe(self) -> str:
         """How many images an epoch leaves out."""
-        return f"every image once an epoch, but for {self._images % self._global_batch} that fill no global batch"
+        return f"every image once per epoch, except {self._images % self._global_batch} that do not fill a batch"
 
 
 class Balanced(Sampling):
-    """Every class equally often: each has G // K or one more images in a global batch, and over K batches the same.
+    """All classes equally often: G // K or one more images of each in a global batch, and as many of each in K batches.
 
-    A class is gone through image by image, in a new order each round, before one of its images comes again.
+    An image is repeated only after all others of its class; each round through a class has a new order.
     """
 
     def __init__(self, labels: Tensor, classes: tuple[str, ...], global_batch: int, seed: int) -> None:
@@ -81,20 +81,21 @@ class Balanced(Sampling):
         self._rounds = [_Rounds(size, share, False, seed, c) for c, size in enumerate(self._members.sizes)]
 
     def batch(self, step: int) -> Tensor:
-        """The places step·G … (step+1)·G−1 of an endless row in which the classes take turns."""
+        """Positions step·G … (step+1)·G−1 of an endless sequence in which the classes take turns."""
         count, first = len(self._members), step * self._global_batch
         out = torch.empty(self._global_batch, dtype=torch.int64)
         for c, rounds in enumerate(self._rounds):
-            places = slice((c - first) % count, None, count)
-            many = len(out[places])
-            out[places] = self._members.of(c)[rounds.take((first + places.start) // count, many)]
+            positions = slice((c - first) % count, None, count)
+            many = len(out[positions])
+            out[positions] = self._members.of(c)[rounds.take((first + positions.start) // count, many)]
         return out
 
     def describe(self) -> str:
-        """The share of a class in the batch, and how often the images of its extremes are seen."""
+        """The number of images per class, and how often images of the smallest and the largest class are seen."""
         sizes, count = self._members.sizes, len(self._members)
         share = self._global_batch / count
-        each = f"{self._global_batch // count}" + (" or one more" if self._global_batch % count else "")
+        each = f"{self._global_batch // count}"
+        each += f" or {self._global_batch // count + 1}" if self._global_batch % count else ""
         often = sum(sizes) / count
         extremes = [
             f"an image of {self._names[self._members.ids[c]]!r} ({sizes[c]} images) {often / sizes[c]:.3g} times"
@@ -102,16 +103,17 @@ class Balanced(Sampling):
         ]
         repeats = sum(size < share for size in sizes)
         return (
-            f"{each} of each of {count} classes in a global batch; an epoch shows {' and '.join(extremes)}"
-            + (f"; classes with fewer images, which a batch shows more than once: {repeats}" if repeats else "")
+            f"{each} images of each of {count} classes in a global batch; an epoch shows {' and '.join(extremes)}"
+            + (f"; classes with too few images, repeated within a batch: {repeats}" if repeats else "")
             + self._members.left_out()
         )
 
 
 class Groups(Sampling):
-    """G / k different classes, or sources, in a global batch and k different images of each; all equally often.
+    """G / k different groups (classes or sources) in a global batch, and k different images of each; all equally often.
 
-    The first image of every group comes before the second of any, so that a rank's part, and a micro-batch, hold many.
+    A batch has the first image of every group, then the second of every group, and so on: then the part of each rank,
+    and each micro-batch, has many groups.
     """
 
     def __init__(self, ids: Tensor, what: Literal["class", "source"], each: int, global_batch: int, seed: int) -> None:
@@ -123,7 +125,7 @@ class Groups(Sampling):
         self._seed = seed
 
     def batch(self, step: int) -> Tensor:
-        """Turns step·P … (step+1)·P−1 of the groups; a group's t-th turn shows its next k images."""
+        """Turns step·P … (step+1)·P−1 of the groups, P = G / k; in each turn a group shows its next k images."""
         first = step * self._groups
         chosen = self._turns.take(first, self._groups).tolist()
         rows = []
@@ -136,41 +138,41 @@ class Groups(Sampling):
         return torch.stack(rows, 1).flatten()
 
     def describe(self) -> str:
-        """P × K."""
+        """The numbers of groups and of images per group."""
         sizes, plural = self._members.sizes, "classes" if self._what == "class" else "sources"
         return (
             f"{self._groups} of {len(sizes)} {plural} in a global batch, {self._each} different images of each; "
-            f"every {self._what} equally often, whether it has {min(sizes)} images or {max(sizes)}"
+            f"every {self._what} equally often, although they have {min(sizes)} to {max(sizes)} images"
             + self._members.left_out()
         )
 
 
 _LARGE = 256
-"""images of a group whose order is kept between its turns; a smaller one's is cheaper to make again"""
+"""a group with more images keeps its order between turns; the order of a smaller one is cheap to compute again"""
 
 
 def _check(members: "_Members", what: Literal["class", "source"], each: int, global_batch: int) -> None:
-    """Raise a ConfigError unless G / k groups of at least k images can be had."""
+    """Raise a ConfigError unless there are G / k groups, each with at least k images."""
     key, plural = ("per_class", "classes") if what == "class" else ("per_source", "sources")
-    said, sizes = f"sampler.{key}={each}", members.sizes
+    setting, sizes = f"sampler.{key}={each}", members.sizes
     if global_batch % each:
-        near = [k for k in range(1, global_batch + 1) if global_batch % k == 0]
-        right = min(near, key=lambda k: abs(k - each))
-        raise ConfigError(f"{said} does not divide train.global_batch={global_batch}; {right} does")
+        divisors = [k for k in range(1, global_batch + 1) if global_batch % k == 0]
+        closest = min(divisors, key=lambda k: abs(k - each))
+        raise ConfigError(f"{setting} does not divide train.global_batch={global_batch}; {closest} does")
     if global_batch // each > len(sizes):
         raise ConfigError(
-            f"{said} with train.global_batch={global_batch} takes {global_batch // each} {plural} a batch; the train "
-            f"split has {len(sizes)}: train.global_batch={len(sizes) * each} is the largest"
+            f"{setting} with train.global_batch={global_batch} needs {global_batch // each} {plural} in a batch; the "
+            f"train split has {len(sizes)}: train.global_batch may be at most {len(sizes) * each}"
         )
     if min(sizes) < each:
         small = sum(size < each for size in sizes)
         raise ConfigError(
-            f"{said} is more than the images of {small} of {len(sizes)} {plural}; the smallest has {min(sizes)}"
+            f"{setting}: {small} of {len(sizes)} {plural} have fewer images; the smallest has {min(sizes)}"
         )
 
 
 class _Members:
-    """The images of each class or source; an unknown one (-1) is left out."""
+    """The images of each class or source, without those whose class or source is unknown (-1)."""
 
     def __init__(self, ids: Tensor) -> None:
         known = ids >= 0
@@ -189,26 +191,28 @@ class _Members:
         return self._order[self._ends[group] - self.sizes[group] : self._ends[group]]
 
     def left_out(self) -> str:
-        """The end of a description."""
-        return f"; {self._unknown} images of no known class are not drawn" if self._unknown else ""
+        """The end of a description: the images that are never drawn."""
+        return f"; {self._unknown} images without a class are not drawn" if self._unknown else ""
 
 
 class _Rounds:
-    """An endless row of the numbers 0..n-1, each once a round.
+    """An endless sequence of rounds; each round has the numbers 0..n-1 once, in random order.
 
-    Taken at most `most` at a time, the row never gives a number twice at once, where n ≥ most. A round that began with
-    what ended the last one would: with n ≥ 3 · (most − 1) numbers those are put off to the middle of the round. With
-    fewer the order stays; where all takings are `even`, of just `most`, until a round begins where a taking does.
+    At most `most` numbers are taken at a time. They are all different if n ≥ most, even if they come from two rounds:
+
+    - With n ≥ 3 · (most − 1), the last numbers of a round are moved away from the start of the next round.
+    - With fewer, all rounds have the same order. If every take is of exactly `most` numbers (`even`), a new order
+      begins whenever a round and a take begin together.
     """
 
     def __init__(self, n: int, most: int, even: bool, *seed: int) -> None:
-        self._n, self._seam, self._seed = n, most - 1, seed
-        self._late = n >= 3 * self._seam
-        self._together = most // math.gcd(n, most) if even else None
+        self._n, self._end, self._seed = n, most - 1, seed
+        self._moves = n >= 3 * self._end
+        self._rounds_alike = most // math.gcd(n, most) if even else None
         self._last = -1, torch.empty(0, dtype=torch.int64)
 
     def take(self, first: int, count: int) -> Tensor:
-        """(count,) int64: places first … first+count−1 of the row."""
+        """(count,) int64: positions first … first+count−1 of the sequence."""
         parts = [torch.empty(0, dtype=torch.int64)]
         while count > 0:
             number, at = divmod(first, self._n)
@@ -217,23 +221,23 @@ class _Rounds:
         return torch.cat(parts)
 
     def _round(self, number: int) -> Tensor:
-        if not self._late:
-            number -= number % self._together if self._together else number
+        if not self._moves:
+            number -= number % self._rounds_alike if self._rounds_alike else number
         if self._last[0] != number:
             order = permutation(self._n, *self._seed, number)
-            if self._late and self._seam and number:
-                ended = permutation(self._n, *self._seed, number - 1)[-self._seam :]
-                head, rest = order[: -self._seam], order[-self._seam :]
-                late = torch.isin(head, ended)
-                order = torch.cat([head[~late], head[late], rest])
+            if self._moves and self._end and number:
+                previous_end = permutation(self._n, *self._seed, number - 1)[-self._end :]
+                start, end = order[: -self._end], order[-self._end :]
+                recent = torch.isin(start, previous_end)
+                order = torch.cat([start[~recent], start[recent], end])
             self._last = number, order
         return self._last[1]
 
 
 class Steps(IndexSampler[list[Pick]]):
-    """One rank's part of the global batches of steps start..stop-1, each image with its occurrence in its batch.
+    """One rank's part of the global batches of steps start..stop-1, each image with its occurrence in the global batch.
 
-    The occurrence is counted over the global batch, so that it is the same for any number of ranks.
+    So the occurrence is the same for any number of ranks.
     """
 
     def __init__(self, sampling: Sampling, rank: int, world: int, start: int, stop: int) -> None:
@@ -243,25 +247,25 @@ class Steps(IndexSampler[list[Pick]]):
     def __iter__(self) -> Iterator[list[Pick]]:
         for step in range(self._start, self._stop):
             batch = self._sampling.batch(step)
-            whole = torch.stack([batch, occurrences(batch)], 1)
-            yield [Pick(*row) for row in whole.chunk(self._world)[self._rank].tolist()]
+            picks = torch.stack([batch, occurrences(batch)], 1)
+            yield [Pick(*row) for row in picks.chunk(self._world)[self._rank].tolist()]
 
     def __len__(self) -> int:
         return self._stop - self._start
 
 
 def occurrences(ids: Tensor) -> Tensor:
-    """How many equal ids stand before each: (G,) int64 → (G,) int64."""
+    """For each id the number of equal ids before it: (G,) int64 → (G,) int64."""
     ordered, order = ids.sort(stable=True)
-    place = torch.arange(len(ids))
+    position = torch.arange(len(ids))
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
-    begins = torch.where(first, place, 0).cummax(0).values
-    return torch.empty_like(ids).scatter_(0, order, place - begins)
+    begins = torch.where(first, position, 0).cummax(0).values
+    return torch.empty_like(ids).scatter_(0, order, position - begins)
 
 
 def permutation(count: int, *seed: int) -> Tensor:
-    """(count,) int64: 0..count-1 in an order that the numbers of the seed decide."""
+    """(count,) int64: the numbers 0..count-1 in a random order, which the seed decides."""
     mixed = 0
     for number in seed:
         mixed = (mixed * 1_000_003 + number) % 2**63
@@ -269,10 +273,10 @@ def permutation(count: int, *seed: int) -> Tensor:
 
 
 def composition(batch: Batch, device: torch.device) -> dict[str, float]:
-    """How many of an anchor's negatives, the other images of the global batch, are of its own kind: means over anchors.
+    """How many of the other images of the global batch have the source or the class of an anchor: means over anchors.
 
-    `batch/same_source`: of its source. `batch/same_label`: of its class, among the images whose class is known; left
-    out where none is. Every rank takes part.
+    `batch/same_source` is the share with its source. `batch/same_label` is the share with its class, among the images
+    with a known class; it is left out if there are none. Every rank must call it.
     """
     label, source = ranks.gather(torch.stack([batch.label, batch.source], 1).to(device)).cpu().unbind(1)
     out = {"batch/same_source": _share(source)}

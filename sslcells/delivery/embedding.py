@@ -19,7 +19,7 @@ from sslcells import launcher, ranks
 from sslcells.config import ConfigError, extra, installed
 from sslcells.data import DataError, Pick
 from sslcells.data.folder import FolderImages, class_of, list_images
-from sslcells.data.loader import Readable, attended, read_readable
+from sslcells.data.loader import Readable, read_readable, with_workers
 from sslcells.delivery import DeliveryError
 from sslcells.delivery.encoder import Encoder, find_run, finite, load_encoder
 from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, list_digest, spelt
@@ -227,13 +227,13 @@ def _embed(
     root, unknown = embeddings.root, torch.full((len(names),), -1)
     images = FolderImages(Path(root), names, encoder.reader(), (), unknown, unknown, {})
     ahead = read_readable(images, _Parts(embeddings, mine, batch), workers, pin_memory=device.type == "cuda")
-    with attended(ahead) as parts, suppress(Awaited):
+    with with_workers(ahead) as parts, suppress(Awaited):
         encoded = encode_batches(_awaited(parts, root, interrupt), lambda part: encoder(part.pixels), meter.add)
         for number in mine:
             rows, wanted, held = [], len(embeddings.members(number)), list[Readable]()
             while wanted:
                 part, z = next(encoded)
-                wanted -= part.asked
+                wanted -= part.size
                 if z is not None:
                     rows.append(finite(z.cpu(), encoder))
                 held.append(part._replace(pixels=[]))

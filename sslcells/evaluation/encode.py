@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sslcells import ranks
 from sslcells.data import DataError, ImageSet
-from sslcells.data.loader import InOrder, Readable, attended, read_readable
+from sslcells.data.loader import InOrder, Readable, read_readable, with_workers
 from sslcells.data.sampler import permutation
 
 Prepare = Callable[[Tensor, Tensor], Tensor]
@@ -79,7 +79,7 @@ def encode_batches(
     """
     for batch in batches:
         z = network(batch).float() if batch.image else None
-        progress(batch.asked)
+        progress(batch.size)
         yield batch, z
 
 
@@ -114,7 +114,7 @@ def encode(
 
     def local(mine: Sequence[int]) -> list[tuple[Tensor, ...]]:
         ahead = read_readable(images, InOrder(mine, batch), workers, pin_memory=device.type == "cuda")
-        with attended(ahead) as batches:
+        with with_workers(ahead) as batches:
             return [
                 (z, *of_pixels(_of_one_size(read)))
                 for read, z in encode_batches(_all_readable(batches), network, progress)

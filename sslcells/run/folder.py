@@ -80,8 +80,8 @@ def _take(run: Run, images: ImageSet, claim: Claim) -> Path | None:
         raise ConfigError(f"{run.folder} holds {whole.name} and resume=never; choose another name=")
     if whole is not None:
         _same_run(run, images)
-    if whole is None or not listing.noted(run.folder):
-        listing.note(run.folder, images)
+    if whole is None or not listing.recorded(run.folder):
+        listing.record(run.folder, images)
     (run.folder / "config.yaml").write_text(dump(run), encoding="utf-8")
     return whole
 
@@ -141,13 +141,13 @@ def _same_run(run: Run, images: ImageSet) -> None:
 
     Where these lie may change, as it does where each job copies them to a place of its own.
     """
-    noted = listing.noted(run.folder)
-    if different := changed(run, listing.PATHS if noted else ()):
+    recorded = listing.recorded(run.folder)
+    if different := changed(run, listing.PATHS if recorded else ()):
         raise ConfigError(
             f"{run.folder} holds a run with another configuration ({'; '.join(different)}); choose another name=, "
             f"or go on with the one it has: --config {run.folder / 'config.yaml'}"
         )
-    if noted and (different := listing.differences(run.folder, images)):
+    if recorded and (different := listing.differences(run.folder, images)):
         raise ConfigError(
             f"{run.folder} holds a run of other images: {'; '.join(different)}. Give it the images that it had, or "
             f"choose another name="

@@ -1,4 +1,4 @@
-"""Who reads what `--check` says of a folder can find the mistakes in it."""
+"""The description of a folder by `--check` reveals the mistakes in it."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_a_folder_with_mistakes(messy, verify):
         "JPEG RGB 8 bit 1 (such as Train/b/slide2_0.jpg)",
         "TIFF grey 16 bit 2 (such as Train/a/slide1_stack.tif)",
         "sizes (height × width): 6×8 (Train/a/slide1_0.png) to 20×40 (Train/b/slide2_0.jpg); most common 6×8, 6 times",
-        "further pages or frames, of which the first alone is read: 1 file, such as Train/a/slide1_stack.tif with 5",
+        "several pages or frames, only the first is used: 1 file, such as Train/a/slide1_stack.tif with 5",
         "uint8 5",
         "uint16 2",
         "to 4000",
@@ -71,7 +71,7 @@ def test_a_folder_with_mistakes(messy, verify):
     ):
         assert words in train, words
     assert test.startswith(f"1 image of {messy}/TEST, as data.test says")
-    assert ("all looked at" if verify != "none" else "7 of them looked at") in train
+    assert ("all read" if verify != "none" else "7 of them read") in train
 
 
 def test_in_short(messy):
@@ -87,7 +87,7 @@ def test_a_part_says_what_the_whole_does(messy):
     splits = open_splits(folder.Config(path=str(messy), size=8, on_error="skip", source_pattern=r"(slide\d)_"))
     part = labelled_part(splits["train"], 0.5, 0)
     text = describe({"train": part})
-    assert "further pages" in text
+    assert "several pages" in text
     assert "values (" in text
 
 
@@ -108,9 +108,9 @@ def test_several_labels_an_image_and_arrays(tmp_path):
     arrays = {"train_images": np.zeros((4, 9, 9), np.uint8), "train_labels": np.array([[0, 1], [0, 0], [1, 1], [0, 1]])}
     np.savez(file, **arrays)
     text = describe(open_splits(medmnist.Config(path=str(file))))
-    assert "labels: several an image, of 2 classes: 0 1, 1 3; 1 images have none" in text
+    assert "labels: several per image, 2 classes: 0 1, 1 3; 1 image without any" in text
     assert f"train: 4 images of {file}, train_images" in text
-    assert "uint8, 0 to 0; 4 images of one even value" in text
+    assert "uint8, 0 to 0; 4 images with only one value" in text
     assert "1 channel of 9×9 px" in text
 
 
@@ -131,7 +131,7 @@ def test_the_numbers_of_a_stack(tmp_path):
     values[1, 0] = np.nan
     tifffile.imwrite(tmp_path / "1.tif", values)
     text = describe(open_splits(folder.Config(path=str(tmp_path), stack="first", channels=2, size=8)))
-    assert "float32, 7 to 7; 1 image of one even value; 1 image with NaN or infinite values" in text
+    assert "float32, 7 to 7; 1 image with only one value; 1 image with NaN or infinite values" in text
     assert torch.equal(
         open_splits(folder.Config(path=str(tmp_path), stack="first", channels=2))["train"].labels, torch.tensor([-1])
     )

@@ -1,4 +1,4 @@
-"""What is held out of train: by source and class, the same anywhere, and nothing where nothing is labelled."""
+"""What is held out of train: whole sources of each class, always the same ones, and nothing without labels."""
 
 import re
 
@@ -8,7 +8,7 @@ from gloo import on_ranks
 
 from sslcells.config import ConfigError
 from sslcells.data import ImageSet, holdout
-from sslcells.data.holdout import chosen, hold_out, says
+from sslcells.data.holdout import choose, hold_out, summary
 
 
 class Images(ImageSet):
@@ -39,13 +39,13 @@ def photographs():
 
 def test_each_class_gives_its_part_and_at_least_one():
     labels = torch.cat([torch.zeros(200), torch.ones(37), torch.full((3,), 2), torch.full((1,), 3)]).long()
-    held = chosen(Images(labels, classes=4), 0.1)
+    held = choose(Images(labels, classes=4), 0.1)
     assert labels[held].bincount(minlength=4).tolist() == [20, 4, 1, 0], "the single image of a class stays in train"
 
 
 def test_sources_stay_whole_and_classes_near_their_part():
     images = photographs()
-    held = chosen(images, 0.2)
+    held = choose(images, 0.2)
     assert not set(images.sources[held].tolist()) & set(images.sources[~held].tolist())
     known = images.labels >= 0
     for c in range(3):
@@ -56,9 +56,9 @@ def test_sources_stay_whole_and_classes_near_their_part():
 
 def test_a_large_source_is_held_out_only_where_half_of_each_class_stays():
     labels, sources = [0] * 40 + [1] * 40, [0] * 25 + [1] * 15 + [2] * 22 + [3] * 18
-    held = chosen(Images(labels, sources, classes=2), 0.1)
+    held = choose(Images(labels, sources, classes=2), 0.1)
     assert set(torch.tensor(sources)[held].tolist()) == {1, 3}, "the smaller one of two"
-    alone = chosen(Images([0] * 40 + [1] * 40, [0] * 40 + [2] * 22 + [3] * 18, classes=2), 0.1)
+    alone = choose(Images([0] * 40 + [1] * 40, [0] * 40 + [2] * 22 + [3] * 18, classes=2), 0.1)
     assert not alone[:40].any(), "a class of a single source stays"
 
 
@@ -70,36 +70,40 @@ def test_the_parts_are_all_of_train_once_and_say_what_they_are():
     assert splits["test"] is test
     assert splits["val"].pixels(3)[0, 0, 0] == int(splits["val"].name(3).split()[1]) % 256
     held, sources = len(splits["val"]), len(splits["val"].sources.unique())
-    about = f"of {held} of {len(train)} images of train ({sources} of 40 sources), held out as there is no val split"
-    assert says(splits, 0.2) == f"figures while it trains: {about}"
+    about = f"{held} of {len(train)} images of train ({sources} of 40 sources), held out as there is no val split"
+    assert summary(splits, 0.2) == f"figures during training: on {about}"
 
 
 @pytest.mark.parametrize(
     ("splits", "part", "why"),
     [
-        ({"train": Images([0, 1] * 9), "val": Images([0, 1])}, 0.1, "of the val split, 2 images"),
-        ({"train": Images([-1] * 9, classes=0)}, 0.1, "health alone, and nothing is held out, as train has no labels"),
-        ({"train": Images([0, 1] * 9)}, 0.0, "train in itself.*evaluate.holdout=0 holds nothing out"),
-        ({"train": Images([0, 1] * 9, [5] * 18)}, 0.1, "train in itself.*no class has a second source"),
-        ({"train": Images([0, 1] * 9), "val": Images([-1, -1])}, 0.1, "train in itself.*val has no labels"),
+        ({"train": Images([0, 1] * 9), "val": Images([0, 1])}, 0.1, "on the val split, 2 images"),
+        (
+            {"train": Images([-1] * 9, classes=0)},
+            0.1,
+            "need no labels, and nothing is held out, as train has no labels",
+        ),
+        ({"train": Images([0, 1] * 9)}, 0.0, "train itself.*evaluate.holdout=0 holds nothing out"),
+        ({"train": Images([0, 1] * 9, [5] * 18)}, 0.1, "train itself.*no class has a second source"),
+        ({"train": Images([0, 1] * 9), "val": Images([-1, -1])}, 0.1, "train itself.*val has no labels"),
     ],
 )
-def test_where_nothing_is_held_out_it_says_why(splits, part, why):
+def test_if_nothing_is_held_out_the_summary_says_why(splits, part, why):
     assert hold_out(splits, part) == splits
-    assert re.search(why, says(hold_out(splits, part), part))
+    assert re.search(why, summary(hold_out(splits, part), part))
 
 
 def test_of_several_classes_an_image_each_gives_its_part():
     generator = torch.Generator().manual_seed(0)
     targets = (torch.rand(500, 4, generator=generator) < torch.tensor([0.4, 0.2, 0.1, 0.02])).to(torch.uint8)
-    held = chosen(Images([-1] * 500, classes=0, targets=targets), 0.1)
+    held = choose(Images([-1] * 500, classes=0, targets=targets), 0.1)
     share = targets[held].sum(0) / targets.sum(0)
     assert ((share > 0.06) & (share < 0.15)).all(), share
     assert 40 <= held.sum() <= 60
 
 
 def drawn():
-    return chosen(photographs(), 0.2).tolist()
+    return choose(photographs(), 0.2).tolist()
 
 
 def test_the_same_on_every_rank():
@@ -109,33 +113,34 @@ def test_the_same_on_every_rank():
 def test_what_was_held_out_is_found_again_by_name_whatever_the_sources_are(tmp_path):
     train = photographs()
     splits = hold_out({"train": train}, 0.2)
-    holdout.note(tmp_path, splits, goes_on=False)
+    holdout.record(tmp_path, splits, resumes=False)
     names = holdout.held_out_by(tmp_path)
     train.sources = torch.arange(len(train))
-    again = holdout.as_trained({"train": train}, names)
+    again = holdout.hold_out_named({"train": train}, names)
     assert [again["val"].name(i) for i in range(len(again["val"]))] == names
     assert len(again["train"]) == len(train) - len(names)
     other = {"train": Images([0, 1])}
-    assert holdout.as_trained(other, ["another"]) == other
+    assert holdout.hold_out_named(other, ["another"]) == other
 
 
-def test_images_that_the_encoder_was_trained_on_are_told(tmp_path):
+def test_a_warning_if_the_encoder_was_trained_on_held_out_images(tmp_path):
     train = photographs()
     splits = hold_out({"train": train}, 0.2)
-    assert holdout.seen_before(splits, tmp_path) == "", "nothing is known of it"
-    holdout.note(tmp_path, splits, goes_on=False)
-    assert holdout.seen_before(splits, tmp_path) == ""
+    assert holdout.overlap_warning(splits, tmp_path) == "", "its folder has no list"
+    holdout.record(tmp_path, splits, resumes=False)
+    assert holdout.overlap_warning(splits, tmp_path) == ""
     train.sources = torch.arange(len(train))
     other = hold_out({"train": train}, 0.2)
-    assert re.match(r"warning: \d+ of the \d+ images held out were trained on", holdout.seen_before(other, tmp_path))
+    told = r"warning: model.encoder=.* was trained on \d+ of the \d+ images held out here"
+    assert re.match(told, holdout.overlap_warning(other, tmp_path))
 
 
-def test_a_run_goes_on_only_with_the_images_that_it_held_out(tmp_path):
+def test_a_run_resumes_only_with_the_images_that_it_held_out(tmp_path):
     splits = hold_out({"train": photographs()}, 0.2)
-    holdout.note(tmp_path, splits, goes_on=False)
-    holdout.note(tmp_path, splits, goes_on=True)
-    with pytest.raises(ConfigError, match="would be, and they are not the same ones"):
-        holdout.note(tmp_path, hold_out({"train": photographs()}, 0.1), goes_on=True)
-    (tmp_path / holdout.FILE).unlink()  # of a run that knew nothing of this
-    with pytest.raises(ConfigError, match="held out 0 images of train; now"):
-        holdout.note(tmp_path, splits, goes_on=True)
+    holdout.record(tmp_path, splits, resumes=False)
+    holdout.record(tmp_path, splits, resumes=True)
+    with pytest.raises(ConfigError, match=r"now it would hold out .*, not the same ones"):
+        holdout.record(tmp_path, hold_out({"train": photographs()}, 0.1), resumes=True)
+    (tmp_path / holdout.FILE).unlink()  # as in an earlier version
+    with pytest.raises(ConfigError, match="held out 0 images of train; now it would hold out"):
+        holdout.record(tmp_path, splits, resumes=True)

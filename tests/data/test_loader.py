@@ -14,7 +14,7 @@ import torch
 
 from sslcells.config import load
 from sslcells.data import Batch, DataError, ImageSet, open_splits
-from sslcells.data.loader import InOrder, _bytes, ahead, attended, read, read_in_parts
+from sslcells.data.loader import InOrder, _bytes, ahead, read, read_in_parts, with_workers
 
 
 class Numbers(ImageSet):
@@ -55,7 +55,7 @@ def test_a_broken_image_is_named(workers):
 def test_the_death_of_a_process_that_reads_is_told_in_the_middle_of_anything():
     died = pytest.raises(DataError, match=r"^a process that reads images died, .*: DataLoader worker")
     others = set(multiprocessing.active_children())  # the pool of ranks
-    with died, attended(read(Numbers(), InOrder(range(20), 4), 1, pin_memory=False)) as batches:
+    with died, with_workers(read(Numbers(), InOrder(range(20), 4), 1, pin_memory=False)) as batches:
         next(batches)
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
@@ -65,7 +65,7 @@ def test_the_death_of_a_process_that_reads_is_told_in_the_middle_of_anything():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_of_the_block_pass_and_the_processes_end_with_it(workers):
     others = set(multiprocessing.active_children())  # the pool of ranks
-    reading = attended(read(Numbers(), InOrder(range(20), 4), workers, pin_memory=False))
+    reading = with_workers(read(Numbers(), InOrder(range(20), 4), workers, pin_memory=False))
     with pytest.raises(RuntimeError, match=r"^something else$"), reading as batches:  # noqa: PT012
         next(batches)
         raise RuntimeError("something else")
@@ -133,7 +133,7 @@ READ = """
 import sys
 sys.path[:0] = {path!r}
 import torch
-from sslcells.data.loader import InOrder, attended, read, read_readable
+from sslcells.data.loader import InOrder, with_workers, read, read_readable
 from test_loader import Numbers
 
 class Large(Numbers):
@@ -141,7 +141,7 @@ class Large(Numbers):
         return torch.zeros(1, 1024, 1024 + {readable} * index, dtype=torch.uint8)
 
 how = read_readable if {readable} else read
-with attended(how(Large(), InOrder(range(20), 5), 1, pin_memory=False)) as batches:
+with with_workers(how(Large(), InOrder(range(20), 5), 1, pin_memory=False)) as batches:
     print(len(list(batches)))
 """
 

@@ -115,7 +115,7 @@ def test_a_class_smaller_than_its_share_is_repeated():
     images = Images(unbalanced(2, 50))
     batch = sampling("balanced", images, 12).batch(0)
     assert batch[images.labels[batch] == 0].bincount().tolist() == [3, 3]
-    assert "which a batch shows more than once: 1" in sampling("balanced", images, 12).describe()
+    assert "repeated within a batch: 1" in sampling("balanced", images, 12).describe()
 
 
 @pytest.mark.parametrize(
@@ -152,30 +152,30 @@ def test_no_more_than_so_many_of_a_source(each):
 
 def test_mistakes_are_named_with_numbers():
     for kind in ("balanced", "classes"):
-        assert "needs labels; the train split has none" in mistake(kind, Images([-1] * 20))
+        assert "needs labels, train has none; use sampler.kind=shuffle" in mistake(kind, Images([-1] * 20))
     assert mistake("classes", per_class=5) == "sampler.per_class=5 does not divide train.global_batch=12; 4 does"
     assert mistake("classes", per_class=2) == (
-        "sampler.per_class=2 with train.global_batch=12 takes 6 classes a batch; the train split has 5: "
-        "train.global_batch=10 is the largest"
+        "sampler.per_class=2 with train.global_batch=12 needs 6 classes in a batch; the train split has 5: "
+        "train.global_batch may be at most 10"
     )
     assert mistake("classes", per_class=4) == (
-        "sampler.per_class=4 is more than the images of 1 of 5 classes; the smallest has 3"
+        "sampler.per_class=4: 1 of 5 classes have fewer images; the smallest has 3"
     )
     few = mistake("sources", global_batch=35)
-    assert "takes 35 sources a batch; the train split has 34: train.global_batch=34 is the largest" in few
+    assert "needs 35 sources in a batch; the train split has 34: train.global_batch may be at most 34" in few
     small = mistake("sources", per_source=4)
-    assert small == "sampler.per_source=4 is more than the images of 34 of 34 sources; the smallest has 3"
+    assert small == "sampler.per_source=4: 34 of 34 sources have fewer images; the smallest has 3"
 
 
 def test_descriptions_say_what_is_done():
-    assert sampling("shuffle").describe() == "every image once an epoch, but for 6 that fill no global batch"
+    assert sampling("shuffle").describe() == "every image once per epoch, except 6 that do not fill a batch"
     assert sampling("balanced").describe() == (
-        "2 or one more of each of 5 classes in a global batch; an epoch shows an image of 'class 0' (3 images) "
-        "6.67 times and an image of 'class 1' (40 images) 0.5 times; 2 images of no known class are not drawn"
+        "2 or 3 images of each of 5 classes in a global batch; an epoch shows an image of 'class 0' (3 images) "
+        "6.67 times and an image of 'class 1' (40 images) 0.5 times; 2 images without a class are not drawn"
     )
     assert sampling("classes", per_class=3).describe() == (
-        "4 of 5 classes in a global batch, 3 different images of each; every class equally often, whether it has "
-        "3 images or 40; 2 images of no known class are not drawn"
+        "4 of 5 classes in a global batch, 3 different images of each; every class equally often, although they "
+        "have 3 to 40 images; 2 images without a class are not drawn"
     )
 
 
