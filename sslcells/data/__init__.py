@@ -167,5 +167,7 @@ def reading(config: Section | None, size: int) -> dict[str, Any]:
     For a folder, the settings of its training; for other data sets, images are cropped to squares of `size` px.
     """
     if getattr(config, "kind", None) == "folder" and config is not None:
-        return config.model_dump(mode="json", include={"size", "fit", "intensity", "stack", "percentiles", "range"})
+        return config.model_dump(
+            mode="json", include={"size", "fit", "intensity", "stack", "percentiles", "range", "z", "level"}
+        )
     return {"size": [size, size], "fit": "crop", "intensity": "percentile"}

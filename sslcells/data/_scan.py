@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sslcells.config import ConfigError, nearest
+from sslcells.data._decode import ZARR, metadata_file
 from sslcells.storage import is_file, is_folder
 from sslcells.values import place
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+"""of files that are read as images"""
+KINDS = (*SUFFIXES, ZARR)
+"""and of folders that are images"""
 
 OURS = ".sslcells"
 """Folder beside the images in which sslcells remembers which ones it verified."""
@@ -96,12 +100,13 @@ def _apart(root: Path, folders: dict[str, str]) -> None:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Sorted names of the folders in a folder.
+    """Sorted names of the folders in a folder, without those that are OME-Zarr images.
 
     Raises:
         ConfigError: if it cannot be listed.
     """
-    found = (entry.name for entry in _entries(str(folder)) if not _hidden(entry.name) and _is_folder(entry))
+    shown = (entry for entry in _entries(str(folder)) if not _hidden(entry.name) and not _is_zarr(entry.name))
+    found = (entry.name for entry in shown if _is_folder(entry))
     return sorted(name for name in found if not _turns_back(f"{folder}/{name}", [os.path.realpath(folder)]))
 
 
@@ -118,6 +123,11 @@ class Listing(NamedTuple):
     times: list[int]
     """last change in nanoseconds; −1 for a broken link"""
     ignored: Ignored
+
+    def only(self, names: set[str]) -> "Listing":
+        """The listing of some of its files."""
+        rows = [row for row in zip(self.names, self.sizes, self.times, strict=True) if row[0] in names]
+        return Listing([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows], {})
 
     @classmethod
     def of(cls, folder: Path, prefix: str = "") -> "Listing":
@@ -155,6 +165,8 @@ def _walk(folder: Path, ignored: Ignored) -> Iterator[tuple[str, "os.DirEntry[st
             if _hidden(entry.name):
                 if entry.name != OURS:
                     _count(ignored, "hidden", path)
+            elif _is_folder(entry) and _is_zarr(entry.name):
+                yield from _zarr_images(path, entry)
             elif _is_folder(entry):
                 if not entry.is_symlink():
                     waiting.append((f"{path}/", [*real[:-1], f"{real[-1]}/{entry.name}"]))
@@ -170,9 +182,48 @@ def _walk(folder: Path, ignored: Ignored) -> Iterator[tuple[str, "os.DirEntry[st
                 _count(ignored, os.path.splitext(entry.name)[1].lower() or "without a suffix", path)
 
 
+def _zarr_images(path: str, folder: "os.DirEntry[str]") -> Iterator[tuple[str, "os.DirEntry[str]"]]:
+    """The OME-Zarr images of a folder x.zarr: itself, or those of a plate or a series below it.
+
+    Folders of chunks, of which there may be very many, are not listed, and label images are no images.
+    """
+    if metadata_file(folder.path) is not None or not _is_group(folder.path):
+        yield path, folder  # where it is no image either, reading it says so
+        return
+    found = False
+    waiting = [(path, folder)]
+    while waiting:
+        prefix, group = waiting.pop()
+        for entry in _entries(group.path):
+            if _hidden(entry.name) or entry.name in ("labels", "OME") or not _is_folder(entry) or entry.is_symlink():
+                continue
+            if metadata_file(entry.path) is not None:
+                found = True
+                yield f"{prefix}/{entry.name}", entry
+            elif _is_group(entry.path):
+                waiting.append((f"{prefix}/{entry.name}", entry))
+    if not found:
+        yield path, folder
+
+
+def _is_group(folder: str) -> bool:
+    """True for a Zarr group without an image, by its metadata: a plate, a well, a series; an array is none."""
+    if os.path.isfile(f"{folder}/.zgroup"):
+        return True
+    try:
+        with open(f"{folder}/zarr.json", "rb") as file:
+            return b'"group"' in file.read(2**20)
+    except OSError:
+        return False
+
+
+def _is_zarr(name: str) -> bool:
+    return name.lower().endswith(ZARR)
+
+
 def is_image(name: str) -> bool:
-    """True if a file of this name is read as an image."""
-    return not _hidden(name) and name.lower().endswith(SUFFIXES)
+    """True if a file, or a folder of Zarr, of this name is read as an image."""
+    return not _hidden(name) and name.lower().endswith(KINDS)
 
 
 def _count(ignored: Ignored, kind: str, path: str) -> None:
@@ -194,6 +245,8 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 def _size_and_time(entry: "os.DirEntry[str]") -> tuple[int, int]:
     try:
         stat = entry.stat()
+        if _is_folder(entry):  # OME-Zarr: its chunks are too many to be looked at
+            stat = os.stat(metadata_file(entry.path) or entry.path)
     except OSError:
         return -1, -1
     return stat.st_size, stat.st_mtime_ns

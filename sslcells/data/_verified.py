@@ -53,6 +53,8 @@ _SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("kind", pa.dictionary(pa.int32(), pa.string())),
         ("pages", pa.int32()),
+        ("planes", pa.string()),
+        ("part", pa.string()),
     ]
 )
 
@@ -101,6 +103,12 @@ def look(root: Path, listing: Listing, decoder: Decoder, whole: bool, part: str)
     if len(missing) > len(broken):
         memory.keep(listing, headers)
     return Looks(headers, broken, len(missing))
+
+
+def headers_of(root: Path, names: Sequence[str], decoder: Decoder) -> list[Header | None]:
+    """The headers of files, of which nothing is remembered; None for those that cannot be read."""
+    blocks = _headers(root, names, decoder, whole=False)
+    return [header if isinstance(header, Header) else None for block in blocks for header in block]
 
 
 def _headers(root: Path, names: Sequence[str], decoder: Decoder, whole: bool) -> Iterator[list[Header | str]]:
@@ -177,7 +185,7 @@ class _Memory:
     def keep(self, listing: Listing, headers: Sequence[Header | None]) -> None:
         """Write the results to the first place that can be written."""
         rows = [
-            (os.fsencode(name), size, changed, *header.size, header.kind, header.pages)
+            (os.fsencode(name), size, changed, *header.size, *header[1:])
             for name, size, changed, header in zip(listing.names, listing.sizes, listing.times, headers, strict=True)
             if header is not None and abs(self._now - changed) > _FRESH
         ]
@@ -199,7 +207,7 @@ class _Memory:
 def _match(listing: Listing, table: pa.Table) -> list[Header | None]:
     """The remembered header of each file with the same size and time."""
     at = {name: row for row, name in enumerate(table["name"].to_pylist())}
-    kinds = table["kind"].to_pylist()
+    kinds, planes, parts = (table[key].to_pylist() for key in ("kind", "planes", "part"))
     size, changed, height, width, pages = (
         np.asarray(table[key]).tolist() for key in ("bytes", "time", "height", "width", "pages")
     )
@@ -209,7 +217,7 @@ def _match(listing: Listing, table: pa.Table) -> list[Header | None]:
         if row is None or size[row] != now_size or changed[row] != now_changed:
             out.append(None)
         else:
-            out.append(Header((height[row], width[row]), kinds[row], pages[row]))
+            out.append(Header((height[row], width[row]), kinds[row], pages[row], planes[row], parts[row]))
     return out
 
 

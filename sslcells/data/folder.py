@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from sslcells.config import ConfigError, Section, nearest
 from sslcells.data import DataError, ImageSet
-from sslcells.data._decode import Decoder, Fit, Header, Size, Unreadable
-from sslcells.data._decode.axes import Stack
+from sslcells.data._decode import ZARR, Decoder, Fit, Header, Size, Unreadable
+from sslcells.data._decode.axes import Planes, Stack
 from sslcells.data._decode.meaning import Intensity
 from sslcells.data._found import Clock, Found
-from sslcells.data._scan import SUFFIXES, Listing, find_root, find_splits, is_image, is_split, subfolders, walk
+from sslcells.data._planes import file_of, images_of, to_look_at
+from sslcells.data._scan import KINDS, Listing, find_root, find_splits, is_image, is_split, subfolders, walk
 from sslcells.data._sources import check_pattern, look_up_sources, read_table, source_ids
-from sslcells.data._verified import Looks, look
+from sslcells.data._verified import Looks, headers_of, look
 from sslcells.storage import is_file, is_folder, patiently
 from sslcells.values import place
 
@@ -42,7 +43,7 @@ class Config(Section):
     """Image files at any depth in a folder: PATH/[split/][class/]…/image.png; hidden and other files are ignored."""
 
     kind: Literal["folder"] = "folder"
-    """A folder of JPEG, PNG, TIFF (first page; with `stack` all channels), BMP and WebP files."""
+    """A folder of JPEG, PNG, TIFF, BMP and WebP files and OME-Zarr folders; docs/files.md says how each is read."""
     path: str = Field(min_length=1)
     """Folder with the images."""
     train: str | None = None
@@ -69,6 +70,11 @@ class Config(Section):
     range: tuple[float, float] | None = None
     """With `intensity: full`: the values that become 0 and 255, such as [0, 4095] for 12 bits; none: the range that
     the file or its type names, and images that leave more than three quarters of it empty are refused."""
+    z: Planes = "middle"
+    """Planes that a file calls Z or T: read the `middle` one, their maximum (`max`), or `each` as an image of its own,
+    called file#t0z3, all of one source."""
+    level: int = Field(0, ge=0)
+    """Level of pyramids (OME-TIFF, OME-Zarr): 0 is the largest, each next one smaller."""
     labels: Literal["folder", "none"] = "folder"
     """`folder`: the first sub-folder in the split is the class; images outside sub-folders have no label."""
     sources: str | None = None
@@ -107,7 +113,8 @@ class Config(Section):
 
     def decoder(self) -> Decoder:
         """The decoder that these fields describe."""
-        return Decoder(self.channels, self.size, self.fit, self.intensity, self.stack, self.percentiles, self.range)
+        scaling = (self.intensity, self.stack, self.percentiles, self.range)
+        return Decoder(self.channels, self.size, self.fit, *scaling, self.z, self.level)
 
 
 class FolderImages(ImageSet):
@@ -182,8 +189,10 @@ class FolderImages(ImageSet):
         return self._names[index]
 
 
-def list_images(folder: Path) -> list[str]:
-    """Sorted relative paths of the images in a folder, at any depth.
+def list_images(folder: Path, decoder: Decoder | None = None) -> list[str]:
+    """Sorted relative paths of the images in a folder, at any depth; or, if it is one, of those in one OME-Zarr image.
+
+    With `decoder`, the files of a multi-file OME-TIFF set are one image, and planes are images if it reads `each`.
 
     Raises:
         ConfigError: if there is no such folder, or no image in it.
@@ -193,13 +202,20 @@ def list_images(folder: Path) -> list[str]:
         raise ConfigError(f"{folder}: {what}")
     names = sorted(walk(folder))
     if not names:
-        raise ConfigError(f"{folder} holds no images ({', '.join(SUFFIXES)}) at any depth")
-    return names
+        raise ConfigError(f"{folder} holds no images ({', '.join(KINDS)}) at any depth")
+    return expanded(folder, names, decoder) if decoder is not None else names
+
+
+def expanded(folder: Path, names: Sequence[str], decoder: Decoder) -> list[str]:
+    """The images in these files of a folder, as `list_images` names them; files that cannot be read are one each."""
+    asked = to_look_at(names, decoder)
+    headers = dict(zip(asked, headers_of(folder, asked, decoder), strict=True)) if asked else {}
+    return images_of(names, [headers.get(name) for name in names], decoder).names
 
 
 def class_of(name: str) -> str | None:
     """The first sub-folder on an image's path, not counting a split's; None if there is none."""
-    folders = name.split("/")[:-1]
+    folders = list(takewhile(lambda folder: not folder.lower().endswith(ZARR), name.split("/")[:-1]))
     if folders and is_split(folders[0]):
         folders = folders[1:]
     return folders[0] if folders else None
@@ -227,23 +243,25 @@ def open_split(config: Config, split: str) -> FolderImages | None:
     prefix = f"{folders[split]}/" if folders[split] else ""
     listing = Listing.of(root / folders[split], prefix)
     if not listing.names:
-        raise ConfigError(f"{root / folders[split]} holds no images ({', '.join(SUFFIXES)}) at any depth")
+        raise ConfigError(f"{root / folders[split]} holds no images ({', '.join(KINDS)}) at any depth")
     classes = _classes(root, folders) if config.labels == "folder" else ()
     clock.lap("listing")
     decoder = config.decoder()
     looks = _verify(config, root, listing, decoder, folders[split])
-    names = [name for name in listing.names if name not in looks.broken]
+    kept = [(n, h) for n, h in zip(listing.names, looks.headers, strict=True) if n not in looks.broken]
+    images = images_of([n for n, _ in kept], [h for _, h in kept], decoder)
+    names = images.names
     clock.lap("verifying")
     labels = _labels(names, len(prefix), classes)
-    sources, sourced = _sources(config, root, names)
+    sources, sourced = _sources(config, root, [file_of(name, decoder) for name in names])
     clock.lap("sources")
     found = Found(
         where=_where(root, folders[split], given[split], split),
-        ignored=listing.ignored | (_beside(root, folders) if split == "train" else {}),
+        ignored=listing.ignored | images.parts | (_beside(root, folders) if split == "train" else {}),
         broken=looks.broken,
         looked=looks.looked,
         seconds=clock.laps,
-    ).with_headers(names, [header for header in looks.headers if header is not None])
+    ).with_headers(*images.known)
     return FolderImages(root, names, decoder, classes, labels, sources, looks.broken, found, sourced)
 
 
@@ -273,7 +291,10 @@ def _verify(config: Config, root: Path, listing: Listing, decoder: Decoder, fold
     """Check the images as `verify` says; raises on broken images unless `on_error` is `skip`."""
     names = listing.names
     if config.verify == "none" and config.size is not None:
-        return Looks([], {}, 0)
+        asked = set(to_look_at(names, decoder))
+        some = look(root, listing.only(asked), decoder, False, f"{folder} sets") if asked else Looks([], {}, 0)
+        headers = iter(some.headers)
+        return Looks([next(headers) if name in asked else None for name in names], {}, some.looked)
     looks = look(root, listing, decoder, config.verify == "full", folder)
     broken = looks.broken
     if broken and (config.on_error == "stop" or len(broken) == len(names)):

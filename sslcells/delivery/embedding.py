@@ -105,7 +105,7 @@ def _begin(
 ) -> tuple[Embeddings, list[str], list[int]]:
     """On rank 0: open the folder of shards; returns it, the sorted images, and the numbers of the missing shards."""
     root = place(images)
-    names = list_images(root)
+    names = list_images(root, encoder.decoder)
     folder = place(out) if out is not None else find_run(run) / "embeddings" / root.resolve().name
     if Path(os.path.realpath(folder)).is_relative_to(root.resolve()):  # resolve() raises at a link to itself
         raise ConfigError(f"--out {folder} lies in {images}, the folder of images; choose another")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sslcells.augment import resized
 from sslcells.config import ConfigError, Run, load
 from sslcells.data import DataError, Decoder, Unreadable, reading
-from sslcells.data.folder import list_images, nearest_folder
+from sslcells.data.folder import expanded, list_images, nearest_folder
 from sslcells.data.loader import Readable
 from sslcells.evaluation.encode import check_finite, encode_batches, eval_mode
 from sslcells.models import files, width
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         self.features = width(backbone, self.channels, self.size)
         """F"""
         self.reading = reading
-        """how files become pixels: size, fit, intensity, stack, percentiles, range"""
+        """how files become pixels: size, fit, intensity, stack, percentiles, range, z, level"""
         self.decoder = _decoder(self.channels, reading)
         """reads files and PIL images; None if the channels are neither grey nor RGB, nor those of a stack of files"""
         self.digest = digest
@@ -138,7 +138,8 @@ def _decoder(channels: int, reading: dict[str, Any]) -> Decoder | None:
     size = None if size is None else (int(size[0]), int(size[1]))
     span = reading.get("range")
     span = None if span is None else (float(span[0]), float(span[1]))
-    return Decoder(channels, size, reading["fit"], reading["intensity"], stack, (low, high), span)
+    more = {"z": reading.get("z", "middle"), "level": reading.get("level", 0)}
+    return Decoder(channels, size, reading["fit"], reading["intensity"], stack, (low, high), span, **more)
 
 
 def load_encoder(run: str | os.PathLike[str] | Run, device: str | torch.device = "cpu") -> Encoder:
@@ -203,7 +204,7 @@ def finite(rows: Tensor, encoder: Encoder) -> Tensor:
 def _parts(images: Any, encoder: Encoder, batch: int) -> Iterator[Readable]:
     """The images, `batch` at a time; a file is opened when its part is read."""
     if isinstance(images, (str, os.PathLike)):
-        images = _files(Path(images))
+        images = _files(Path(images), encoder.decoder)
     elif isinstance(images, Image.Image) or (isinstance(images, Tensor) and images.ndim == 3):
         images = [images]
     for start in range(0, len(images), batch):
@@ -222,12 +223,13 @@ def _opened(file: str | os.PathLike[str], decoder: Decoder) -> Tensor:
         raise DataError(f"{file}: {error}") from None
 
 
-def _files(path: Path) -> list[Path]:
-    """The path itself if it is a file, else the image files below it, sorted by path."""
+def _files(path: Path, decoder: Decoder | None) -> list[Path]:
+    """The images of the path if it is a file or OME-Zarr, else the image files below it, sorted by path."""
     path = place(path)
-    if is_file(path):
-        return [path]
-    return [path / name for name in list_images(path)]
+    if is_file(path) or path.suffix.lower() == ".zarr":
+        names = [path.name] if decoder is None else expanded(path.parent, [path.name], decoder)
+        return [path.parent / name for name in names]
+    return [path / name for name in list_images(path, decoder)]
 
 
 def find_run(path: str | os.PathLike[str]) -> Path:

@@ -17,6 +17,7 @@ from sslcells.values import place
 TABLE, PICTURE = "sources.csv", "sources.png"
 _SHOWN = 6
 """Pairs of each kind on the picture."""
+_DECODER = Decoder(channels=3, size=None, fit="crop", intensity="percentile")
 
 
 def sources(
@@ -42,7 +43,7 @@ def sources(
         if value < least:
             raise ConfigError(f"{option} {value} should be at least {least}")
     root = place(folder)
-    names = list_images(root)
+    names = list_images(root, _DECODER)
     table = read_table(place(known), "path", "source") if known else None
     found = find_sources([root / name for name in names], names, inliers, neighbours, between, say)
     if not found.paths:
@@ -81,9 +82,8 @@ def _picture(found: Sources, root: Path, out: Path) -> None:
     strongest = sorted(found.failed, key=lambda pair: -pair.inliers)[:_SHOWN]
     if not weakest and not strongest:
         return
-    decoder = Decoder(channels=3, size=None, fit="crop", intensity="percentile")
 
     def pixels(i: int) -> Image:
-        return decoder(str(root / found.paths[i])).permute(1, 2, 0).numpy()
+        return _DECODER(str(root / found.paths[i])).permute(1, 2, 0).numpy()
 
     pair_sheet(pixels, {"one photograph": weakest, "two photographs": strongest}, out)

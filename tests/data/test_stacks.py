@@ -185,7 +185,7 @@ def test_from_a_folder_of_five_channels_to_embeddings(tmp_path, tiffs, capsys):
     shards = Embeddings.open(embed_folder(str(made), str(tiffs), workers=0, cpu=True))
     assert shards.count == 24
     picture = Image.new("RGB", (8, 8))
-    with pytest.raises(ValueError, match="takes 5 channels: TIFF files, or tensors"):
+    with pytest.raises(ValueError, match="the encoder takes 5: give it TIFF files or tensors"):
         encoder([picture])
     assert main("search", [str(made), str(tiffs / "a" / "00.tif"), "--k", "2", "--cpu"]) == 0
     assert ".tif" in capsys.readouterr().out

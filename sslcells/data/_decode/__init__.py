@@ -14,11 +14,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sslcells.data._decode import pillow
-from sslcells.data._decode.axes import Layout, Planes, Stack, loaded, picture_layout, split_plane, stack_layout
+from sslcells.data._decode.axes import Layout, Planes, Stack, loaded, picture_layout, stack_layout
 from sslcells.data._decode.axes import plane_names as plane_names
+from sslcells.data._decode.axes import plane_sizes as plane_sizes
+from sslcells.data._decode.axes import split_plane as split_plane
 from sslcells.data._decode.meaning import Intensity, Meaning, Percentiles, Scaling, picture, scale
 from sslcells.data._decode.meaning import upright as turned
-from sslcells.data._decode.ngff import SUFFIX as ZARR
+from sslcells.data._decode.ngff import ZARR as ZARR
 from sslcells.data._decode.ngff import Ngff
 from sslcells.data._decode.ngff import metadata_file as metadata_file
 from sslcells.data._decode.tiff import MAGIC, Tiff
@@ -94,8 +96,11 @@ class Decoder:
                 return self._picture_header(file, whole)
             with Tiff(file, self.level) if container == "tiff" else Ngff(file, self.level) as source:
                 header = self._header(source, self._layout(source, plane), file)
-            if whole:
-                self._pixels(file, plane)
+            if whole and not header.part:  # a further file of a set is read with the first
+                every = self.z == "each" and not plane and header.planes
+                names = plane_names(plane_sizes(header.planes)) if every else []
+                for each in [split_plane(f"{file}{name}")[1] for name in names] or [plane]:
+                    self._pixels(file, each)
             return header
         except Exception as error:  # as above
             raise Unreadable(_reason(error, file)) from error
@@ -180,6 +185,9 @@ class Decoder:
                 return self._picture(image, file)
         with Tiff(file, self.level) if container == "tiff" else Ngff(file, self.level) as source:
             layout = self._layout(source, plane)
+            if self.z == "each" and layout.planes and not plane:
+                first = plane_names(layout.planes)[0]
+                raise ValueError(f"it holds several planes: name one of them, such as {os.path.basename(file)}{first}")
             if self.stack is None and source.pillows:
                 with Image.open(file, formats=("TIFF",)) as image:
                     return self.pixels(image)

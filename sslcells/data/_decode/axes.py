@@ -61,7 +61,12 @@ def split_plane(file: str) -> tuple[str, dict[str, int]]:
     found = _PLANE.match(file)
     if found is None:
         return file, {}
-    return found[1], {axis.upper(): int(n) for axis, n in re.findall(r"([tz])(\d+)", found[2])}
+    return found[1], plane_sizes(found[2])
+
+
+def plane_sizes(header: str) -> dict[str, int]:
+    """`t2z5`, of a Header → the number of planes along T and Z."""
+    return {axis.upper(): int(n) for axis, n in re.findall(r"([tz])(\d+)", header)}
 
 
 def plane_names(planes: dict[str, int]) -> list[str]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sslcells.data._decode.axes import MOST
 from sslcells.data._decode.meaning import Meaning
 
-SUFFIX = ".zarr"
+ZARR = ".zarr"
 _METADATA = (".zattrs", "zarr.json")
 _MOST_METADATA = 2**24
 """bytes of a metadata file that are read"""
@@ -56,6 +56,9 @@ class Ngff:
         self._array: Any = zarr.open_array(os.path.join(folder, path), mode="r")
         if len(names) != self._array.ndim:
             raise ValueError(f"it has {self._array.ndim} axes where its metadata name {names}")
+        here = os.listdir(os.path.join(folder, path))
+        if not [name for name in here if not name.startswith(".") and name != "zarr.json"]:
+            raise ValueError("all of its chunks are missing")  # of some, Zarr says that they are even
         self._all = "".join(_AXES[name] for name in names)
         kept = [(a, int(n)) for a, n in zip(self._all, self._array.shape, strict=True) if n != 1 or a in "YX"]
         self.axes, self.shape = "".join(a for a, _ in kept), tuple(n for _, n in kept)

@@ -69,7 +69,7 @@ class Tiff:
         numbers = np.arange(len(self.series)).reshape(outer)[index]
         pages = [self.series[int(n)] for n in numbers.ravel()]
         _present(pages)
-        values = np.stack([page.asarray(maxworkers=1).reshape(inner) for page in pages])
+        values = np.stack([_array(page).reshape(inner) for page in pages])
         return values.reshape(*numbers.shape, *inner)
 
     def _whole(self, at: dict[str, int]) -> NDArray[Any]:
@@ -270,6 +270,20 @@ def _decodable(page: Any) -> None:
         raise ValueError(
             f"{_name(page.sampleformat)} of {page.bitspersample} bits {tuple(page.shape)}: a type that is not read"
         )
+
+
+def _array(page: Any) -> NDArray[Any]:
+    """The values of a page; the other files of a set are open only for this."""
+    file = page.parent.filehandle
+    closed = file.closed
+    if closed:
+        file.open()
+    try:
+        values: NDArray[Any] = page.asarray(maxworkers=1)
+    finally:
+        if closed:
+            file.close()
+    return values
 
 
 def _present(pages: list[Any]) -> None:
