@@ -82,6 +82,11 @@ class ImageSet(ABC):
     """how the split was read from files"""
     sourced: Tensor | None = None
     """(N,) bool: True where the source is known; None if the data set has no sources"""
+    labs: Tensor | None = None
+    """(N,) int64: where and how each image was taken: 0 where unknown, else 1 + its place in `lab_names`; None if the
+    data set does not say; the same numbers in every split"""
+    lab_names: tuple[str, ...] = ()
+    """names of the laboratories (sites, scanners, stain batches)"""
 
     def __len__(self) -> int:
         return len(self.labels)

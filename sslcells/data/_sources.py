@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sslcells.config import ConfigError, nearest
+from sslcells.data._names import respelt, tidy
 
 
 def source_id(source: str) -> int:
@@ -28,11 +29,16 @@ def source_ids(images: Iterable[str], sources: Iterable[str | None]) -> Tensor:
 
 
 def look_up_sources(images: Sequence[str], table: dict[str, str], pattern: str | None) -> list[str | None]:
-    """The source of each image (path relative to data.path): from the table, or else from the pattern."""
+    """The source of each image (path relative to data.path): from the table, or else from the pattern.
+
+    The table may spell an image in another way: backslashes, Unicode NFC for NFD, and other letter case, if only one
+    of its paths and one image can be meant.
+    """
     search = re.compile(pattern).search if pattern is not None else lambda image: None
+    spelt = respelt(images, table) if table else {}
     found: list[str | None] = []
     for image in images:
-        source = table.get(image)
+        source = table.get(spelt.get(image, image))
         if source is None and (match := search(image)):
             source = match[1]
         found.append(source)
@@ -73,7 +79,7 @@ def read_table(file: Path, path_column: str, source_column: str) -> dict[str, st
             )
     table: dict[str, str] = {}
     for row in rows:
-        path, source = (row[path_column] or "").replace("\\", "/").removeprefix("./"), row[source_column]
+        path, source = tidy(row[path_column] or ""), row[source_column]
         if source and table.setdefault(path, source) != source:
             raise ConfigError(f"data.sources={str(file)!r} gives {path} two sources: {table[path]} and {source}")
     return table

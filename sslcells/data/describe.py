@@ -12,9 +12,12 @@ from torch import Tensor
 
 from sslcells.data import ImageSet
 from sslcells.data._found import Found
+from sslcells.data._names import some
 
 _CLASSES = 60
 """number of classes to list; of more classes, the largest and the smallest"""
+_NAMED = 5
+"""images that are named of those without a label, a source or a site"""
 _SAMPLE = 16
 """images per split whose values are read"""
 _HEADERS = 256
@@ -31,14 +34,20 @@ def describe(splits: Mapping[str, ImageSet]) -> str:
 
 
 def brief(splits: Mapping[str, ImageSet]) -> str:
-    """One line: the numbers of images, classes, sources, and files left out; opens no image."""
+    """One line: how many images, classes, sources and sites, which images lack one, and what was left out."""
     out = []
     for name, images in splits.items():
         parts = [f"{name} {len(images):,}"]
         if images.classes:
-            parts.append(f"{_plural(len(images.classes), 'class', 'classes')}")
+            none = images.labels < 0 if images.targets is None else images.targets.sum(1) < 0
+            parts.append(f"{_plural(len(images.classes), 'class', 'classes')}{_lacking(images, none)}")
         if images.sourced is not None:
-            parts.append(_plural(_distinct(images.sources[images.sourced]), "source"))
+            sources = _plural(_distinct(images.sources[images.sourced]), "source")
+            parts.append(f"{sources}{_lacking(images, ~images.sourced)}")
+        if images.labs is not None:
+            parts.append(
+                f"{_plural(_distinct(images.labs[images.labs > 0]), 'site')}{_lacking(images, images.labs == 0)}"
+            )
         if images.found is not None:
             ignored = {kind: n for kind, (n, _) in images.found.ignored.items()}
             ignored |= {"broken": len(images.found.broken)} if images.found.broken else {}
@@ -53,7 +62,9 @@ def _split(name: str, images: ImageSet) -> list[str]:
     found = images.found
     channels, height, width = images.pixels(0).shape
     read = f"read as: {_plural(channels, 'channel')} of {height}×{width} px"
-    lines = [_labels(images), _sources(images), *_files(images, found), _values(images), read, *_left_out(found)]
+    columns = found.columns if found is not None else []
+    known = [_labels(images), _sources(images), _sites(images)]
+    lines = [*columns, *known, *_files(images, found), _values(images), read, *_left_out(found)]
     where = f" of {found.where}" if found is not None else f", such as {images.name(0)}"
     return [f"  {name}: {_plural(len(images), 'image')}{where}", *(f"    {line}" for line in lines if line)]
 
@@ -69,8 +80,7 @@ def _labels(images: ImageSet) -> str:
     known = images.labels[images.labels >= 0]
     of_class: list[int] = torch.bincount(known, minlength=len(images.classes)).tolist()
     unknown = len(images) - len(known)
-    example = _such_as(images, images.labels < 0)
-    without = f"; {_plural(unknown, 'image')} without one{example}" if unknown else ""
+    without = f"; {_plural(unknown, 'image')} without one{_named(images, images.labels < 0)}" if unknown else ""
     named = [f"{name} {n:,}" for name, n in zip(images.classes, of_class, strict=True)]
     if len(named) > _CLASSES:
         order = sorted(range(len(named)), key=lambda c: -of_class[c])
@@ -87,12 +97,33 @@ def _sources(images: ImageSet) -> str:
     of = _plural(_distinct(images.sources[images.sourced]), "source")
     text = f"sources: {_plural(known, 'image')} of {of}{_such_as(images, images.sourced)}"
     unknown = len(images) - known
-    return text + (f"; {unknown:,} without one{_such_as(images, ~images.sourced)}" if unknown else "; all have one")
+    return text + (f"; {unknown:,} without one{_named(images, ~images.sourced)}" if unknown else "; all have one")
+
+
+def _sites(images: ImageSet) -> str:
+    if images.labs is None:
+        return ""
+    count: list[int] = torch.bincount(images.labs, minlength=len(images.lab_names) + 1).tolist()
+    each = [f"{name} {n:,}" for name, n in zip(images.lab_names, count[1:], strict=True) if n]
+    text = f"{_plural(len(each), 'site')}: {some(each, _CLASSES)}"
+    return text + (f"; {count[0]:,} without one{_named(images, images.labs == 0)}" if count[0] else "")
 
 
 def _such_as(images: ImageSet, which: Tensor) -> str:
     indices = which.nonzero()
     return f", such as {images.name(int(indices[0]))}" if len(indices) else ""
+
+
+def _named(images: ImageSet, which: Tensor) -> str:
+    """The first of these images by name."""
+    places = which.nonzero()[:, 0]
+    return ": " + some([images.name(int(i)) for i in places[: _NAMED + 1]], _NAMED) if len(places) else ""
+
+
+def _lacking(images: ImageSet, which: Tensor) -> str:
+    """How many images lack something, and which; nothing if none does."""
+    count = int(which.sum())
+    return f" ({count:,} of {_plural(len(images), 'image')} without{_named(images, which)})" if count else ""
 
 
 def _files(images: ImageSet, found: Found | None) -> list[str]:

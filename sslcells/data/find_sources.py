@@ -22,7 +22,8 @@ from torch import Tensor
 
 from sslcells import launcher
 from sslcells.config import extra
-from sslcells.data import Decoder, Unreadable
+from sslcells.data import Decoder, Unreadable, look_up_sources
+from sslcells.data._names import some
 from sslcells.losses import unit
 
 _SIDE = 320
@@ -268,8 +269,13 @@ def _root_sift(descriptor: NDArray[np.uint8]) -> Floats:
 
 
 def agreement(found: Sources, table: Mapping[str, str]) -> str:
-    """Precision and recall of pairs of one source, among the images in a table of path → known source."""
-    both = [(g, table[path]) for path, g in zip(found.paths, found.group, strict=True) if path in table]
+    """Precision and recall of pairs of one source, among the images in a table of path → known source.
+
+    It says how many images are in the table, and which are not.
+    """
+    known = look_up_sources(found.paths, dict(table), None)
+    both = [(g, source) for source, g in zip(known, found.group, strict=True) if source is not None]
+    without = [path for path, source in zip(found.paths, known, strict=True) if source is None]
     if not both:
         return "none of these images is in the table of known sources; its paths must be relative to the folder"
 
@@ -278,7 +284,8 @@ def agreement(found: Sources, table: Mapping[str, str]) -> str:
 
     hits, claimed, true = pairs(both), pairs([g for g, _ in both]), pairs([s for _, s in both])
     precision, recall = (f"{hits / n:.4f}" if n else "–" for n in (claimed, true))
+    left_out = f" ({len(without):,} of {len(known):,} have none: {some(without)})" if without else ""
     return (
-        f"of {len(both):,} images with a known source: precision {precision} of {claimed:,} pairs found, "
+        f"of {len(both):,} images with a known source{left_out}: precision {precision} of {claimed:,} pairs found, "
         f"recall {recall} of {true:,} pairs known"
     )

@@ -18,6 +18,7 @@ class Subset(ImageSet):
         self.light, self.channels, self.classes = images.light, images.channels, images.classes
         self.labels, self.sources = images.labels[index], images.sources[index]
         self.targets = None if images.targets is None else images.targets[index]
+        self.labs, self.lab_names = None if images.labs is None else images.labs[index], images.lab_names
         self.found, self.sourced = images.found, None if images.sourced is None else images.sourced[index]
 
     def pixels(self, index: int) -> Tensor:

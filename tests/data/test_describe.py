@@ -50,8 +50,8 @@ def test_a_folder_with_mistakes(messy, verify):
     train, test = text.split("\n  test: ")
     for words in (
         f"train: 7 images of {messy}/Train, by its name",
-        "2 classes: a 4, b 2; 1 image without one, such as Train/loose.png",
-        "sources: 5 images of 2 sources, such as Train/a/slide1_0.png; 2 without one, such as Train/b/none.tif",
+        "2 classes: a 4, b 2; 1 image without one: Train/loose.png",
+        "sources: 5 images of 2 sources, such as Train/a/slide1_0.png; 2 without one: Train/b/none.tif, Train/loose",
         "PNG RGB 8 bit 4 (such as Train/a/slide1_0.png)",
         "JPEG RGB 8 bit 1 (such as Train/b/slide2_0.jpg)",
         "TIFF grey 16 bit 2 (such as Train/a/slide1_stack.tif)",
@@ -76,11 +76,22 @@ def test_a_folder_with_mistakes(messy, verify):
 
 def test_in_short(messy):
     splits = open_splits(folder.Config(path=str(messy), size=8, on_error="skip"))
-    assert brief(splits).startswith("data: train 7, 2 classes, left out ")
+    assert brief(splits).startswith("data: train 7, 2 classes (1 of 7 images without: Train/loose.png), left out ")
     assert "2 × .npy" in brief(splits)
     assert "1 × broken" in brief(splits)
     assert "; test 1, 2 classes (" in brief(splits)
     assert "\n" not in brief(splits)
+
+
+def test_a_table_of_sources_that_lists_a_part_is_said(tmp_path):
+    for i in range(16):
+        image(tmp_path / f"{i:02}.png")
+    rows = [f"{i:02}.png,s{i // 3}" for i in range(9)]
+    (tmp_path / "s.csv").write_text("\n".join(["path,source", *rows]))
+    splits = open_splits(folder.Config(path=str(tmp_path), sources="s.csv"))
+    named = "09.png, 10.png, 11.png, 12.png, 13.png, …"
+    assert f"train 16, 3 sources (7 of 16 images without: {named})" in brief(splits)
+    assert f"sources: 9 images of 3 sources, such as 00.png; 7 without one: {named}" in describe(splits)
 
 
 def test_a_part_says_what_the_whole_does(messy):

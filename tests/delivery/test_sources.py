@@ -100,7 +100,10 @@ def test_nothing_readable_is_no_success(tmp_path, capsys):
 def test_precision_and_recall_count_pairs():
     found = Sources(["a", "b", "c", "d", "x"], [0, 0, 0, 3, 4], [], [], [], [])
     said = agreement(found, {"a": "1", "b": "1", "c": "2", "d": "2"})
-    assert said == "of 4 images with a known source: precision 0.3333 of 3 pairs found, recall 0.5000 of 2 pairs known"
+    known = "of 4 images with a known source (1 of 5 have none: x)"
+    assert said == f"{known}: precision 0.3333 of 3 pairs found, recall 0.5000 of 2 pairs known"
+    part = agreement(found, {"A": "1", "b": "1"})
+    assert part.startswith("of 2 images with a known source (3 of 5 have none: c, d, x): precision")
     assert "none of these images" in agreement(found, {"q": "1"})
 
 
