@@ -260,7 +260,7 @@ def _predictions(
     if run.evaluate.split not in splits:
         return None, [f"{without}: there is no {run.evaluate.split} split"]
     if ranks.from_main(lambda: checkpoint.newest(folder / "checkpoints")) is None:
-        return None, [f"{without}: {folder / 'checkpoints'} holds no complete checkpoint"]
+        return None, [f"{without}: {folder / 'checkpoints'} has no intact checkpoint"]
     learner = trained(run, folder, splits["train"], device)
     return predict(learner, splits[run.evaluate.split], run, augment, device, bar), []
 

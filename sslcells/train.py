@@ -26,7 +26,7 @@ from sslcells.methods import Outputs
 from sslcells.models import files
 from sslcells.plan import Plan, consequences, open_run
 from sslcells.run import checkpoint
-from sslcells.run.folder import Claim, claimed, settled
+from sslcells.run.folder import Claim, claimed, resolve_auto
 from sslcells.run.interrupt import Awaited, Interrupt, Stopped
 from sslcells.run.meter import Meter, Start
 from sslcells.run.metrics import read_metrics
@@ -52,7 +52,7 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
     """
     with Interrupt() as interrupt:
         start = Start()
-        run = settled(run, launcher.device_for(run))
+        run = resolve_auto(run, launcher.device_for(run))
         accelerator = launcher.accelerator(run)
         start.lap("imports and devices")
         splits = open_run(run)
@@ -156,7 +156,7 @@ def _steps(
             if plan.due(step, run.checkpoint.every_steps):  # save
                 state.save(writer)
         if state.step < plan.steps:
-            _stop(run, state, writer, log, interrupt.asked)
+            _stop(run, state, writer, log, interrupt.received)
         _finish(run, splits, state, writer, log, evaluation)
 
 
@@ -183,7 +183,7 @@ def _measured(state: State, look: Callable[[], T]) -> T:
     try:
         return look()
     except NotFinite as error:
-        raise state.meter.broken(f"{error} after step {state.step}") from None
+        raise state.meter.divergence(f"{error} after step {state.step}") from None
 
 
 def _stop(run: Run, state: State, writer: checkpoint.Writer, log: Log, number: int) -> NoReturn:
@@ -234,11 +234,11 @@ def in_step(batches: Iterator[T], checks: Sequence[Callable[[], None]], interrup
             pass
         except Exception as error:  # handed to every rank, and raised there
             failure = error
-        verdict = ranks.largest(_FAILED if failure is not None else interrupt.asked)
+        verdict = ranks.largest(_FAILED if failure is not None else interrupt.received)
         if verdict == _FAILED:
             ranks.raise_first(failure)
         if verdict:
-            interrupt.asked = verdict
+            interrupt.received = verdict
         if verdict or batch is None:
             return
         yield batch

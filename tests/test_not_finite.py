@@ -168,10 +168,10 @@ def test_a_run_goes_on_from_before_a_checkpoint_that_is_not_finite(tmp_path):
 def test_no_checkpoint_is_written_of_what_is_not_finite():
     net = nn.Linear(3, 2)
     checkpoint.files(1, net, {"a": [{"b": torch.ones(2)}]})
-    with pytest.raises(checkpoint.CheckpointError, match=r"step 1 .*not finite: a\.0\.b"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"step 1 is not written: a\.0\.b is not finite"):
         checkpoint.files(1, net, {"a": [{"b": torch.tensor([1.0, math.inf])}]})
     nn.init.constant_(net.weight, math.nan)
-    with pytest.raises(checkpoint.CheckpointError, match="not finite: weight"):
+    with pytest.raises(checkpoint.CheckpointError, match="weight is not finite"):
         checkpoint.files(1, net, {})
 
 

@@ -52,18 +52,18 @@ def test_what_one_rank_finds_wrong_every_rank_raises():
     assert on_ranks(3, unsound) == [["rank 2"]] * 3
 
 
-def asked():
-    """Rank 1 is asked to stop in its second step, and rank 0 a step later."""
+def stopped():
+    """A signal reaches rank 1 in its second step."""
     interrupt, got = Interrupt(), []
     for batch in in_step(iter(range(5)), (), interrupt):
         got.append(batch)
         if ranks.rank() == 1 and batch == 1:
-            interrupt.asked = 10
-    return got, interrupt.asked
+            interrupt.received = 10
+    return got, interrupt.received
 
 
 def test_all_stop_after_the_same_step():
-    assert on_ranks(3, asked) == [([0, 1], 10)] * 3
+    assert on_ranks(3, stopped) == [([0, 1], 10)] * 3
 
 
 def post_mortem(error, *leaving):

@@ -20,7 +20,7 @@ from sslcells.data import Batch
 from sslcells.errors import TrainingError
 from sslcells.models import files
 from sslcells.run import checkpoint
-from sslcells.run.folder import changed, settled
+from sslcells.run.folder import changed, resolve_auto
 from sslcells.run.interrupt import Stopped
 from sslcells.run.lock import TAKING, Lock
 from sslcells.run.metrics import read_metrics
@@ -97,7 +97,7 @@ def test_what_a_run_leaves(finished):
     encoder, spec = files.load(finished)
     assert spec["size"] == 32
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
-    assert load(str(finished / "config.yaml")) == settled(tiny(finished.parent), torch.device("cpu"))
+    assert load(str(finished / "config.yaml")) == resolve_auto(tiny(finished.parent), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 6, pytest.param(13, marks=pytest.mark.slow)])

@@ -183,13 +183,14 @@ def _work(
             if ranks.world() > 1:
                 _log.error("rank %d stopped: %s; the other ranks finish their parts", ranks.rank(), error)
         ranks.raise_first(failure)
-        asked = ranks.largest(interrupt.asked)
+        received = ranks.largest(interrupt.received)
     folder = embeddings.folder
-    if asked:
+    if received:
         there = len(ranks.from_main(embeddings.written))
-        name = signal.Signals(asked).name
+        name = signal.Signals(received).name
         raise Stopped(
-            asked, f"{folder}: stopped by {name} with {there} of {embeddings.shards} shards; the same command resumes"
+            received,
+            f"{folder}: stopped by {name} with {there} of {embeddings.shards} shards; the same command resumes",
         )
 
     def finish() -> tuple[int, str]:

@@ -32,15 +32,15 @@ _WEIGHTS, _STATES, _SUMMARY = "model.safetensors", "optimizer.pt", "state.json"
 
 
 class CheckpointError(UserError):
-    """A checkpoint could not be written; the message says why, and from where the run goes on."""
+    """A checkpoint could not be written; the message says why, and from which one the run can resume."""
 
 
 class Writer:
-    """Writes a run's checkpoints beside the training, one at a time; for one rank to use.
+    """Writes checkpoints while training continues, one at a time; used by one rank.
 
-    Training waits while the states are copied into the bytes of their files, and a thread takes those to the disk. That
-    is as safe as waiting for it: a checkpoint counts from its renaming on, and not before. At the end of `with` nothing
-    is being written any more.
+    Training waits only while the states are copied into the bytes of the files; a thread writes these to the disk. That
+    is as safe as waiting for it, as a checkpoint counts only after it was renamed. The end of the `with` block waits
+    for the thread.
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
@@ -56,12 +56,12 @@ class Writer:
             self._thread.join()
 
     def save(self, step: int, model: nn.Module, states: dict[str, Any]) -> None:
-        """Begin to write the checkpoint of `step` finished steps.
+        """Begin to write the checkpoint after `step` finished steps.
 
-        `states` is anything else to go on with: nested dicts, lists, numbers, strings and tensors.
+        `states` is everything else that a resumed run needs: nested dicts, lists, numbers, strings and tensors.
 
         Raises:
-            CheckpointError: where the one before could not be written.
+            CheckpointError: if the previous checkpoint could not be written.
         """
         self.wait()
         began = time.perf_counter()
@@ -70,14 +70,14 @@ class Writer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is being written any more; raises as `check` does."""
+        """Wait until the checkpoint is written; raises like `check`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def check(self) -> None:
-        """Raise a CheckpointError where one could not be written."""
+        """Raise a CheckpointError if a checkpoint could not be written."""
         if self._failure is not None:
             raise self._failure
 
@@ -86,25 +86,25 @@ class Writer:
             path = patiently(lambda: write(self._folder, step, contents, self._keep), f"checkpoint of step {step}")
         except OSError as error:
             before = next(_newest_first(self._folder), None)
-            on = f"the run goes on from {before}" if before else "there is none before it"
+            on = f"the run can resume from {before}" if before else "there is no earlier one"
             size = sum(map(len, contents.values())) / 2**20
             self._failure = CheckpointError(
                 f"the checkpoint of step {step} ({size:.3g} MiB) cannot be written: {error}; {on}"
             )
             return
         seconds = time.perf_counter() - began
-        self._say(f"checkpoint {path.name}: {seconds:.2f} s, of which training waited {copied - began:.2f} s")
+        self._say(f"checkpoint {path.name}: {seconds:.2f} s; training waited {copied - began:.2f} s for it")
 
 
 def files(step: int, model: nn.Module, states: dict[str, Any]) -> dict[str, bytes]:
     """The files of a checkpoint: name → content.
 
     Raises:
-        CheckpointError: where a weight or a state is not finite: such a checkpoint would take a good one's place.
+        CheckpointError: if a weight or a state is not finite, as the checkpoint would replace a good one.
     """
     if bad := not_finite(model, states):
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise CheckpointError(f"no checkpoint of step {step} is written, as it is not finite: {bad[0]}{more}")
+        raise CheckpointError(f"the checkpoint of step {step} is not written: {bad[0]}{more} is not finite")
     weights = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     plain = io.BytesIO()
     torch.save(states, plain)
@@ -114,12 +114,12 @@ def files(step: int, model: nn.Module, states: dict[str, Any]) -> dict[str, byte
 
 
 def not_finite(model: nn.Module, states: Mapping[str, Any]) -> list[str]:
-    """The names of the weights, and of the tensors among states, that hold NaN or an infinity."""
+    """The names of the weights and state tensors that contain NaN or an infinity."""
     return models.not_finite([*model.state_dict().items(), *_tensors(states)])
 
 
 def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested dicts and lists, with the way to each as its name."""
+    """The tensors in nested dicts and lists, named by their path, such as optimizer.state.0.exp_avg."""
     if isinstance(tree, Tensor):
         yield name, tree
     elif isinstance(tree, (dict, list, tuple)):
@@ -128,46 +128,46 @@ def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def write(folder: Path, step: int, contents: Mapping[str, bytes], keep: int) -> Path:
-    """Write the files of a checkpoint, then prune to the newest `keep`; for one rank to call.
+    """Write the files of a checkpoint, then remove all but the newest `keep`; called by one rank.
 
-    The folder above `folder` must be there: where it is away, nothing is made in its place.
+    The parent of `folder` must exist, so that nothing is created in its place while its disk is unavailable.
 
     Raises:
-        OSError: where it cannot be written; what was begun is removed again.
+        OSError: if the checkpoint cannot be written; its unfinished files are removed.
     """
     folder.mkdir(exist_ok=True)
-    whole, partial = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
-    for begun in folder.glob(".step_*.partial"):  # by a start that was killed
-        shutil.rmtree(begun, ignore_errors=True)
+    path, partial = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
+    for unfinished in folder.glob(".step_*.partial"):  # by a process that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
     try:
         partial.mkdir()
         for name, content in contents.items():
             (partial / name).write_bytes(content)
             _flush(partial / name)
         _flush(partial)
-        shutil.rmtree(whole, ignore_errors=True)
-        partial.rename(whole)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _flush(folder)
     for old in list(_newest_first(folder))[keep:]:
         shutil.rmtree(old, ignore_errors=True)
-    return whole
+    return path
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; one that is truncated, altered or not finite is named in the log and passed over."""
+    """The newest intact checkpoint; one that is truncated, altered or not finite is skipped with a warning."""
     for path in _newest_first(folder):
         fault = _fault(path)
         if fault is None:
             return path
-        logger.warning("checkpoint %s is not whole (%s); looking for an older one", path, fault)
+        logger.warning("checkpoint %s is damaged (%s); trying an older one", path, fault)
     return None
 
 
 def load(path: Path, model: nn.Module) -> tuple[int, dict[str, Any]]:
-    """Load the weights into `model`; returns the number of finished steps, and the states that were saved."""
+    """Load the weights into `model`; returns the number of finished steps and the saved states."""
     model.load_state_dict(safetensors.torch.load_file(path / _WEIGHTS))
     states: dict[str, Any] = torch.load(path / _STATES, map_location="cpu", weights_only=True)
     return int(json.loads((path / _SUMMARY).read_text(encoding="utf-8"))["step"]), states
@@ -183,7 +183,7 @@ def _fault(path: Path) -> str | None:
         digests = json.loads((path / _SUMMARY).read_text(encoding="utf-8"))["sha256"]
         altered = [name for name in (_WEIGHTS, _STATES) if _digest(path / name) != digests[name]]
         if altered:
-            return f"{', '.join(altered)} altered or truncated"
+            return f"altered or truncated: {', '.join(altered)}"
         with safetensors.safe_open(path / _WEIGHTS, "pt") as weights:
             bad = models.not_finite((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
@@ -197,7 +197,7 @@ def _digest(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk."""
+    """Make the system write a file, or the entries of a folder, to the disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

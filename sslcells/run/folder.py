@@ -1,4 +1,4 @@
-"""The run's folder: made or found, one job's at a time, with the reason in it why the last start ended."""
+"""The run's folder: created or found, used by one job at a time; it notes why the last start ended."""
 
 import contextlib
 from collections.abc import Collection, Iterator
@@ -17,19 +17,19 @@ from sslcells.run.interrupt import Stopped
 from sslcells.run.lock import Lock
 
 STOPPED = "stopped.txt"
-"""In a run's folder: why its last start ended, where the same would come again."""
+"""In a run's folder: why its last start ended, if another start would end in the same way."""
 
 
 @contextmanager
 def claimed(run: Run, images: ImageSet) -> Iterator["Claim"]:
-    """The run's folder, from its making or finding to the run's end; no other job has it meanwhile.
+    """Create or find the run's folder, and hold it until the end of the `with` block; no other job can use it.
 
-    An error that leaves the run is told to the other ranks, and written to `stopped.txt` unless another start may do
-    better: where a rank was lost, or the run was asked to stop.
+    An error in the block is sent to the other ranks and written to `stopped.txt`. It is not written if another start
+    may succeed: if a rank was lost, or a signal stopped the run.
 
     Raises:
-        ConfigError: where the folder cannot be written, is in use, or holds a run that must not be gone on with.
-        Lost: in place of whatever a broken connection to another rank raises.
+        ConfigError: if the folder cannot be written, is in use, or has a run that must not be resumed.
+        Lost: if the connection to another rank broke, instead of the error that this raised.
     """
     claim = Claim()
     try:
@@ -42,7 +42,7 @@ def claimed(run: Run, images: ImageSet) -> Iterator["Claim"]:
     except BaseException as error:
         if claim.ours:
             cause = f"rank {ranks.rank()}: {type(error).__name__}: {error}"
-            with contextlib.suppress(OSError):  # a full disk holds no reasons
+            with contextlib.suppress(OSError):  # such as a full disk
                 (run.folder / STOPPED).write_text(f"{cause}\n", encoding="utf-8")
         raise
     finally:
@@ -51,23 +51,23 @@ def claimed(run: Run, images: ImageSet) -> Iterator["Claim"]:
 
 
 class Claim:
-    """A run's folder in use."""
+    """A run's folder that this job holds."""
 
     checkpoint: Path | None = None
     """the checkpoint to resume from"""
     ours: bool = False
     """True once this job holds the lock"""
     lock: Lock | None = None
-    """of rank 0 alone"""
+    """only on rank 0"""
 
     def check(self) -> None:
-        """Raise a TrainingError where another job has taken the folder away, in spite of the lock."""
+        """Raise a TrainingError if another job took the folder in spite of the lock."""
         if self.lock is not None and self.lock.lost:
-            raise TrainingError(f"the run's folder was taken by {self.lock.lost}: two jobs must not share one")
+            raise TrainingError(f"another job took the run's folder: {self.lock.lost}; two jobs must not share one")
 
 
 def _take(run: Run, images: ImageSet, claim: Claim) -> Path | None:
-    """Make the run's folder, or find it; returns the whole checkpoint to go on from, if any."""
+    """Create or find the run's folder and lock it; returns the checkpoint to resume from, if any."""
     try:
         (run.folder / "plots").mkdir(parents=True, exist_ok=True)
         claim.lock = Lock(run.folder)
@@ -75,37 +75,37 @@ def _take(run: Run, images: ImageSet, claim: Claim) -> Path | None:
         (run.folder / STOPPED).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"out={run.out!r}: the run's folder cannot be written: {error}") from None
-    whole = checkpoint.newest(run.folder / "checkpoints")
-    if whole is not None and run.resume == "never":
-        raise ConfigError(f"{run.folder} holds {whole.name} and resume=never; choose another name=")
-    if whole is not None:
-        _same_run(run, images)
-    if whole is None or not listing.recorded(run.folder):
+    newest = checkpoint.newest(run.folder / "checkpoints")
+    if newest is not None and run.resume == "never":
+        raise ConfigError(f"{run.folder} holds {newest.name} and resume=never; choose another name=")
+    if newest is not None:
+        _check_same_run(run, images)
+    if newest is None or not listing.recorded(run.folder):
         listing.record(run.folder, images)
     (run.folder / "config.yaml").write_text(dump(run), encoding="utf-8")
-    return whole
+    return newest
 
 
-FREE = {
+MAY_CHANGE = {
     *("train.workers", "train.threads", "train.device", "train.timeout_minutes"),
     *("log", "evaluate", "compare", "checkpoint", "resume", "out"),
 }
-"""What may change when a run goes on: nothing of it changes what is learned."""
-BOUND = {"evaluate.holdout"}
-"""What may not, of sections that may."""
+"""Sections and keys that may change when a run resumes, as they do not change what is learned."""
+MUST_STAY = {"evaluate.holdout"}
+"""Keys of these sections that may not change."""
 
 
-SETTLED = ("precision", "channels_last")
-"""Of `train`: where `auto` is asked for, what it stands for is settled when a run begins, and kept by it."""
+AUTO = ("precision", "channels_last")
+"""Keys of `train` that can be `auto`; a run keeps the values that were chosen at its first start."""
 
 
-def settled(run: Run, device: torch.device) -> Run:
-    """The run with what `auto` stands for: what its folder says where it goes on, else what suits rank 0's device."""
+def resolve_auto(run: Run, device: torch.device) -> Run:
+    """The run with values in place of `auto`: those in its folder if it resumes, else those for rank 0's device."""
 
-    def settle() -> dict[str, Any]:
-        train, folder = run.train.model_dump(include=set(SETTLED)), run.folder
+    def resolve() -> dict[str, Any]:
+        train, folder = run.train.model_dump(include=set(AUTO)), run.folder
         if any((folder / "checkpoints").glob("step_*")) and (folder / "config.yaml").is_file():
-            before = load(str(folder / "config.yaml")).train.model_dump(include=set(SETTLED))
+            before = load(str(folder / "config.yaml")).train.model_dump(include=set(AUTO))
             train = {key: before[key] if value == "auto" else value for key, value in train.items()}
         if train["precision"] == "auto":
             train["precision"] = launcher.precision_for(device)
@@ -113,13 +113,13 @@ def settled(run: Run, device: torch.device) -> Run:
             train["channels_last"] = launcher.channels_last_for(device, train["precision"])
         return train
 
-    return run.model_copy(update={"train": run.train.model_copy(update=ranks.from_main(settle))})
+    return run.model_copy(update={"train": run.train.model_copy(update=ranks.from_main(resolve))})
 
 
-def changed(run: Run, free: Collection[str] = ()) -> list[str]:
-    """What of a run is not as the configuration in its folder says, and decides the training; read for a person.
+def changed(run: Run, may_change: Collection[str] = ()) -> list[str]:
+    """Differences from the configuration in the run's folder, in words; without keys that may change.
 
-    `free` may change too.
+    `may_change` are keys that may change besides MAY_CHANGE.
     """
     before, now = load(str(run.folder / "config.yaml")).model_dump(mode="json"), run.model_dump(mode="json")
     different = [
@@ -128,27 +128,26 @@ def changed(run: Run, free: Collection[str] = ()) -> list[str]:
         if isinstance(now[section], dict)
         for key in now[section] | before[section]
         if before[section].get(key) != now[section].get(key)
-        and (f"{section}.{key}" in BOUND or not {section, f"{section}.{key}"} & {*FREE, *free})
-        and not (section == "train" and key in SETTLED and now[section][key] == "auto")
+        and (f"{section}.{key}" in MUST_STAY or not {section, f"{section}.{key}"} & {*MAY_CHANGE, *may_change})
+        and not (section == "train" and key in AUTO and now[section][key] == "auto")
     ]
     if before["seed"] != now["seed"]:
         different.append(f"seed: {before['seed']} → {now['seed']}")
     return different
 
 
-def _same_run(run: Run, images: ImageSet) -> None:
-    """Raise a ConfigError unless the folder's configuration decides the same training, of the same images.
+def _check_same_run(run: Run, images: ImageSet) -> None:
+    """Raise a ConfigError unless the run in the folder has the same configuration and the same images.
 
-    Where these lie may change, as it does where each job copies them to a place of its own.
+    The paths of the images may change, as some clusters copy the images to a new folder for each job.
     """
     recorded = listing.recorded(run.folder)
     if different := changed(run, listing.PATHS if recorded else ()):
         raise ConfigError(
             f"{run.folder} holds a run with another configuration ({'; '.join(different)}); choose another name=, "
-            f"or go on with the one it has: --config {run.folder / 'config.yaml'}"
+            f"or resume with the one it has: --config {run.folder / 'config.yaml'}"
         )
     if recorded and (different := listing.differences(run.folder, images)):
         raise ConfigError(
-            f"{run.folder} holds a run of other images: {'; '.join(different)}. Give it the images that it had, or "
-            f"choose another name="
+            f"{run.folder} holds a run of other images: {'; '.join(different)}. Use its images, or choose another name="
         )

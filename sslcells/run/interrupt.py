@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: remembered when they come, answered between two steps, or at once where it waits."""
+"""Signals that ask a run to stop: remembered when they arrive, and acted on between two steps, or at once in a wait."""
 
 import contextlib
 import os
@@ -17,15 +17,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 BURST = 3.0
 """Seconds within which SIGTERMs count as one: a scheduler and a launcher both send it to a rank."""
 GRACE = 10.0
-"""Seconds that an ordered end may take after a second SIGTERM."""
+"""Seconds that the process may take to clean up after a second SIGTERM."""
 
 
 class Awaited(BaseException):
-    """A signal came while there was nothing to do but wait; raised within `Interrupt.waiting`."""
+    """A signal arrived during `Interrupt.waiting`."""
 
 
 class Ended(KeyboardInterrupt):
-    """A second SIGTERM, or Ctrl-C: the process ends now, without a checkpoint."""
+    """A second SIGTERM or Ctrl-C: the process ends now, without a checkpoint."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -34,29 +34,29 @@ class Ended(KeyboardInterrupt):
 
 
 class Interrupt:
-    """From `with` to its end, remembers the first of SIGTERM, SIGUSR1 and SIGINT.
+    """Remembers the first of SIGTERM, SIGUSR1 and SIGINT that arrives inside the `with` block.
 
-    A second Ctrl-C, or a SIGTERM more than BURST seconds after the first, raises Ended; the process is gone GRACE
-    seconds later, whatever it hangs in. Other further signals do no harm. In a thread other than the main one nothing
-    is caught, as Python delivers no signals there.
+    A second Ctrl-C, or a SIGTERM more than BURST seconds after the first, raises Ended. If the process hangs, it is
+    ended GRACE seconds later. Further signals are ignored otherwise. Outside the main thread no signal is caught, as
+    Python delivers none there.
     """
 
     def __init__(self) -> None:
-        self.asked = 0
-        """the signal's number, 0 while none came"""
+        self.received = 0
+        """number of the signal; 0 if none arrived yet"""
         self._before: dict[signal.Signals, Any] = {}
         self._waits = False
-        self._term: float | None = None
+        self._first_term: float | None = None
         self._left = threading.Event()
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            # Python's handlers wait while the main thread is in a library; this pipe is written at once.
-            self._heard, heard = socket.socketpair()
-            heard.setblocking(False)
-            self._written, self._wakeup = heard, signal.set_wakeup_fd(heard.fileno(), warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
-            threading.Thread(target=self._guard, name="signals", daemon=True).start()
+            # Python runs no handler while the main thread is inside a library, but it writes to this socket at once.
+            self._reader, self._writer = socket.socketpair()
+            self._writer.setblocking(False)
+            self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            threading.Thread(target=self._end_if_hanging, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -64,38 +64,38 @@ class Interrupt:
             signal.signal(number, handler)
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
-            if kind is not Ended:  # after that one, the interpreter's end may hang too
+            if kind is not Ended:  # after Ended the exit of the interpreter may hang too
                 self._left.set()
-            self._written.close()
+            self._writer.close()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Until its end a signal raises Awaited, also one that came before: what is waited for may never come."""
+        """Inside this block a signal raises Awaited, also one that arrived before: the wait might never end."""
         self._waits = True
         try:
-            if self.asked:
+            if self.received:
                 raise Awaited
             yield
         finally:
             self._waits = False
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.asked == signal.SIGINT:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
             raise Ended(number)
         if number == signal.SIGTERM:
-            if self._term is not None and time.monotonic() - self._term > BURST:
+            if self._first_term is not None and time.monotonic() - self._first_term > BURST:
                 raise Ended(number)
-            self._term = self._term or time.monotonic()
-        self.asked = self.asked or number
+            self._first_term = self._first_term or time.monotonic()
+        self.received = self.received or number
         if self._waits:
             self._waits = False
             raise Awaited
 
-    def _guard(self) -> None:
-        """End the process after a second SIGTERM, if it does not end itself."""
+    def _end_if_hanging(self) -> None:
+        """End the process after a second SIGTERM, if it does not end by itself."""
         first: float | None = None
-        with self._heard:
-            while numbers := self._heard.recv(64):
+        with self._reader:
+            while numbers := self._reader.recv(64):
                 if signal.SIGTERM not in numbers:
                     continue
                 if first is not None and time.monotonic() - first > BURST:
@@ -109,10 +109,10 @@ class Interrupt:
 
 
 class Stopped(UserError):
-    """A run was asked to stop, and did, with everything written that it needs to go on."""
+    """A signal stopped the run, after it had written everything that it needs to resume."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.number = number
-        # 0 for SIGUSR1, which a scheduler sends so that the run makes room and comes again
+        # 0 for SIGUSR1: a scheduler sends it to free the nodes, and starts the run again later
         self.status = 0 if number == signal.SIGUSR1 else 128 + number

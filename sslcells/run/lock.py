@@ -1,9 +1,11 @@
-"""A run's folder belongs to one job at a time, also on a file system that several machines share.
+"""A lock on a run's folder: one job at a time uses it, also on a file system that several machines share.
 
-The file `lock.json` says who: host, process, and a beat that its owner counts up. Who finds one looks whether the
-process lives, on the same host, or whether the beat goes on: file locks of the system do not reach across all shared
-file systems, and clocks differ. One process at a time looks and takes, by a lock of the system; and the file of a new
-owner appears whole and only where there is none, which holds where that lock does not reach.
+The file `lock.json` names the owner: host, process, and a beat, a number that the owner increases every BEAT seconds. A
+process that finds the file checks if the owner is alive: on the same host by its process, on another host by its beat.
+The system's file locks do not work on all shared file systems, and the clocks of two hosts may differ.
+
+While a process checks and takes the folder, it holds a system lock. Where that does not work, `lock.json` alone is
+safe: it is created with its content in one operation, which fails if the file exists.
 """
 
 import contextlib
@@ -26,20 +28,20 @@ from sslcells.storage import json_text, partial_name, write_atomically
 
 FILE = "lock.json"
 TAKING = ".taking"
-"""Locked while one process looks whose the folder is, and takes it."""
+"""System lock of the process that checks for an owner and takes the folder."""
 BEAT = 10.0
-"""seconds"""
+"""seconds between two beats"""
 
 
 class Lock:
-    """The folder is this process's until `release`; for one rank to hold."""
+    """This process owns the folder until `release`; used by one rank."""
 
     def __init__(self, folder: Path, otherwise: str = "choose another name=") -> None:
-        """Take the folder, from a process that is no more if need be; `otherwise` is advice where it is in use.
+        """Take the folder; the lock of a dead process is replaced. `otherwise` is advice for the error.
 
         Raises:
-            ConfigError: where another process has it; one on another host is watched for three beats.
-            OSError: where the folder cannot be written.
+            ConfigError: if another process owns it; the beat of an owner on another host is watched for 3 · BEAT.
+            OSError: if the folder cannot be written.
         """
         self._path = folder / FILE
         process = psutil.Process()
@@ -52,34 +54,34 @@ class Lock:
             "token": secrets.token_hex(8),
         }
         self.lost = ""
-        """who took the folder away from this process, if somebody did"""
+        """the process that took the folder from this one; empty if none did"""
         try:
             with one_at_a_time(folder / TAKING, 5 * BEAT):
                 self._take(folder, otherwise)
         except Timeout:
-            raise ConfigError(f"{folder} is being taken by another process; wait for its end, or {otherwise}") from None
+            raise ConfigError(f"{folder} is being locked by another process; wait for it, or {otherwise}") from None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
 
     def release(self) -> None:
-        """Let the folder go."""
+        """Release the folder."""
         self._ended.set()
         self._thread.join()
         if not self.lost:
-            with contextlib.suppress(OSError):  # the folder is away, and with it this run
+            with contextlib.suppress(OSError):  # the disk is unavailable
                 self._path.unlink()
 
     def _take(self, folder: Path, otherwise: str) -> None:
-        """Be the owner that the file names; one process of this host at a time."""
+        """Create the file with this process as owner; only one process of a host does this at a time."""
         while not self._create():
             other = self._read()
-            if other is not None and self._lives(other):
+            if other is not None and self._is_alive(other):
                 raise ConfigError(f"{folder} is in use by {_name(other)}; wait for its end, or {otherwise}")
-            self._clear(other)
+            self._remove(other)
 
-    def _clear(self, dead: dict[str, Any] | None) -> None:
-        """Remove the file of an owner that is no more; where another host has just taken the folder, leave it that."""
+    def _remove(self, dead: dict[str, Any] | None) -> None:
+        """Remove the file of a dead owner, unless another host has just replaced it with its own."""
         aside = partial_name(self._path)
         with contextlib.suppress(FileNotFoundError):
             self._path.rename(aside)
@@ -89,7 +91,7 @@ class Lock:
             aside.unlink()
 
     def _create(self) -> bool:
-        """Write the file where there is none; whether there was none."""
+        """Create the file; False if it exists."""
         made = partial_name(self._path)
         made.write_text(json_text(self._owner | {"beat": 0}), encoding="utf-8")
         try:
@@ -106,14 +108,14 @@ class Lock:
             made.unlink(missing_ok=True)
         return True
 
-    def _lives(self, other: dict[str, Any]) -> bool:
+    def _is_alive(self, other: dict[str, Any]) -> bool:
         if other["host"] == self._owner["host"]:
             try:
                 return bool(psutil.Process(other["process"]).create_time() == other["started"])
             except psutil.NoSuchProcess:
                 return False
         if other["job"] and other["job"] == self._owner["job"] and other["start"] != self._owner["start"]:
-            return False  # an earlier start of this job: SLURM ended it before it began this one
+            return False  # an earlier start of this job: SLURM ended it before this one
         until = time.monotonic() + 3 * BEAT
         while time.monotonic() < until:
             time.sleep(min(1.0, BEAT / 4))
@@ -134,10 +136,10 @@ class Lock:
                     return
                 self._write(beat)
             except OSError:
-                continue  # the folder is away; what must be written there will say so
+                continue  # the disk is unavailable; training's own writes report it
 
     def _read(self, path: Path | None = None) -> dict[str, Any] | None:
-        """What the file says; None where there is none, or it was cut off."""
+        """The owner in the file; None if there is no file, or it was cut off."""
         try:
             owner: dict[str, Any] = json.loads((path or self._path).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -151,10 +153,10 @@ class Lock:
 
 @contextlib.contextmanager
 def one_at_a_time(file: Path, seconds: float) -> Iterator[None]:
-    """Wait for others that do the same, where the file system has locks; without, `_create` alone keeps them apart.
+    """Wait until no other process is in this block, then enter it. On a file system without locks, enter at once.
 
     Raises:
-        Timeout: where another one does it for longer than it may take.
+        Timeout: if another process stays in it for more than `seconds`.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -168,7 +170,7 @@ def one_at_a_time(file: Path, seconds: float) -> Iterator[None]:
 
 
 def _mode() -> int:
-    """What the umask leaves to a file."""
+    """The permissions that the umask leaves to a new file."""
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask

@@ -1,4 +1,4 @@
-"""Losses, speed and the watch for numbers that are not finite, between two lines of the log; and the time to start."""
+"""Measures between two lines of the log: losses, speed, and values that are not finite. Also the time to start."""
 
 import math
 import time
@@ -17,24 +17,24 @@ from sslcells.plan import Plan
 from sslcells.run import checkpoint
 
 SKIPPED = 40
-"""Steps in a row that a loss scaler may leave out: as many halvings take it from 2¹⁶ to float16's smallest number."""
+"""Steps in a row that a loss scaler may skip: so many halvings take the scale from 2¹⁶ to float16's smallest number."""
 
 
 class Start:
-    """What the time between a process's start and its first step went into."""
+    """Seconds of each part of the time between the start of the process and its first step."""
 
     def __init__(self) -> None:
         self._laps: dict[str, float] = {}
         self._began = self._last = psutil.Process().create_time()
 
     def lap(self, name: str) -> None:
-        """What passed since the last was this."""
+        """Add the time since the last lap to the part `name`."""
         now = time.time()
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
     def first_step(self, splits: Mapping[str, ImageSet]) -> str:
-        """A line for the log, when the first step is done."""
+        """A line for the log after the first step."""
         self.lap("first step")
         found = [images.found for images in splits.values() if images.found is not None]
         inner: dict[str, float] = {}
@@ -51,11 +51,10 @@ class Start:
 
 
 class Meter:
-    """Losses and figures between two lines of the log, without waiting for the device at every step.
+    """Collects losses and figures between two lines of the log, without waiting for the device at every step.
 
-    And the watch over the run: a loss, a gradient norm or a weight that is no number ends it. Where a loss scaler takes
-    part (fp16) it leaves out the steps whose gradients are too large for the format, and halves its scale: a norm that
-    is not finite is an error only when SKIPPED steps in a row had one.
+    It also ends the run if a loss, a gradient norm or a weight is not finite. With a loss scaler (fp16) a norm may be
+    infinite or NaN in up to SKIPPED steps in a row: the scaler skips such a step and halves its scale.
     """
 
     def __init__(self, run: Run, plan: Plan, device: torch.device, scaled: bool = False) -> None:
@@ -69,27 +68,27 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Start the clock anew: what came before is not training."""
-        self._began = self._asked = time.perf_counter()
+        """Restart the clock, for example after an evaluation."""
+        self._began = self._requested = time.perf_counter()
         self._waited, self._timed = 0.0, 0
 
     def arrived(self) -> None:
-        """The next batch is here; what passed since the last step was waiting for it."""
-        self._waited += time.perf_counter() - self._asked
+        """The next batch has arrived: the time since the last step counts as waiting for data."""
+        self._waited += time.perf_counter() - self._requested
 
     def add(self, loss: Tensor, norm: Tensor, figures: Mapping[str, Tensor]) -> None:
-        """A finished step: its loss on this rank, the norm of its gradient, and further figures."""
+        """Add a finished step: its loss on this rank, the norm of its gradient, and further figures."""
         self._losses.append(loss.detach())
         self._norms.append(norm.detach())
         self._figures = {"gradient_norm": norm.detach(), **{k: v.detach() for k, v in figures.items()}}
         self._timed += 1
-        self._asked = time.perf_counter()
+        self._requested = time.perf_counter()
 
     def read(self, step: int) -> dict[str, float]:
-        """Mean loss since the last line, the last step's figures, and the speed; all ranks take part.
+        """Mean loss since the last line, figures of the last step, and speed; all ranks must call it.
 
         Raises:
-            TrainingError: where a loss or a norm was not finite.
+            TrainingError: if a loss or a norm was not finite.
         """
         losses = self.check(step)
         self._means = []
@@ -106,7 +105,7 @@ class Meter:
         return {"loss": sum(losses) / len(losses), **dict(zip(self._figures, means, strict=True)), **speed}
 
     def check(self, step: int) -> list[float]:
-        """Losses of the steps since the last line, means over the ranks; raises where one, or a norm, is not finite."""
+        """Losses of the steps since the last line, means over ranks; raises if a loss or a norm is not finite."""
         new = [x.float().to(self._device) for pair in self._new() for x in pair]
         local = torch.stack(new).view(-1, 2) if new else torch.empty(0, 2, device=self._device)
         by_rank = ranks.gather(local[None])  # (world, new steps, 2)
@@ -114,47 +113,47 @@ class Meter:
         for at, (loss, norm) in enumerate(by_rank.mean(0).tolist(), first):
             if not math.isfinite(loss):
                 bad = (~by_rank[:, at - first, 0].isfinite()).nonzero()[:, 0].tolist()
-                raise self.broken(f"the loss became {loss} at step {at} on {_ranks(bad)}{self._before()}")
+                raise self.divergence(f"the loss became {loss} at step {at} on {_ranks(bad)}{self._before()}")
             self._means.append(loss)
             self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
             if self._skipped > self._most_skipped:
                 bad = (~by_rank[:, at - first, 1].isfinite()).nonzero()[:, 0].tolist()
                 since = f", as at the {self._skipped - 1} before it," if self._skipped > 1 else ""
-                raise self.broken(
+                raise self.divergence(
                     f"the norm of the gradient became {norm} at step {at}{since} on {_ranks(bad)}; the loss there "
                     f"was {loss:.6g}"
                 )
         return self._means
 
     def check_states(self, step: int, model: nn.Module, states: Mapping[str, Any]) -> None:
-        """Raise a TrainingError where a weight, or a state of the optimizer, is no longer finite on any rank."""
+        """Raise a TrainingError if a weight or a state of the optimizer is not finite on any rank."""
         bad = ranks.all_ranks(checkpoint.not_finite(model, states))
         if any(bad):
             first = next(filter(None, bad))
             more = f" and {len(first) - 1} more" if len(first) > 1 else ""
             on = _ranks([rank for rank, names in enumerate(bad) if names])
-            raise self.broken(
+            raise self.divergence(
                 f"the weights are no longer finite after step {step} on {on}: {first[0]}{more}{self._before()}"
             )
 
-    def broken(self, what: str) -> TrainingError:
-        """The error of a run that has broken down: what was seen, where it can go on from, and what may help."""
-        whole = checkpoint.newest(self._run.folder / "checkpoints")
-        on = f"the newest checkpoint, before that, is {whole}" if whole else "there is no checkpoint yet"
+    def divergence(self, what: str) -> TrainingError:
+        """The error of a run that diverged: what happened, its last good checkpoint, and what may help."""
+        newest = checkpoint.newest(self._run.folder / "checkpoints")
+        on = f"the newest checkpoint before that is {newest}" if newest else "there is no checkpoint yet"
         return TrainingError(f"{what}; {on}. A lower optim.lr, optim.clip_norm or train.precision=no may help.")
 
     def state_dict(self) -> dict[str, Any]:
-        """Losses that no line has shown yet, means over the ranks; after `check`."""
+        """Losses that are not in a line of the log yet, means over ranks; call it after `check`."""
         assert not self._losses
         return {"means": list(self._means), "last": self._last_loss, "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the losses of `state_dict`, on any number of ranks."""
+        """Continue with the losses of `state_dict`, on any number of ranks."""
         self._means, self._skipped = list(state.get("means", ())), state.get("skipped", 0)
         self._last_loss = state["last"]
 
     def _new(self) -> list[tuple[Tensor, Tensor]]:
-        """Loss and norm of each step that no rank has told the others of."""
+        """Loss and norm of each step since the last `check`."""
         new = list(zip(self._losses, self._norms, strict=True))
         self._losses, self._norms = [], []
         return new
@@ -169,7 +168,7 @@ def _ranks(numbers: Sequence[int]) -> str:
 
 
 def _memory(device: torch.device) -> float:
-    """Peak of the device's memory, or this process's share of the machine's, in GiB."""
+    """Peak memory of the GPU, or the resident memory of this process on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     resident: int = psutil.Process().memory_info().rss

@@ -1,4 +1,4 @@
-"""What a resumed run needs, as one plain object, and what can be had of a finished run's."""
+"""The state of a run as one plain object, and the learner of a finished run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +16,20 @@ from sslcells.run.meter import Meter
 
 @dataclass
 class State:
-    """Everything that changes from step to step; the rest of a run is a function of its configuration and `step`."""
+    """Everything that changes with each step; the rest of a run depends only on its configuration and `step`."""
 
     learner: Learner
     optimizer: torch.optim.Optimizer
     scaler: Any
-    """of fp16's losses, or None"""
+    """loss scaler of fp16, or None"""
     meter: Meter
     step: int = 0
     """finished optimizer steps"""
     saved: int = 0
-    """finished steps of the newest checkpoint"""
+    """finished steps at the newest checkpoint"""
 
     def load(self, path: Path) -> None:
-        """Take everything from a whole checkpoint."""
+        """Load everything from an intact checkpoint."""
         self.step, states = checkpoint.load(path, self.learner)
         self.saved = self.step
         self.optimizer.load_state_dict(states["optimizer"])
@@ -38,23 +38,23 @@ class State:
             self.scaler.load_state_dict(states["scaler"])
 
     def check(self) -> None:
-        """Make sure that every number is finite, and give all ranks one network; every rank takes part.
+        """Check that all values are finite, and give every rank the network of rank 0; all ranks must call it.
 
-        Where each rank has its own BatchNorm statistics, rank 0's count, as DDP has it at the next step.
+        If each rank has its own BatchNorm statistics, those of rank 0 count, as in DDP's next step.
 
         Raises:
-            TrainingError: where a loss, a gradient's norm, a weight or the optimizer's state is not finite.
+            TrainingError: if a loss, a gradient norm, a weight or the optimizer's state is not finite.
         """
         self.meter.check(self.step)
         self.meter.check_states(self.step, self.learner, {"optimizer": self.optimizer.state_dict()})
         ranks.as_on_main(self.learner)
 
     def save(self, writer: checkpoint.Writer) -> None:
-        """Have rank 0 begin to write a checkpoint, where steps were finished since the last one.
+        """Begin to write a checkpoint on rank 0 if there are steps since the last one; all ranks must call it.
 
         Raises:
-            TrainingError: as `check`; nothing is written then.
-            CheckpointError: where the checkpoint before could not be written.
+            TrainingError: like `check`; then nothing is written.
+            CheckpointError: if the previous checkpoint could not be written.
         """
         ranks.together(writer.wait)  # so that an error below names the newest checkpoint
         self.check()
@@ -67,14 +67,14 @@ class State:
 
 
 def trained(run: Run, folder: Path, images: ImageSet, device: torch.device) -> Learner:
-    """What a run has trained, from its newest checkpoint; every rank takes part.
+    """The learner of a run, with the weights of its newest checkpoint; all ranks must call it.
 
     Raises:
-        ConfigError: where the run's folder holds no whole checkpoint.
+        ConfigError: if the run's folder has no intact checkpoint.
     """
     newest = ranks.from_main(lambda: checkpoint.newest(folder / "checkpoints"))
     if newest is None:
-        raise ConfigError(f"{folder / 'checkpoints'} holds no whole checkpoint: what the run trained is not there")
+        raise ConfigError(f"{folder / 'checkpoints'} has no intact checkpoint: the trained network cannot be loaded")
     without = {"model": {"encoder": None, "pretrained": False}, "train": {"compile": False}}
     own = {section: getattr(run, section).model_copy(update=update) for section, update in without.items()}
     built = learner.build(run.model_copy(update=own), images, sync_batchnorm=False)

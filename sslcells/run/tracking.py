@@ -1,4 +1,4 @@
-"""All figures go to metrics.jsonl and the tracker; the console shows those that a person follows.
+"""All figures go to metrics.jsonl and the tracker; the main ones to the console.
 
 metrics.jsonl and plots/ are complete. A process of its own, `sslcells.run.wandb_sync`, sends them to W&B; TensorBoard
 gets them through Accelerate.
@@ -79,10 +79,10 @@ class Log:
         self._read_sender()
 
     def pictures(self, step: int, paths: Mapping[str, Path]) -> None:
-        """Give pictures, already files in the run's folder, to the tracker."""
+        """Send pictures, which are files in the run's folder already, to the tracker."""
         if not self._main:
             return
-        with contextlib.suppress(OSError):  # a picture without a known step is sent with the last one
+        with contextlib.suppress(OSError):  # a picture without a known step is sent with the last step
             note_steps(paths, step)
         if self._tensorboard:
             stacks = {name: _pixels(path)[None] for name, path in paths.items()}
@@ -168,7 +168,7 @@ _COLUMNS = (
     ("data_wait", "wait {:4.0%}"),
     ("knn/top1", "kNN {:6.1%}"),
 )
-"""What the console shows of a row of metrics.jsonl: key and format."""
+"""Key and format of each column on the console."""
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""The process that sends to W&B; `sslcells.run.wandb_sync` starts it, says why there is one, and reads its messages.
+"""The process that sends to W&B; `sslcells.run.wandb_sync` starts it, explains why it exists, and reads its messages.
 
 `python -m sslcells.run.wandb_sender RUN AFTER HOW COMMAND…`. HOW is empty while COMMAND trains; then a line on stdin
 says how training came to its end. Each line on stdout is a message in JSON: `url`, `error`, or what was sent.
@@ -65,11 +65,11 @@ class Steps:
 def send(folder: Path, after: int, how: str, tell: Tell) -> dict[str, Any]:
     """Send the steps that W&B's run lacks, until training ends; in W&B's offline mode those after `after`.
 
-    Returns how many steps were sent, the last of them, and the one that was kept back.
+    Returns the number of steps sent, the last of them, and the step that was kept back.
 
     Raises:
-        TrackingError: where there are no credentials, another process sends the same run, or W&B did not keep
-            what was sent.
+        TrackingError: if there are no credentials, another process sends the same run, or W&B lacks a step that was
+            sent.
         Exception: whatever W&B raises.
     """
     import wandb
@@ -77,8 +77,8 @@ def send(folder: Path, after: int, how: str, tell: Tell) -> dict[str, Any]:
     live: dict[str, Any] = {"x_stats_pid": os.getppid()}
     later: dict[str, Any] = {"x_disable_stats": True, "x_disable_machine_info": True}  # perhaps on another machine
     steps, sent, last = Steps(folder / METRICS), 0, -1
-    with _alone(folder) as name:
-        with _at_most(START, tell):
+    with _only_sender(folder) as name:
+        with _time_limit(START, tell):
             _log_in()
             run = _open(folder, name, later if how else live)
             first = max(run.starting_step, after + 1 if run.offline else 0)  # W&B takes no step twice
@@ -94,10 +94,10 @@ def send(folder: Path, after: int, how: str, tell: Tell) -> dict[str, Any]:
 
         end = how
         while not end:
-            end = _word()
-            with _at_most(START, tell):
+            end = _how_training_ended()
+            with _time_limit(START, tell):
                 put(ended=False)
-        with _at_most(SYNC if how else FINISH[end], tell):
+        with _time_limit(SYNC if how else FINISH[end], tell):
             put(ended=False)
             kept = steps.newest if end == "died" else None
             if kept is None:
@@ -117,7 +117,7 @@ def send(folder: Path, after: int, how: str, tell: Tell) -> dict[str, Any]:
 
 
 def _log_in() -> None:
-    """Raise a TrackingError where W&B's client finds no credentials; in offline mode it needs none."""
+    """Raise a TrackingError if W&B's client finds no credentials; in offline mode it needs none."""
     import wandb
 
     if wandb.setup().settings.mode == "offline":
@@ -151,11 +151,11 @@ def _open(folder: Path, name: str, settings: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[str]:
+def _only_sender(folder: Path) -> Iterator[str]:
     """The id of the folder's run at W&B, the same after every restart, while no other process sends it.
 
     Raises:
-        TrackingError: where one still does after half a minute.
+        TrackingError: if another process still sends it after half a minute.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -168,19 +168,19 @@ def _alone(folder: Path) -> Iterator[str]:
         yield path.read_text(encoding="utf-8").strip()
 
 
-def _word() -> str:
-    """How training came to its end, `died` if it closed the pipe without a word; empty if it still runs after 1 s."""
+def _how_training_ended() -> str:
+    """A key of FINISH, `died` if training closed the pipe without sending one; empty if it still runs after 1 s."""
     ready, _, _ = select.select([0], [], [], 1.0)
     return (os.read(0, 100).decode().strip() or "died") if ready else ""
 
 
 @contextlib.contextmanager
-def _at_most(seconds: float, tell: Tell) -> Iterator[None]:
+def _time_limit(seconds: float, tell: Tell) -> Iterator[None]:
     """End this process if the block takes longer: not every call of W&B has a time limit."""
 
     def end() -> None:
         tell(error=f"W&B did not answer in {seconds:.0f} s")
-        _leave(1)
+        _exit_now(1)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -191,15 +191,15 @@ def _at_most(seconds: float, tell: Tell) -> Iterator[None]:
         timer.cancel()
 
 
-def _end_with(process: int) -> None:
+def _end_with_parent(process: int) -> None:
     """End this process when its parent has ended."""
     while os.getppid() == process:
         time.sleep(1)
-    _leave(1)
+    _exit_now(1)
 
 
-def _leave(status: int) -> NoReturn:
-    """End this process and its children at once: W&B's functions at the exit may wait."""
+def _exit_now(status: int) -> NoReturn:
+    """End this process and its children at once: W&B's exit functions may wait."""
     kill_children(os.getpid())
     os._exit(status)
 
@@ -216,19 +216,19 @@ def _main(argv: Sequence[str]) -> None:
             print(json_text(message), file=messages, flush=True)
 
     if how:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         tell(**send(Path(folder), int(after), how, tell))
     except Exception as error:
         name = type(error).__name__
         prefix = {"TrackingError": "", "CommError": "W&B cannot be reached, or refuses: "}.get(name, f"{name}: ")
         tell(error=prefix + " ".join(str(error).split()))
-        _leave(1)
+        _exit_now(1)
     import wandb
 
-    with _at_most(START, tell):
+    with _time_limit(START, tell):
         wandb.teardown()
-    _leave(0)
+    _exit_now(0)
 
 
 if __name__ == "__main__":

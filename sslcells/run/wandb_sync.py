@@ -28,7 +28,7 @@ from sslcells.errors import ConfigError, UserError
 from sslcells.run.metrics import METRICS
 
 FINISH = {"ended": 60.0, "stopped": 15.0, "died": 15.0}
-"""Seconds that the last figures may take, by how training came to its end; a scheduler leaves a stopped one no more."""
+"""How training ended → seconds that the last figures may take; a scheduler soon kills a stopped run."""
 
 
 class TrackingError(UserError):
@@ -41,10 +41,10 @@ class Sender:
     def __init__(self, folder: Path, after: int = -1, how: str = "") -> None:
         """Start it. In W&B's offline mode it sends the steps after `after`, otherwise those that W&B lacks.
 
-        `how` the run came to its end, `ended`, `stopped` or `died`; empty while it trains.
+        `how` is how the run ended: `ended`, `stopped` or `died`; empty while it trains.
         """
         self.error = ""
-        """why it ended too early"""
+        """why the process ended too early"""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sslcells.run.wandb_sender", str(folder.resolve()), str(after), how, *sys.argv],
             stdin=subprocess.PIPE,
@@ -52,7 +52,7 @@ class Sender:
             stderr=subprocess.DEVNULL,
             bufsize=0,
             env=environment(folder.resolve()),
-            start_new_session=True,  # signals to training's process group are not for it
+            start_new_session=True,  # so that signals to training's process group do not reach it
         )
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
@@ -61,7 +61,7 @@ class Sender:
     def read(self) -> list[dict[str, Any]]:
         """The messages that it has sent since the last call."""
         assert self._process.stdout is not None
-        status = self._process.poll()  # before reading: what it wrote until its end is in the pipe
+        status = self._process.poll()  # before reading, so that everything it wrote is in the pipe
         self._unread += self._process.stdout.read() or b""
         *lines, self._unread = self._unread.split(b"\n")
         messages = [json.loads(line) for line in lines]
@@ -71,7 +71,7 @@ class Sender:
         return messages
 
     def wait(self, how: str) -> None:
-        """Tell it how training came to its end, and give it FINISH seconds."""
+        """Tell the process how training ended, and give it FINISH seconds."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended already
             self._process.stdin.write(f"{how}\n".encode())
@@ -96,14 +96,14 @@ class Sender:
 
 
 def sync(folder: Path, how: str) -> str:
-    """Send to W&B the steps of a run's folder that its run lacks; returns what was done, in a line.
+    """Send to W&B the steps of a run's folder that W&B lacks; returns a line about what was done.
 
-    `how` the run came to its end: `ended`, `stopped` (to be resumed), or `died`. After `died` the newest step may lack
+    `how` is how the run ended: `ended`, `stopped` (to be resumed), or `died`. After `died` the newest step may lack
     figures and is not sent.
 
     Raises:
-        ConfigError: where the folder is not that of a run with figures.
-        TrackingError: where not everything was sent.
+        ConfigError: if the folder is not that of a run with figures.
+        TrackingError: if not everything was sent.
     """
     for name in (".", "config.yaml", METRICS):
         if not (folder / name).exists():
@@ -128,12 +128,12 @@ def sync(folder: Path, how: str) -> str:
 
 
 def later(folder: Path) -> str:
-    """The command that sends a run's folder another time."""
+    """The command that sends a run's folder later."""
     return f"sslcells sync {shlex.quote(str(folder))}"
 
 
 def kill_children(process: int) -> None:
-    """Kill all processes that a process has started, and theirs."""
+    """Kill all children of a process, and their children."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -141,6 +141,6 @@ def kill_children(process: int) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The sender's environment: W&B's files go to the run's folder, and W&B prints nothing."""
+    """Environment variables of the sender: W&B's files go to the run's folder, and W&B prints nothing."""
     new = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
     return {"WANDB_DIR": str(folder), "WANDB_PROGRAM": sys.argv[0], "WANDB_SILENT": "true", **new}

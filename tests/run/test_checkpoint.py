@@ -110,7 +110,7 @@ def test_the_writer_writes_beside_the_training(tmp_path, monkeypatch):
     assert (one.weight == 1).all()
     assert (two.weight == 2).all()
     assert [line.split(":")[0] for line in said] == ["checkpoint step_00000001", "checkpoint step_00000002"]
-    assert "of which training waited" in said[0]
+    assert "; training waited" in said[0]
 
 
 def full(*_):
@@ -124,7 +124,7 @@ def test_a_full_disk_is_said_and_leaves_the_one_before(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "write_bytes", full)
             writer.save(2, network(), {})
-            with pytest.raises(checkpoint.CheckpointError, match=r"step 2 .*No space.* on from .*step_00000001"):
+            with pytest.raises(checkpoint.CheckpointError, match=r"step 2 .*No space.* resume from .*step_00000001"):
                 writer.wait()
         with pytest.raises(checkpoint.CheckpointError):
             writer.check()

@@ -16,12 +16,12 @@ from sslcells.run.interrupt import Awaited, Ended, Interrupt, Stopped
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_first_is_remembered_and_more_do_no_harm(number, status):
     before = signal.getsignal(number)
-    with Interrupt() as interrupt:
-        assert interrupt.asked == 0
+    with Interrupt() as stopping:
+        assert stopping.received == 0
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert interrupt.asked == number
+        assert stopping.received == number
     assert signal.getsignal(number) == before
     assert Stopped(number, "").status == status
 
@@ -48,12 +48,12 @@ def test_in_a_thread_nothing_is_caught():
 
 def test_a_second_sigterm_ends_it(monkeypatch):
     monkeypatch.setattr(interrupt, "BURST", 0.05)
-    with Interrupt() as asked:
+    with Interrupt() as stopping:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, beside the scheduler's
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert asked.asked == signal.SIGTERM
+        assert stopping.received == signal.SIGTERM
         with pytest.raises(Ended) as ended:
             os.kill(os.getpid(), signal.SIGTERM)
         assert ended.value.status == 143
@@ -85,12 +85,12 @@ def test_a_second_sigterm_ends_what_hangs_in_a_library():
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_signal_ends_the_waiting(before):
-    with Interrupt() as asked:
+    with Interrupt() as stopping:
         if before:
             os.kill(os.getpid(), signal.SIGUSR1)
         else:
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-        with pytest.raises(Awaited), asked.waiting():
+        with pytest.raises(Awaited), stopping.waiting():
             time.sleep(30)
-        assert asked.asked == signal.SIGUSR1
+        assert stopping.received == signal.SIGUSR1
         os.kill(os.getpid(), signal.SIGUSR1)  # out of it again

@@ -128,7 +128,7 @@ def test_a_folder_that_another_host_has_just_taken_is_left_to_it(tmp_path, monke
         owner(tmp_path, token="theirs")
         return False
 
-    monkeypatch.setattr(Lock, "_lives", meanwhile)
+    monkeypatch.setattr(Lock, "_is_alive", meanwhile)
     with pytest.raises(ConfigError, match="in use by process 1 on elsewhere"):
         Lock(tmp_path)
     assert json.loads((tmp_path / FILE).read_text())["token"] == "theirs"

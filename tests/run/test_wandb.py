@@ -227,7 +227,7 @@ def test_sync_to_a_server_twice_adds_nothing(tmp_path, server):
 @pytest.mark.slow
 def test_two_do_not_send_a_run_at_once(tmp_path, server):
     folder = handmade(tmp_path / "run", 0)
-    with wandb_sender._alone(folder) as name:
+    with wandb_sender._only_sender(folder) as name:
         other = wandb_sync.Sender(folder, how="ended")
         time.sleep(4)
         assert other.read() == []
