@@ -25,14 +25,14 @@ def on_some(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parame
 def warp(x: Tensor, size: int, centre: Tensor, half: Tensor, angle: Tensor, flip: Tensor) -> Tensor:
     """Crop, rotate, flip and resize in one interpolation: (N, C, H, W) → (N, C, size, size).
 
-    Coordinates are x then y, −1 to 1 over the image: the crop has its centre at centre (N, 2) and reaches half (N, 2)
-    to each side; it is rotated by angle (N,), in radians, about its centre, and mirrored where flip (N, 2) is true.
-    Outside the image, its reflection is sampled.
+    Coordinates are x then y, −1 to 1 over the image. The crop has its centre at centre (N, 2) and extends by half (N,
+    2) to each side. It is rotated by angle (N,), in radians, about its centre, and mirrored if flip (N, 2) is true.
+    Outside of the image, its reflection is sampled.
 
-    Where a crop shrinks it is smoothed as `resized` smooths at that scale, so that a view keeps as much of fine detail
-    and noise as an image that is evaluated; else a view is one bilinear sample. `resized` averages under a triangle
-    that reaches s pixels to each side, s being the scale, with variance s²/6. A bilinear sample is such a mean too,
-    with s = 1; the other (s² − 1)/6, along each axis of the crop, are left to a mean before it.
+    A crop that is shrunk is smoothed first, as strongly as `resized` does at that scale, so that training views keep as
+    much fine detail and noise as evaluated images. Other crops are one bilinear sample per pixel. `resized` at scale s
+    averages with a triangle filter of radius s pixels, which has variance s²/6. A bilinear sample is the same with
+    s = 1, so the filter before it needs variance (s² − 1)/6 along each axis of the crop.
     """
     aspect = x.shape[-1] / x.shape[-2]
     reach = half * torch.where(flip, -1.0, 1.0)
@@ -40,48 +40,49 @@ def warp(x: Tensor, size: int, centre: Tensor, half: Tensor, angle: Tensor, flip
     first = torch.stack([cos * reach[:, 0], -sin * reach[:, 1] / aspect, centre[:, 0]], 1)
     second = torch.stack([sin * reach[:, 0] * aspect, cos * reach[:, 1], centre[:, 1]], 1)
     theta = torch.stack([first, second], 1)  # (N, 2, 3)
-    scale = half * torch.tensor([x.shape[-1], x.shape[-2]]) / size  # (N, 2) pixels of the image in one of the view
+    scale = half * torch.tensor([x.shape[-1], x.shape[-2]]) / size  # (N, 2) image pixels per pixel of the view
     scale = torch.where(scale > _SHRINKS, scale, 1.0)
     if bool((scale == 1).all()):
         return _sampled(x, size, theta)
-    before, slanted = _spread(scale, cos, sin)
-    finer = torch.where((slanted | (scale > _FAR).any(1))[:, None], _finer(scale), 1)  # (N, 2) samples a pixel
-    taps = torch.where((finer > 1).any(1), 0, before.amax(1).ceil().long() - 1)  # (N,) to each side
-    kinds = torch.cat([finer, taps[:, None]], 1)
+    radius, axes_fail = _filter_radius(scale, cos, sin)
+    samples = torch.where((axes_fail | (scale > _SUPERSAMPLE).any(1))[:, None], _samples_per_pixel(scale), 1)  # (N, 2)
+    taps = torch.where((samples > 1).any(1), 0, radius.amax(1).ceil().long() - 1)  # (N,) to each side
+    kinds = torch.cat([samples, taps[:, None]], 1)
     out = x.new_empty(*x.shape[:2], size, size)
     for kind in kinds.unique(dim=0).tolist():  # type: ignore[no-untyped-call]
-        *fine, most = kind
-        at_once = max(1, _ROOM // (x.shape[1] * max(fine[0] * fine[1] * size**2, x.shape[2] * x.shape[3])))
+        *per_pixel, most = kind
+        at_once = max(1, _VALUES // (x.shape[1] * max(per_pixel[0] * per_pixel[1] * size**2, x.shape[2] * x.shape[3])))
         for rows in (kinds == torch.tensor(kind)).all(1).nonzero()[:, 0].split(at_once):  # type: ignore[no-untyped-call]
             there = rows.to(x.device, non_blocking=True)
-            if fine != [1, 1]:
-                views = _sampled_finely(x[there], size, theta[rows], scale[rows], fine)
+            if per_pixel != [1, 1]:
+                views = _supersampled(x[there], size, theta[rows], scale[rows], per_pixel)
             else:
-                views = _sampled(_smoothed(x[there], before[rows], most), size, theta[rows])
+                views = _sampled(_smoothed(x[there], radius[rows], most), size, theta[rows])
             out.index_copy_(0, there, views)
     return out
 
 
 _SHRINKS = 1.0001
-"""pixels of the image in one of the view, from which on a crop is taken to shrink: beyond a float's rounding"""
-_FAR = 4.0
-"""pixels of the image in one of the view, from which on fine samples of the crop cost less than means of the image"""
-_ROOM = 2**24
-"""numbers that are held at a time, unless those of one image are more"""
+"""image pixels per pixel of the view above which a crop is shrunk; just above 1, because of rounding"""
+_SUPERSAMPLE = 4.0
+"""image pixels per pixel of the view above which it is faster to sample the crop finely than to smooth the image"""
+_VALUES = 2**24
+"""most values that are in memory at a time, unless one image has more"""
 
 
 def _sampled(x: Tensor, size: int, theta: Tensor) -> Tensor:
-    """The image at the places that theta (N, 2, 3) takes the view's pixels to: (N, C, H, W) → (N, C, size, size)."""
+    """The image, sampled where theta (N, 2, 3) maps the pixels of the view: (N, C, H, W) → (N, C, size, size)."""
     theta = theta.to(x.device, x.dtype, non_blocking=True)
     grid = F.affine_grid(theta, [len(x), x.shape[1], size, size], align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def _spread(scale: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """How far triangles along the image's own axes reach for a turned crop of scale (N, 2); and where they will not do.
+def _filter_radius(scale: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Radii (N, 2) of triangle filters along x and y of the image, for rotated crops of scale (N, 2); if they fail.
 
-    (N, 2) pixels, so that the variance along either axis is right; and (N,) bool where the crop shrinks so unevenly,
-    and is so slanted, that what they leave out (the covariance) would take more than a twentieth of the noise.
+    Radii are in pixels, and give the right variance along x and along y. But filters along x and y cannot have a
+    covariance. The second result, (N,) bool, is true if the missing covariance would change more than a twentieth of
+    the noise: for crops that shrink much more along one axis than along the other, and are not upright.
     """
     along, across = ((scale.square() - 1) / 6).unbind(1)
     variance = torch.stack([cos**2 * along + sin**2 * across, sin**2 * along + cos**2 * across], 1)
@@ -89,14 +90,14 @@ def _spread(scale: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return (1 + 6 * variance).sqrt(), covariance.square() > 0.1 * (variance + 1 / 6).prod(1)
 
 
-def _smoothed(x: Tensor, reach: Tensor, taps: int) -> Tensor:
-    """Means along x and y, under triangles that reach so many pixels (N, 2): at most `taps` others to each side.
+def _smoothed(x: Tensor, radius: Tensor, taps: int) -> Tensor:
+    """Smooth along x and y with triangle filters of radius (N, 2) pixels, which use at most `taps` pixels to each side.
 
-    Beyond the image is its reflection.
+    Outside of the image is its reflection.
     """
     if taps == 0:
         return x
-    for axis, w in ((3, reach[:, 0]), (2, reach[:, 1])):
+    for axis, w in ((3, radius[:, 0]), (2, radius[:, 1])):
         weight = _triangle(w, taps).to(x.device, x.dtype, non_blocking=True)[..., None, None, None]
         length = x.shape[axis]
         out = weight[:, taps] * x
@@ -110,56 +111,57 @@ def _smoothed(x: Tensor, reach: Tensor, taps: int) -> Tensor:
     return x
 
 
-def _sampled_finely(x: Tensor, size: int, theta: Tensor, scale: Tensor, finer: Sequence[int]) -> Tensor:
-    """`_sampled` on a grid `finer` times as fine in x and y, with a mean of the samples along each axis of the crop.
+def _supersampled(x: Tensor, size: int, theta: Tensor, scale: Tensor, per_pixel: Sequence[int]) -> Tensor:
+    """Like `_sampled`, but with `per_pixel` samples for each pixel in x and y, which are then averaged.
 
-    With k samples a pixel, s/k pixels of the image apart, the mean's triangle reaches w of them: (w² − 1)/6 · (s/k)² =
-    (s² − 1)/6.
+    With k samples per pixel, they are s/k image pixels apart. The radius w of the triangle filter, in samples, follows
+    from its variance: (w² − 1)/6 · (s/k)² = (s² − 1)/6.
     """
-    reach = (1 + torch.tensor(finer) ** 2 * (1 - scale**-2)).sqrt()  # (N, 2) samples
+    radius = (1 + torch.tensor(per_pixel) ** 2 * (1 - scale**-2)).sqrt()  # (N, 2) samples
     theta = theta.to(x.device, x.dtype, non_blocking=True)[..., None, None]
-    u, v = (_places(size, k).to(x.device, x.dtype, non_blocking=True) for k in finer)
+    u, v = (_sample_positions(size, k).to(x.device, x.dtype, non_blocking=True) for k in per_pixel)
     grid = torch.stack([theta[:, i, 0] * u + (theta[:, i, 1] * v[:, None] + theta[:, i, 2]) for i in (0, 1)], 3)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    for axis, k, w in ((3, finer[0], reach[:, 0]), (2, finer[1], reach[:, 1])):
+    for axis, k, w in ((3, per_pixel[0], radius[:, 0]), (2, per_pixel[1], radius[:, 1])):
         if k > 1:
-            x = _mean(x, axis, _triangle(w, k).to(x.device, x.dtype, non_blocking=True), k, size)
+            x = _averaged(x, axis, _triangle(w, k).to(x.device, x.dtype, non_blocking=True), k, size)
     return x
 
 
-def _finer(scale: Tensor) -> Tensor:
-    """How many samples are taken for one pixel of the view: 1, or an odd number, 0.8 for each pixel of the image.
+def _samples_per_pixel(scale: Tensor) -> Tensor:
+    """Samples for one pixel of the view: an odd number, about 0.8 per image pixel; 1 if the crop is not shrunk.
 
-    An odd number has one in the middle, so that the mean begins with nothing at scale 1.
+    With an odd number one sample is at the centre of the pixel, so at scale 1 the average is that sample alone.
     """
     return torch.where(scale > 1, ((0.8 * scale - 1) / 2).ceil().clamp_min(1) * 2 + 1, 1).long()
 
 
-def _places(size: int, k: int) -> Tensor:
-    """Where the samples are along an axis, −1 to 1 over the view: k a pixel, and those beyond that its ends average."""
-    beyond = (k + 1) // 2 if k > 1 else 0
-    return (2 * torch.arange(-beyond, k * size + beyond) + 1) / (k * size) - 1
+def _sample_positions(size: int, k: int) -> Tensor:
+    """Positions along an axis, −1 to 1 over the view: k per pixel, and more at both ends for the filter."""
+    more = (k + 1) // 2 if k > 1 else 0
+    return (2 * torch.arange(-more, k * size + more) + 1) / (k * size) - 1
 
 
-def _triangle(reach: Tensor, taps: int) -> Tensor:
-    """Weights of the places −taps … taps, of sum 1, for a mean of about a triangle's: (N,) → (N, 2·taps + 1).
+def _triangle(radius: Tensor, taps: int) -> Tensor:
+    """Weights, with sum 1, of a triangle filter at distances −taps … taps: radius (N,) → (N, 2·taps + 1).
 
-    Weights 1 − |d|/m of whole d, and a bilinear sample after them, are the triangle that reaches a whole m exactly. For
-    a reach s between m and n = m + 1 the two are mixed, by the share t that keeps of noise what the triangle keeps,
-    2/(3s): (1 − t)² P + 2t(1 − t) C + t² Q with the integrals P, Q of their squares, and C of their product.
+    For an integer radius m, weights in proportion to 1 − |d|/m, followed by a bilinear sample, are exactly the triangle
+    filter. For a radius s between m and n = m + 1, the weights for m and n are mixed with shares 1 − t and t. t is
+    chosen so that the mix keeps as much noise power as the triangle filter: (1 − t)² P + 2t(1 − t) C + t² Q = 2/(3s).
+    P and Q are the integrals of the squares of the two filters, C that of their product.
     """
-    reach = reach[:, None]
-    m, n = reach.floor(), reach.floor() + 1
+    radius = radius[:, None]
+    m, n = radius.floor(), radius.floor() + 1
     of_m, of_n, of_both = 2 / (3 * m), 2 / (3 * n), 1 / n - m / (3 * n * n)
     curve, drop = of_m - 2 * of_both + of_n, of_m - of_both
-    t = (drop - (drop.square() - curve * (of_m - 2 / (3 * reach))).clamp_min(0).sqrt()) / curve
-    place = torch.arange(-taps, taps + 1).abs()
-    narrow, wide = ((1 - place / w).clamp_min(0) / w for w in (m, n))
+    t = (drop - (drop.square() - curve * (of_m - 2 / (3 * radius))).clamp_min(0).sqrt()) / curve
+    distance = torch.arange(-taps, taps + 1).abs()
+    narrow, wide = ((1 - distance / w).clamp_min(0) / w for w in (m, n))
     return narrow + t * (wide - narrow)
 
 
-def _mean(x: Tensor, axis: int, weight: Tensor, stride: int, count: int) -> Tensor:
-    """Weighted means along an axis, weight (N, T), of T neighbours each; `count` of them, `stride` apart."""
+def _averaged(x: Tensor, axis: int, weight: Tensor, stride: int, count: int) -> Tensor:
+    """`count` weighted averages along an axis, `stride` apart, each of T neighbours with weight (N, T)."""
     weight = weight[:, :, None, None, None]
     taps = [x.narrow(axis, t, stride * (count - 1) + 1) for t in range(weight.shape[1])]
     taps = [t[..., ::stride] if axis == 3 else t[..., ::stride, :] for t in taps]
@@ -170,10 +172,9 @@ def _mean(x: Tensor, axis: int, weight: Tensor, stride: int, count: int) -> Tens
 
 
 def colour_jitter(x: Tensor, chosen: Tensor, order: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """Change brightness, contrast, saturation and hue of the chosen rows, in the order (N, 4) of each; factors (N,).
+    """Change brightness, contrast, saturation and hue of the chosen rows by factors (N,), each row in its order (N, 4).
 
-    No change is 1 for the first three factors, and 0 for hue, in radians. Images that do not have three channels keep
-    saturation and hue.
+    A factor of 1 changes nothing; for hue, in radians, it is 0. Images without three channels keep saturation and hue.
     """
     operations = [
         kornia.enhance.adjust_brightness_accumulative,
@@ -189,10 +190,10 @@ def colour_jitter(x: Tensor, chosen: Tensor, order: Tensor, factors: Sequence[Te
 
 
 def linear_colour(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-    """The same four changes as one 3×3 matrix and one offset per row; hue rotates the chroma plane of YIQ.
+    """The same four changes as one 3×3 matrix and one offset per row; hue, in radians, rotates the chroma plane of YIQ.
 
-    One product replaces four passes over the images and two colour conversions. Images that do not have three channels
-    change only brightness and contrast. hue is in radians.
+    One product replaces four passes over the images and two colour conversions. In images without three channels only
+    brightness and contrast change.
     """
     mean = x.mean((1, 2, 3))
     brightness, contrast = (t.to(x.device, non_blocking=True) for t in (brightness, contrast))
@@ -215,9 +216,10 @@ def grey(x: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
-    """Gaussian blur, sigma (N,) in pixels and none above `largest`, which the kernel is made for: ±3 of it.
+    """Gaussian blur with sigma (N,) in pixels, at most `largest`; the kernel has a radius of 3 · `largest`.
 
-    So every sigma acts as it is, but for 1.4 % of the largest. A view is wider than ±3 sigma of any recipe.
+    The kernel cuts off the Gaussian there, which makes the largest sigma 1.4 % smaller. In every recipe a view is wider
+    than the kernel.
     """
     kernel = 2 * math.ceil(3 * largest) + 1
     return kornia.filters.gaussian_blur2d(x, (kernel, kernel), sigma[:, None].expand(-1, 2))
