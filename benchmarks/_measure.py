@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes of their own, their peak memory, and tables under headings."""
+"""Functions that the benchmarks share: fresh processes, peak memory, and tables under headings."""
 
 import ctypes
 import datetime
@@ -24,7 +24,7 @@ OUT_OF_MEMORY = "out of memory"
 
 
 def in_fresh_process(function: Callable[..., T], *args: object) -> T | str:
-    """What `function` of an importable module returns in an interpreter of its own, or in words why it failed."""
+    """Call `function` of an importable module in a new interpreter; returns its result, or why it failed."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args).result()
@@ -37,20 +37,20 @@ def in_fresh_process(function: Callable[..., T], *args: object) -> T | str:
 
 
 def reason(message: str) -> str:
-    """Why something failed, in a few words, from the text of its exception."""
+    """The text of an exception, shortened to a few words."""
     if "out of memory" in message or "can't allocate memory" in message or "bad_alloc" in message:
         return OUT_OF_MEMORY
     return f"failed: {message.strip().splitlines()[-1].strip()[:100]}"
 
 
 def limit_memory(pid: int) -> None:
-    """Let a process have what is free now and no more, so that it fails by itself and the machine goes on."""
+    """Limit this process to the memory that is free now, so that it fails alone and the machine keeps running."""
     most = psutil.Process(pid).memory_info().data + int(0.95 * psutil.virtual_memory().available)
     resource.prlimit(pid, resource.RLIMIT_DATA, (most, most))
 
 
 def peak_mib(step: Callable[[], None], device: str) -> float:
-    """MiB that a call of `step` takes at its peak, above what was taken before.
+    """Peak memory of a call of `step` in MiB, above the memory in use before.
 
     On a CPU this is resident memory as Linux counts it: run the step on little data before, so that its code is there.
     """
@@ -68,7 +68,7 @@ def peak_mib(step: Callable[[], None], device: str) -> float:
 
 
 def seconds(step: Callable[[], object], device: str, repeats: int) -> list[float]:
-    """How long calls take, at least so many and for a second in all; call it once before."""
+    """Seconds per call, measured over at least this many calls and one second; call it once before."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     taken: list[float] = []
     while len(taken) < repeats or sum(taken) < 1:
@@ -89,20 +89,20 @@ def product_rate(device: str, repeats: int) -> float:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first two columns to the left, figures to the right."""
+    """A Markdown table; the first two columns are aligned left, figures right."""
     rules = [":--" if k < 2 else "--:" for k in range(len(columns))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rules, *rows))
 
 
 def section(title: str, device: str, notes: str, parts: Sequence[str]) -> str:
-    """A section of RESULTS.md: when, of which commit, where and by which command, then notes and tables."""
+    """A section of RESULTS.md: date, commit, machine and command, then notes and tables."""
     command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()
     heading = f"## {title}, {datetime.date.today().isoformat()}, commit {_commit()}"
     return "\n\n".join([heading, f"{_machine(device)}.", f"    {command}", notes, *parts]) + "\n"
 
 
 def append(text: str, path: Path) -> None:
-    """Add a section at the end of a file, which need not be there yet."""
+    """Add a section at the end of a file; the file is created if needed."""
     with path.open("a", encoding="utf-8") as file:
         file.write(f"\n{text}" if file.tell() else text)
 

@@ -1,9 +1,9 @@
 """Our losses, miners and figures under the names of lightly, pytorch-metric-learning and solo-learn.
 
-A pytest plugin of `peer_tests.py`: where the environment names a peer, importing this file puts adapters in place of
-the peer's own code, before its tests are collected. An adapter maps names of arguments and calls ours; what it cannot
-map is not applicable: the test is skipped with the reason or, where the test compares several forms, that form stays
-the peer's own. A test in which none of our code was called says nothing about it, and is not counted.
+A pytest plugin of `peer_tests.py`. If the environment names a peer, importing this file replaces the peer's code by
+adapters before its tests are collected. An adapter maps the names of arguments and calls our code. If it cannot map a
+call, the test is not applicable and is skipped with the reason; if a test compares several forms, the peer's own code
+computes that form. A test that calls none of our code is not counted.
 """
 
 import contextlib

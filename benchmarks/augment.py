@@ -1,9 +1,9 @@
-"""What the crops keep of white noise, by frequency, beside images as they are evaluated; and what all of it costs.
+"""How much white noise the crops keep, by frequency, compared with evaluated images; and the time that they take.
 
 python benchmarks/augment.py [--device cuda] [--out benchmarks/RESULTS.md]
 
-`plain` is an image as it is evaluated, resized; `bilinear` one bilinear sample a pixel; `warp` what the recipes crop
-with. A view that keeps more than `plain` is aliased: training and evaluation then see different images.
+`plain` is an image resized as for evaluation; `bilinear` takes one bilinear sample per pixel; `warp` is the crop of the
+recipes. A view that keeps more noise than `plain` is aliased: training and evaluation then see different images.
 """
 
 import argparse

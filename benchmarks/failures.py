@@ -1,12 +1,12 @@
-"""Failures, injected for real into runs of two ranks: how each ends, and whether the run then goes on exactly.
+"""Real failures in runs of two ranks: how each run ends, and whether it resumes exactly.
 
   python benchmarks/failures.py --kills 20 --out benchmarks/RESULTS.md
   python benchmarks/failures.py --only "a rank dies" "the disk is full" --kills 0
 
-Every failure strikes a run on image files in the middle of its training. What it says and its exit status are noted,
-the cause is mended, the same command is given again, and the weights and metrics.jsonl at the end are compared with
-those of a run that nothing happened to. Then one process is killed with SIGKILL again and again: every second time at
-a moment drawn at random, every other time while a checkpoint is being written.
+Each failure happens in the middle of a training on image files. The message and the exit status are recorded, the
+cause is removed, and the same command is run again. The final weights and metrics.jsonl are compared with those of an
+undisturbed run. Then a run of one process is killed with SIGKILL many times: half of the times at a random moment, the
+other half while a checkpoint is being written.
 """
 
 import argparse
@@ -334,16 +334,16 @@ def small_disk(folder: Path, mib: int) -> Iterator[None]:
 
 
 def ended(began: float, run: Run, pattern: str) -> Ended:
-    """Wait for a run's end, and find the line that the pattern is in; nothing is looked for without one."""
+    """Wait for the end of a run and find the line of its output that matches the pattern, if one is given."""
     status = run.wait()
     said = next((line for line in run.text().splitlines() if re.search(pattern, line)), "") if pattern else "nothing"
     if not said:
-        raise RuntimeError(f"nothing like {pattern!r} was said:\n{run.text()[-3000:]}")
+        raise RuntimeError(f"no line of the output matches {pattern!r}:\n{run.text()[-3000:]}")
     return Ended(status, time.monotonic() - began, said.strip())
 
 
 def strike(setting: Setting, name: str) -> tuple[Ended, bool]:
-    """Start a run, let a failure strike, mend it and start again: how it ended, and whether the end was exact."""
+    """Start a run, inject a failure, remove its cause and start again; returns how it ended and if it was exact."""
     with contextlib.ExitStack() as stack:
         out = setting.folder / re.sub(r"\W+", "-", name)
         shutil.rmtree(out, ignore_errors=True)
@@ -355,17 +355,17 @@ def strike(setting: Setting, name: str) -> tuple[Ended, bool]:
         run.until(lambda: run.step() > 25 and run.newest() >= 20)
         began, injected = time.monotonic(), CASES[name](run)
         result = ended(began, *next(injected))
-        for _ in injected:  # to its end: the cause is mended
+        for _ in injected:  # continue the generator, which removes the cause
             raise AssertionError(f"{name} strikes once")
         if run.process.returncode != 0 or "SIGUSR1" in name:
             run.start()
             if run.wait() != 0:
-                raise RuntimeError(f"{name}: it did not go on:\n{run.text()[-3000:]}")
+                raise RuntimeError(f"{name}: it did not resume:\n{run.text()[-3000:]}")
         return result, setting.equal(run)
 
 
 class Kills(NamedTuple):
-    """What became of a run that was killed again and again."""
+    """The outcome of a run that was killed many times."""
 
     random: int
     inside: int
@@ -377,14 +377,14 @@ class Kills(NamedTuple):
 
 
 def kills(setting: Setting, count: int, seed: int) -> Kills:
-    """Kill a run of one process so often, then let it end."""
+    """Kill a run of one process `count` times, then let it end."""
     draw, lost, inside, refused, made = random.Random(seed), 0, 0, 0, 0
     run = Run(setting.folder / f"kills-{seed}", setting.images, 1)
     begun = run.folder / "checkpoints"
-    while made < count and (whole := run.newest()) < STEPS - EVERY:
+    while made < count and (newest := run.newest()) < STEPS - EVERY:
         run.start()
         run.until(lambda: re.search(r": (resuming after step \d+|\d+ steps)$", run.text(), re.MULTILINE) is not None)
-        refused += whole > 0 and f"resuming after step {whole}\n" not in run.text()
+        refused += newest > 0 and f"resuming after step {newest}\n" not in run.text()
         if made % 2:
             run.until(lambda: run.newest() > 0 and any(begun.glob(".step_*.partial")))
             inside += 1
@@ -399,7 +399,7 @@ def kills(setting: Setting, count: int, seed: int) -> Kills:
 
 
 def main() -> None:
-    """Injects what was asked for, prints the tables and appends them."""
+    """Inject the chosen failures, print the tables and append them to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", nargs="*", choices=CASES, default=list(CASES), metavar="FAILURE", help="; ".join(CASES)
@@ -429,7 +429,7 @@ def main() -> None:
             left = args.kills - sum(k.random + k.inside for k in killed)
             killed.append(kills(setting, left, seed=len(killed)))
             print(killed[-1], file=sys.stderr, flush=True)
-    columns = ["failure", "what the run says", "exit status", "seconds to its end", "then goes on to the exact end"]
+    columns = ["failure", "what the run says", "exit status", "seconds to its end", "then resumes to the exact end"]
     parts = [markdown(columns, rows)] if rows else []
     if killed:
         columns = ["run", "kills at random", "kills inside a checkpoint", "most steps lost", "not resumed", "exact end"]

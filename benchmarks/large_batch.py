@@ -1,9 +1,9 @@
-"""Speed and memory of training against the global batch, in one pass or in micro-batches.
+"""Speed and memory of training for several global batches, in one pass or in micro-batches.
 
   python benchmarks/large_batch.py --batches 256 1024 4096 --micro-batches none 128 --out benchmarks/RESULTS.md
 
-Each row is a run of `python -m sslcells.train` on synthetic cells of 32 px, in a folder that is thrown away. Its speed
-is that of its best step, its memory the peak of CUDA's or else of the whole process, libraries and all. Further
+Each row is a run of `python -m sslcells.train` on synthetic cells of 32 px, in a temporary folder. The speed is that of
+the fastest step. The memory is the peak of CUDA's memory, or on a CPU of the whole process with its libraries. Further
 overrides go first: `python benchmarks/large_batch.py train.precision=bf16 --batches 256`.
 """
 

@@ -1,9 +1,9 @@
-"""Time and memory of the losses beside their peers: `python benchmarks/losses.py --out benchmarks/RESULTS.md`.
+"""Time and memory of the losses compared with their peers: `python benchmarks/losses.py --out benchmarks/RESULTS.md`.
 
-Every figure is of one forward and backward pass over (N, 128) float32 rows of any norm, taken to unit length inside;
-each (implementation, N) has a process of its own. All forms of a task compute the same loss; where a float64 reference
-is affordable their gradients are compared with it. Peers (pip install lightly pytorch-metric-learning) are left out
-where they are not installed, and stop at the first size that fails.
+Every figure is for one forward and backward pass over (N, 128) float32 rows, which the loss normalises; each pair of
+implementation and N has its own process. All implementations of a task compute the same loss; for small N their
+gradients are compared with a float64 reference. Peers (pip install lightly pytorch-metric-learning) that are not
+installed are left out. An implementation stops at the first N that fails.
 """
 
 import argparse

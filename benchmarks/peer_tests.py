@@ -1,14 +1,14 @@
 """The peers' own tests on our code: `python benchmarks/peer_tests.py --lightly DIR --pytorch-metric-learning DIR ...`.
 
-DIR is a checkout of the peer; its tests stay there and run as they are, with adapters over our losses, miners,
-samplers, schedules and figures in place of the peer's own code (`_peer_adapters.py`). Each is counted as passed; as
-failed, and then either listed below as deliberate or unexpected; as skipped by the peer, for want of a GPU perhaps; or
-as not applicable: it asks for what is not here, calls nothing of ours, or fails with the peer's own code too. Exit
-status 1 where a failure is unexpected, or where a listed one no longer fails.
+DIR is a checkout of the peer. Its tests run unchanged, but adapters (`_peer_adapters.py`) replace the peer's code by
+our losses, miners, samplers, schedules and figures. A test is counted as passed; as failed, either for a reason listed
+below or unexpectedly; as skipped by the peer, for example without a GPU; or as not applicable: it needs a feature that
+we lack, calls none of our code, or fails with the peer's own code too. The exit status is 1 if a failure is unexpected,
+or if a listed test no longer fails.
 
-What they import must be there: `pip install pytest-mock pytorch_lightning lightning hydra-core einops` and, for
-solo-learn, `'torchmetrics<0.12' 'setuptools<81'`. `--planted` spoils all of our values by 5 %: what then still passes
-would not notice a wrong loss.
+The tests need `pip install pytest-mock pytorch_lightning lightning hydra-core einops` and, for solo-learn,
+`'torchmetrics<0.12' 'setuptools<81'`. `--planted` changes all of our values by 5 %: a test that still passes would not
+notice a wrong loss.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What a step costs beside the network as ranks are added: on paper, and measured on gloo ranks of this machine.
+"""The cost of a step apart from the network, for several numbers of ranks: computed, and measured with gloo ranks.
 
   python benchmarks/ranks.py --ranks 1 2 4 --out benchmarks/RESULTS.md
 
-The paper's rows hold for any interconnect; every rank brings as many images as the next, two views each.
+The computed rows hold for any interconnect. Every rank has the same number of images, with two views each.
 """
 
 import argparse

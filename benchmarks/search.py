@@ -1,9 +1,9 @@
-"""Search among many embeddings: every row looked at, and FAISS, on the same rows in one process.
+"""Search among many embeddings: exact search compared with FAISS, on the same rows in one process.
 
   python benchmarks/search.py runs/simclr_pbc28 data.path=pbc28.npz --sizes 10000 100000 --out benchmarks/RESULTS.md
 
-The rows are features of augmented views of the run's train images, as many as asked for; the queries are images of its
-test split. What is timed is what `sslcells search` does with them, shards read from the disk included.
+The rows are features of augmented views of the run's train images, as many as `--sizes` says; the queries are images of
+its test split. The time is that of `sslcells search`, which includes reading the shards from the disk.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""From the start of a process to the first step of its training, on folders of many small files.
+"""Time from the start of a process to its first training step, on folders of many small files.
 
     python benchmarks/start.py                                # 10,000, 50,000 and 200,000 files
-    python benchmarks/start.py --files 10000 --keep /scratch  # the folders stay, for the next time
+    python benchmarks/start.py --files 10000 --keep /scratch  # keeps the folders for the next call
 
-Each folder is trained on twice, by processes of their own: cold, when no image was verified yet, and when they are
-remembered. The first line of a run's log says what the time went into.
+Two processes train on each folder: the first when no image is verified yet, the second when the results are stored. A
+line of the run's log gives the time of each part.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Variants of a run side by side: each trained with several seeds and evaluated; means and spread over the seeds.
+"""Compare variants of a run: each is trained with several seeds and evaluated; prints means and spread over seeds.
 
   python benchmarks/variants.py --config configs/simclr_pbc28.yaml data.path=pbc28.npz --folder runs/variants \
       --variants method.same_source=negative method.same_source=ignore --seeds 0 1 2
 
-A variant is a string of overrides, put after those of all; `--config FILE` in it takes the place of the common one.
-Each run is `python -m sslcells.train` and then `python -m sslcells.evaluate`, which a classifier's own predictions take
-the place of, in a folder that stays: what was measured before is not run again, and a run that was cut off goes on.
+A variant is a string of overrides, which follow the common ones; `--config FILE` in it replaces the common recipe. Each
+run is `python -m sslcells.train`, then `python -m sslcells.evaluate`; for a classifier, its predictions replace the
+evaluation. The folder is kept: finished runs are not run again, and interrupted ones resume.
 
-Variants are compared on val, or on what training held out in its place. When one is chosen, the same command with
-`--report-test NAME` asks its runs about test, once: what was asked before is read from FOLDER/NAME_SEED.test.json.
+Variants are compared on val, or on the images that training held out in its place. Once one is chosen, the same command
+with `--report-test NAME` evaluates its runs on test, once; results that exist are read from FOLDER/NAME_SEED.test.json.
 """
 
 import argparse
