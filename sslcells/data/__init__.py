@@ -169,9 +169,10 @@ def open_split(config: Section, split: str) -> ImageSet | None:
 def reading(config: Section | None, size: int) -> dict[str, Any]:
     """How an encoder trained on this data set reads image files: the fields of a Decoder except the channels.
 
-    For a folder, the settings of its training; for other data sets, images are cropped to squares of `size` px.
+    For a folder or a table, the settings of its training; for other data sets, images are cropped to squares of
+    `size` px.
     """
-    if getattr(config, "kind", None) == "folder" and config is not None:
+    if getattr(config, "kind", None) in ("folder", "table") and config is not None:
         return config.model_dump(
             mode="json", include={"size", "fit", "intensity", "stack", "percentiles", "range", "z", "level"}
         )

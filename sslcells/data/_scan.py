@@ -32,6 +32,11 @@ def is_split(folder: str) -> bool:
     return any(folder.casefold() in names for names in _SPLIT_NAMES.values())
 
 
+def split_of(name: str) -> str | None:
+    """The split that a folder, or a value in a table, of this name means; None if it means none."""
+    return next((split for split, names in _SPLIT_NAMES.items() if name.casefold() in names), None)
+
+
 def find_root(path: str) -> Path:
     """The folder that data.path names.
 

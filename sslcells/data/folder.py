@@ -17,6 +17,7 @@ from sslcells.data import DataError, ImageSet
 from sslcells.data._decode import ZARR, Decoder, Header, Unreadable
 from sslcells.data._files import Files, one_group, verify
 from sslcells.data._found import Clock, Found
+from sslcells.data._names import check_classes
 from sslcells.data._planes import file_of, images_of, to_look_at
 from sslcells.data._scan import KINDS, Listing, find_root, find_splits, is_image, is_split, subfolders, walk
 from sslcells.data._sources import look_up_sources, read_table, source_ids
@@ -228,6 +229,7 @@ def _classes(root: Path, folders: dict[str, str]) -> tuple[str, ...]:
     for folder in folders.values():
         below = root / folder
         names |= {name for name in subfolders(below) if next(walk(below / name), None) is not None}
+    check_classes(sorted(names), str(root))
     return tuple(sorted(names))
 
 

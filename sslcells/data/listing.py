@@ -13,7 +13,7 @@ from sslcells.storage import is_file, json_text, write_atomically
 
 FILE = "trained_on.json.gz"
 """In a run's folder: names, labels and sources of the images that it trains on, and the names of the classes."""
-PATHS = {"data.path", "data.root", "data.sources"}
+PATHS = {"data.path", "data.root", "data.sources", "data.table"}
 """Keys that may change when a run resumes: paths only, as the images and sources themselves are compared."""
 
 

@@ -95,7 +95,8 @@ def _limits(encoder: Encoder, run: Run | None) -> str:
         f"It was trained at {encoder.size}×{encoder.size} px; images should show the same field in µm as in training.",
     ]
     data = run.model_dump(mode="json")["data"] if run is not None else {}
-    if run is not None and not (data.get("sources") or data.get("source_pattern")):
+    named = data.get("sources") or data.get("source_pattern") or data.get("kind") == "table"  # a table's by their names
+    if run is not None and not named:
         lines.append(
             "Sources (slide, donor, photograph) of the images were not given: if images of one source are in two "
             "splits, the figures are too high."
@@ -156,7 +157,7 @@ def _yaml(tree: Mapping[str, Any]) -> str:
 
 def _unpathed(data: dict[str, Any]) -> dict[str, Any]:
     """The data section with only the last part of each path: the rest would reveal the machine it was trained on."""
-    shortened = {key: Path(data[key]).name for key in ("path", "sources", "root") if data.get(key)}
+    shortened = {key: Path(data[key]).name for key in ("path", "sources", "root", "table") if data.get(key)}
     return {key: value for key, value in (data | shortened).items() if value is not None}
 
 

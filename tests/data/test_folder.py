@@ -82,6 +82,13 @@ def test_class_numbers_agree_between_splits(blood):
     assert train.labels.dtype == train.sources.dtype == torch.int64
 
 
+def test_classes_that_differ_in_letter_case_are_refused(tmp_path):
+    image(tmp_path / "train/Mono/1.png")
+    image(tmp_path / "test/mono/1.png")
+    assert "the classes 'Mono' and 'mono' differ only in spelling" in mistake(tmp_path)
+    assert len(opened(tmp_path, labels="none")) == 1
+
+
 def test_named_splits_win_over_found_ones(blood):
     assert names(opened(blood, "test", test="TEST_SIMPLE")) == ["TEST_SIMPLE/a/1.png"]
     assert names(opened(blood, "val", val="TEST_SIMPLE/")) == ["TEST_SIMPLE/a/1.png"]
