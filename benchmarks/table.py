@@ -29,8 +29,8 @@ laps = {}
 for images in splits.values():
     for what, lap in images.found.seconds.items():
         laps[what] = laps.get(what, 0) + lap
-print(f"{sys.argv[1].rpartition('/')[2]}: {rows:,} rows in {seconds:.1f} s, peak {peak:,.0f} MiB ({before:,.0f} before); "
-      + ", ".join(f"{what} {lap:.1f}" for what, lap in laps.items()))
+print(f"{sys.argv[1].rpartition('/')[2]}: {rows:,} rows in {seconds:.1f} s, peak {peak:,.0f} MiB "
+      f"({before:,.0f} before); " + ", ".join(f"{what} {lap:.1f}" for what, lap in laps.items()))
 """
 
 

@@ -23,6 +23,7 @@ from sslcells.data._files import Files, one_group, verify
 from sslcells.data._found import Clock, Found
 from sslcells.data._names import check_classes, some
 from sslcells.data._places import Place, below
+from sslcells.data._planes import to_look_at
 from sslcells.data._scan import Listing, split_of
 from sslcells.data._sources import look_up_sources, source_ids
 from sslcells.data.folder import FolderImages
@@ -211,7 +212,8 @@ def open_split(config: Config, split: str) -> TableImages | None:
     if boxes is not None and config.size is None:
         raise ConfigError("data.size is needed with boxes, as they have different sizes")
     decoder = config.decoder()
-    listing = _listing(root, distinct)
+    all_files = config.verify != "none" or config.size is None
+    listing = _listing(root, distinct, {*(distinct if all_files else to_look_at(distinct, decoder))})
     looks = verify(config, root, listing, decoder, f"{file.name} {split}")
     clock.lap("verifying")
     kept = np.array([name not in looks.broken for name in distinct], bool)[of]
@@ -415,17 +417,18 @@ def _boxes(
     return np.concatenate([np.floor(edges[:, :2]), np.ceil(edges[:, 2:])], 1).astype(np.int64)
 
 
-def _listing(root: Path, names: Sequence[str]) -> Listing:
-    sizes, times = [], []
-    for name in names:
-        try:
-            stat = os.stat(f"{root}/{name}")
-            sizes.append(stat.st_size)
-            times.append(stat.st_mtime_ns)
-        except OSError:  # reading it says why
-            sizes.append(-1)
-            times.append(-1)
-    return Listing(list(names), sizes, times, {})
+def _listing(root: Path, names: Sequence[str], asked: set[str]) -> Listing:
+    """The files with size and time of change of those that are asked about."""
+    stats = [_size_and_time(f"{root}/{name}") if name in asked else (-1, -1) for name in names]
+    return Listing(list(names), [size for size, _ in stats], [changed for _, changed in stats], {})
+
+
+def _size_and_time(file: str) -> tuple[int, int]:
+    try:
+        stat = os.stat(file)
+    except OSError:  # reading it says why
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _sources(
