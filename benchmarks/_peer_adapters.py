@@ -58,7 +58,7 @@ def spoilt(x: Any) -> Any:
 
 
 def not_applicable(why: str) -> NoReturn:
-    """End the test: it asks for what is not here."""
+    """End the test: it needs a feature that we lack."""
     pytest.skip(NOT_APPLICABLE + why)
 
 
@@ -95,10 +95,10 @@ def negative_cosine(predicted: Tensor, given: Tensor, predicted1: Tensor | None 
 
 
 def dino_loss(
-    student: list[Tensor], taught: list[Tensor], centre: Tensor, temperatures: tuple[float, float], momentum: float
+    student: list[Tensor], teacher: list[Tensor], centre: Tensor, temperatures: tuple[float, float], momentum: float
 ) -> tuple[Tensor, Tensor]:
     """DINO's loss of views (B, K) each and the centre that comes after it."""
-    if len(taught) != 2:
+    if len(teacher) != 2:
         not_applicable("there are always two full-size views")
     count, outputs = len(student), student[0].shape[1]
     config = dino.Config(
@@ -113,7 +113,7 @@ def dino_loss(
     )
     method = dino.Method(config, 1, None)
     method.centre = centre
-    loss = use(method.loss, Outputs(torch.cat(student), torch.cat(taught)), None, 0.0)[0]
+    loss = use(method.loss, Outputs(torch.cat(student), torch.cat(teacher)), None, 0.0)[0]
     return loss, method.centre
 
 

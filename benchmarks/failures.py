@@ -311,7 +311,7 @@ class Setting:
         return self._alone[ranks]
 
     def equal(self, run: Run) -> bool:
-        """Whether a run ended with the weights and the metrics of the one that nothing happened to, to the last bit."""
+        """True if a run ended with the weights and metrics of the undisturbed run, to the last bit."""
         alone = self.alone(run.ranks).folder
         weights = [(folder / "encoder.safetensors").read_bytes() for folder in (alone, run.folder)]
         return weights[0] == weights[1] and untimed(alone) == untimed(run.folder)

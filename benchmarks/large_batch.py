@@ -48,12 +48,12 @@ class Result(NamedTuple):
 
 def measure(batch: int, micro_batch: int | None, steps: int, device: str, overrides: Sequence[str]) -> Result | str:
     """Speed and peak memory of so many steps, or in words why there is none."""
-    asked = [f"train.global_batch={batch}", f"data.train={batch}", f"train.total_steps={steps}"]
-    asked += [] if micro_batch is None else [f"train.micro_batch={micro_batch}"]
-    asked += [f"train.device={'cpu' if device == 'cpu' else 'auto'}", *overrides]
+    changes = [f"train.global_batch={batch}", f"data.train={batch}", f"train.total_steps={steps}"]
+    changes += [] if micro_batch is None else [f"train.micro_batch={micro_batch}"]
+    changes += [f"train.device={'cpu' if device == 'cpu' else 'auto'}", *overrides]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
-        command = [sys.executable, "-m", "sslcells.train", *OVERRIDES, *asked, f"out={folder}"]
+        command = [sys.executable, "-m", "sslcells.train", *OVERRIDES, *changes, f"out={folder}"]
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         if device == "cpu":
@@ -110,7 +110,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, and write what was asked for."""
+    """Measure, print, and write the section."""
     args = arguments()
     results: dict[tuple[int, int | None], Result | str] = {}
     for batch in sorted(args.batches):

@@ -231,7 +231,7 @@ def measure(task: str, name: str, size: int, group: int, device: str, matmul: st
 
 
 def run(args: argparse.Namespace) -> dict[str, dict[tuple[int, str], Result | str]]:
-    """All results that were asked for, by task, then by size and form; a form that fails is left out from there on."""
+    """All requested results, by task, then by size and form; a form that fails is left out from there on."""
     results: dict[str, dict[tuple[int, str], Result | str]] = {}
     for key, task in TASKS.items():
         failed: set[str] = set()
@@ -240,8 +240,8 @@ def run(args: argparse.Namespace) -> dict[str, dict[tuple[int, str], Result | st
                 if form.name in failed or (form.largest is not None and size > form.largest):
                     continue
                 group = args.per_class if key == "triplet" else 2
-                asked = (key, form.name, size, group, args.device, args.matmul, args.repeats)
-                result = in_fresh_process(measure, *asked)
+                arguments = (key, form.name, size, group, args.device, args.matmul, args.repeats)
+                result = in_fresh_process(measure, *arguments)
                 results.setdefault(key, {})[size, form.name] = result
                 if isinstance(result, str):
                     failed.add(form.name)
@@ -313,7 +313,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, and write what was asked for."""
+    """Measure, print, and write the section and plots."""
     args = arguments()
     results = run(args)
     rate = in_fresh_process(product_rate, args.device, args.repeats)

@@ -205,9 +205,9 @@ def pytest_on(
         }
         command = [sys.executable, "-m", "pytest", "-p", "_peer_adapters", "-p", "no:cacheprovider", "-q", "--tb=short"]
         command += ["-k", wanted] if wanted else []
-        asked = {"cwd": checkout, "env": environment, "capture_output": True, "text": True, "timeout": MINUTES * 60}
+        options = {"cwd": checkout, "env": environment, "capture_output": True, "text": True, "timeout": MINUTES * 60}
         try:
-            done = subprocess.run([*command, *tests], **asked)
+            done = subprocess.run([*command, *tests], **options)
         except subprocess.TimeoutExpired:
             raise SystemExit(f"{checkout}: pytest did not end within {MINUTES} minutes: {' '.join(tests)}") from None
         if done.returncode not in (0, 1) or not report.exists():
@@ -247,7 +247,7 @@ COLUMNS = ["passed", "deliberate", "unexpected", "skipped", "not applicable"]
 
 
 def main() -> None:
-    """Run, print, and write what was asked for."""
+    """Run, print, and write the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for peer in PEERS:
         parser.add_argument(f"--{peer}", type=Path, metavar="DIR", help=f"a checkout of {peer}")

@@ -87,7 +87,7 @@ def measure(embeddings: Embeddings, queries: Tensor) -> list[list[str]]:
 
 
 def main() -> None:
-    """Measure every size, print the table, and write what was asked for."""
+    """Measure every size, print the table, and write the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="where its images are now")

@@ -43,7 +43,7 @@ CLASSIFIER = {"accuracy": "top1", "balanced accuracy": "balanced", "loss": "loss
 def measure(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Train a run in folder/name and ask it about val unless that was done; what was found, and seconds.
 
-    `figures` by unit (image, source), and `asked`, the split they are of.
+    `figures` by unit (image, source), and `asked`, the split that they measure.
     """
     took, run = folder / f"{name}.seconds", folder / name
     config, plain = split_config(overrides)
@@ -75,7 +75,7 @@ def call(folder: Path, name: str, module: str, *arguments: str) -> None:
 
 
 def found(folder: Path, name: str, split: str) -> dict[str, Any]:
-    """`figures` and `asked` of a run that was asked about a split."""
+    """`figures` and `asked` of a run on a split."""
     if (folder / name / predictions_file(split)).is_file():
         said = read_predictions(folder / name, split).figures()
         shown = {column: said[key] * (1 if key == "loss" else 100) for column, key in CLASSIFIER.items()}
@@ -126,7 +126,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--names", nargs="+", metavar="NAME", help="of the variants, in their order")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--folder", type=Path, required=True, help="of the runs")
-    chosen = "variants, chosen on val, that are asked about test too, once"
+    chosen = "variants, chosen on val, evaluated once on test too"
     parser.add_argument("--report-test", nargs="+", default=[], metavar="NAME", help=chosen)
     parser.add_argument("--title", default="Variants")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also append the section to this file")
@@ -149,7 +149,7 @@ def table(results: Mapping[str, Sequence[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, print the table, and write what was asked for."""
+    """Run what is missing, print the table, and write the section."""
     args = arguments()
     names = args.names or [f"variant{i}" for i in range(len(args.variants))]
     if unknown := sorted({*args.report_test} - {*names}):
@@ -168,7 +168,7 @@ def main() -> None:
     parts = [table(results), variants]
     if args.report_test:
         test = {n: [ask(args.folder, f"{n}_{seed}", "test") for seed in args.seeds] for n in args.report_test}
-        parts += ["Of test, asked once, for what was chosen on val:", table(test)]
+        parts += ["On test, evaluated once, for the variants chosen on val:", table(test)]
     text = section(args.title, "cpu", notes, parts)
     print(text)
     if args.out:

@@ -85,22 +85,22 @@ def start(
     return started
 
 
-def make_deterministic(asked: bool | Literal["warn"]) -> None:
+def make_deterministic(mode: bool | Literal["warn"]) -> None:
     """Use deterministic algorithms from now on; where none exists, raise an error, or with `warn` print a warning.
 
     Raises:
         ConfigError: if the environment sets a cuBLAS workspace that is not deterministic.
     """
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
-    if asked and workspace not in ("", *_WORKSPACES):
+    if mode and workspace not in ("", *_WORKSPACES):
         raise ConfigError(
             f"CUBLAS_WORKSPACE_CONFIG={workspace} in the environment is not deterministic, but train.deterministic="
-            f"{str(asked).lower()}: unset it, or set it to one of {', '.join(_WORKSPACES)}"
+            f"{str(mode).lower()}: unset it, or set it to one of {', '.join(_WORKSPACES)}"
         )
-    if asked:
+    if mode:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or _WORKSPACES[0]  # read at the first matrix product
-    torch.use_deterministic_algorithms(bool(asked), warn_only=asked == "warn")
-    torch.backends.cudnn.deterministic = bool(asked)
+    torch.use_deterministic_algorithms(bool(mode), warn_only=mode == "warn")
+    torch.backends.cudnn.deterministic = bool(mode)
 
 
 _WORKSPACES = (":4096:8", ":16:8")
@@ -381,14 +381,14 @@ def share() -> int:
     return max(1, cores() // max(1, _number("LOCAL_WORLD_SIZE", 1)))
 
 
-def threads_for(asked: int | Literal["auto"], workers: int) -> int:
-    """Threads that compute, besides `workers` that read images: as `asked`, or for `auto` by the number of cores.
+def threads_for(threads: int | Literal["auto"], workers: int) -> int:
+    """Compute threads of this rank: `threads`, or for `auto` the cores that `workers` leave free.
 
     OMP_NUM_THREADS counts if the user set it. A launcher sets it to 1 if the user did not, so under a launcher a 1 is
     ignored, and a larger number is limited to this rank's share of the cores.
     """
-    if asked != "auto":
-        return asked
+    if threads != "auto":
+        return threads
     said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     number = int(said) if said.isdecimal() else 0
     by_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ

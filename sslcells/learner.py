@@ -15,7 +15,7 @@ def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
     """Build the learner, with the same first weights on every rank.
 
     Raises:
-        ConfigError: where backbone, method, image size and data do not fit each other.
+        ConfigError: if backbone, method, image size and data do not fit each other.
     """
     torch.manual_seed(run.seed)
     encoder = models.build(run.model, images.channels)
@@ -42,7 +42,7 @@ def check_rows(
 ) -> None:
     """Raise a ConfigError where a forward pass would have a single row, as BatchNorm needs two.
 
-    Copies of the networks are asked, so that no running statistic moves.
+    It runs copies of the networks, so that no running statistic changes.
     """
     sizes = [run.augment.size] * (micro_batch * method.views == 1)
     if method.local is not None:

@@ -32,8 +32,8 @@ def backward(
     with torch.no_grad():
         outputs = [embed(part, i) for i, part in enumerate(parts)]
     rows = by_image([o.rows for o in outputs], method.views_in_all).requires_grad_()  # (V·B, D)
-    taught = [o.teacher for o in outputs if o.teacher is not None]
-    teacher = by_image(taught, method.views) if taught else None
+    targets = [o.teacher for o in outputs if o.teacher is not None]
+    teacher = by_image(targets, method.views) if targets else None
     loss, figures = method.loss(Outputs(rows, teacher), batch, progress)
     accelerator.backward(loss)
     assert rows.grad is not None

@@ -15,7 +15,7 @@ def open_run(run: Run) -> dict[str, ImageSet]:
     """The splits of a run's data set, and of train the part that it learns from; val is held out where there is none.
 
     Raises:
-        ConfigError: where the data is not what the configuration says.
+        ConfigError: if the data is not what the configuration says.
     """
     splits = hold_out(open_splits(run.data), run.evaluate.holdout)
     train = labelled_part(splits["train"], run.train.label_fraction, run.seed)

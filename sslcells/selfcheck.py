@@ -1,4 +1,4 @@
-"""Does this machine, or cluster, compute what it should? `accelerate launch -m sslcells.selfcheck`, under a minute."""
+"""Does this machine or cluster compute correct gradients? `accelerate launch -m sslcells.selfcheck`, under a minute."""
 
 import argparse
 import socket
@@ -42,7 +42,7 @@ class Check(NamedTuple):
 
 
 def selfcheck() -> bool:
-    """Run every check on every rank, print the table on rank 0, and return whether all passed; all ranks agree."""
+    """Run every check on every rank, print the table on rank 0, and return True on all ranks if all passed."""
     accelerator = launcher.accelerator(load(None, ["out=."]))
     device = accelerator.device
     began = time.perf_counter()
@@ -63,7 +63,7 @@ def _devices(device: torch.device) -> Iterator[Check]:
         "ranks",
         launched == started,
         f"{started} on {', '.join(hosts)}",
-        f"the launcher meant {launched}: see its configuration file; MULTI_CPU needs mpirun, launch/cpu2.yaml does not",
+        f"{launched} were configured: see the launcher's file; MULTI_CPU needs mpirun, launch/cpu2.yaml does not",
     )
     kinds = sorted({name for _, name, _ in everyone})
     shared = device.type == "cuda" and len({(h, d) for h, _, d in everyone}) < len(everyone)

@@ -43,12 +43,12 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
     `watch` is shown the tensor at each station of every step: `--debug` prints their shapes.
 
     Raises:
-        ConfigError: where the configuration does not fit the data, the launch or the folder.
-        DataError: where an image cannot be read.
-        TrainingError: where the loss, the gradient or the weights are no longer finite.
-        CheckpointError: where a checkpoint cannot be written.
-        Stopped: where a signal asked for it, after the checkpoint of the last finished step.
-        Lost: where another rank is gone.
+        ConfigError: if the configuration does not fit the data, the launch or the folder.
+        DataError: if an image cannot be read.
+        TrainingError: if the loss, the gradient or the weights are no longer finite.
+        CheckpointError: if a checkpoint cannot be written.
+        Stopped: after a signal to stop, once the checkpoint of the last finished step is written.
+        Lost: if another rank is gone.
     """
     with Interrupt() as interrupt:
         start = Start()
@@ -73,7 +73,7 @@ def _steps(
     start: Start,
     watch: Watch,
 ) -> None:
-    """Every step from the first batch to the last, and what follows the last."""
+    """Every step from the first batch to the last; then the last pictures and the export."""
     images, device, world = splits["train"], accelerator.device, ranks.world()
     sampling = sampler.build(run.sampler, images, plan.global_batch, run.seed)
     net = learner.build(run, images, sync_batchnorm=world > 1 and device.type == "cuda")
@@ -109,7 +109,7 @@ def _steps(
         return [x.contiguous(memory_format=plan.memory_format) for x in crops]
 
     def embed(part: Batch, index: int) -> Outputs:
-        """Augment and embed one micro-batch; the same numbers whenever the same part of the same step is asked for."""
+        """Augment and embed one micro-batch; the same part of the same step always gives the same numbers."""
         crops = views(part)
         for x in crops:
             watch("views", x)
@@ -163,7 +163,7 @@ def _steps(
 def _introduce(
     log: Log, run: Run, plan: Plan, splits: Mapping[str, ImageSet], state: State, accelerator: Accelerator
 ) -> None:
-    """The first lines of the log: who runs, on what, and what was read."""
+    """The first lines of the log: ranks, device, folder and data."""
     negatives = state.learner.method.negatives(plan.global_batch)
     log.say(f"sslcells {__version__}  {plan.headline(accelerator.device, accelerator.mixed_precision, negatives)}")
     log.say(holdout.summary(splits, run.evaluate.holdout))
@@ -173,21 +173,21 @@ def _introduce(
     log.say(brief(splits))
 
 
-def _measured(state: State, look: Callable[[], T]) -> T:
-    """Figures of a network that is finite, and the same on every rank.
+def _measured(state: State, compute: Callable[[], T]) -> T:
+    """Compute figures after checking that the network is finite; every rank then has the same network.
 
     Raises:
-        TrainingError: where it is not, or what it makes of images is not finite.
+        TrainingError: if a weight or a feature is not finite.
     """
     state.check()
     try:
-        return look()
+        return compute()
     except NotFinite as error:
         raise state.meter.divergence(f"{error} after step {state.step}") from None
 
 
 def _stop(run: Run, state: State, writer: checkpoint.Writer, log: Log, number: int) -> NoReturn:
-    """Write what a later start needs, and leave with all ranks together."""
+    """Write a checkpoint, then raise Stopped on all ranks together."""
     state.save(writer)
     ranks.together(writer.wait)
     log.close()
@@ -218,10 +218,10 @@ def _finish(
 
 
 def in_step(batches: Iterator[T], checks: Sequence[Callable[[], None]], interrupt: Interrupt) -> Iterator[T]:
-    """This rank's batches, until they end or any rank is asked to stop; every rank must take part in each.
+    """This rank's batches, until they end or a signal asks any rank to stop; every rank must call this.
 
-    Where a check or the reading raises on one rank, every rank raises that error, which says on which. A rank that is
-    asked to stop while it waits for a batch waits no longer.
+    If a check or the reading fails on one rank, every rank raises that error, which names the rank. A signal also ends
+    the wait for a batch.
     """
     while True:
         batch, failure = None, None
@@ -230,7 +230,7 @@ def in_step(batches: Iterator[T], checks: Sequence[Callable[[], None]], interrup
                 check()
             with interrupt.waiting():
                 batch = next(batches, None)
-        except Awaited:  # the step before is the last
+        except Awaited:  # the previous step is the last
             pass
         except Exception as error:  # handed to every rank, and raised there
             failure = error
@@ -278,7 +278,7 @@ def command(args: argparse.Namespace) -> None:
 
 
 def _debug(run: Run) -> None:
-    """One process, deterministic, with anomaly detection, saying the shape of what passes each station."""
+    """Train in one process, deterministic, with anomaly detection; print the shape of the tensor at each station."""
     one_process("--debug")
 
     def watch(station: str, x: Tensor) -> None:

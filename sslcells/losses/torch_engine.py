@@ -154,7 +154,7 @@ def _keep(best: Tensor, index: Tensor, into: slice, value: Tensor, at: Tensor, s
 def _exponentials(
     refs: Tensor, offset: int, count: int, inv_t: float, exclude: Exclude
 ) -> Iterator[tuple[_Tile, Tensor]]:
-    """Tiles of exp(inv_t · (cos − 1)), zero where excluded; each is valid until the next is asked for."""
+    """Tiles of exp(inv_t · (cos − 1)), zero where excluded; each is valid until the next one is requested."""
     size = tile_size(refs)
     buffer = refs.new_empty(size * size)
     scaled = refs * inv_t
@@ -198,7 +198,7 @@ def tile_size(refs: Tensor) -> int:
     """Rows and columns of a tile: an eighth of a CPU's cache, or a little of another device's memory.
 
     A power of two, and no more than half the rows, so that symmetry saves a tile. Not of the memory that happens to be
-    free: the order of the sums, and so their last bit, is the same whenever a run goes on.
+    free: the order of the sums, and so their last bit, is the same when a run resumes.
     """
     if refs.device.type == "cpu":
         room, largest = _cache() // 8, max(256, len(refs) // 2)

@@ -51,7 +51,7 @@ class _Tiling(NamedTuple):
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels run there: CUDA of compute capability 8.0 or newer, or Triton's interpreter."""
+    """True if the kernels run on this device: CUDA of compute capability 8.0 or newer, or Triton's interpreter."""
     if _INTERPRETED:
         return True
     on_cuda = device.type == "cuda" and torch.version.cuda is not None
@@ -308,7 +308,7 @@ def _anchors(offset, count, ROWS: tl.constexpr):
 
 @triton.jit
 def _on_diagonal(start, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Whether the tile of references from `start` on may hold one of this program's anchors."""
+    """True if the tile of references from `start` on may hold one of this program's anchors."""
     first = offset + tl.program_id(0) * ROWS
     return (start < first + ROWS) & (start + COLUMNS > first)
 

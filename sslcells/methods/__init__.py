@@ -56,7 +56,7 @@ class Method(nn.Module, ABC):
     exported: Literal["student", "teacher"] = "student"
     """whose backbone is evaluated and exported"""
     repeated: bool = True
-    """whether an image may occur more than once in a global batch; the train loop sets it from the sampler"""
+    """True if an image may occur more than once in a global batch; the train loop sets it from the sampler"""
 
     @property
     def views_in_all(self) -> int:
@@ -114,7 +114,7 @@ class Classifier(Method, ABC):
     """A method whose rows are logits of the K classes."""
 
     several: bool
-    """whether an image may have more than one class"""
+    """True if an image may have more than one class"""
 
     @abstractmethod
     def probabilities(self, rows: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def build(config: Section, features: int, images: ImageSet) -> Method:
     """The method whose section `config` is, on F features, for the images of a train split.
 
     Raises:
-        ConfigError: where these images lack what the method learns from, such as labels.
+        ConfigError: if the images lack something that the method needs, such as labels.
     """
     method: Method = _class_of(config)(config, features, images)
     return method

@@ -100,7 +100,7 @@ def width(encoder: nn.Module, channels: int, size: int, key: str = "augment.size
     """F: how many features the encoder gives to an image of `size` pixels, which `key` says.
 
     Raises:
-        ConfigError: where the encoder does not take images of this size; with what would help, if `config` made it.
+        ConfigError: if the encoder does not take images of this size; the message gives a remedy if `config` built it.
     """
     training = encoder.training
     try:
@@ -144,7 +144,7 @@ def _patch(config: Model, channels: int) -> int:
 
 
 def _takes(config: Model, channels: int, size: int, change: dict[str, Any]) -> bool:
-    """Whether the backbone with these arguments takes such images; nothing is computed."""
+    """True if the backbone with these arguments takes such images; nothing is computed."""
     try:
         with torch.device("meta"):
             out = create(config.backbone, channels, config.args | change).eval()(torch.zeros(1, channels, size, size))

@@ -36,7 +36,7 @@ def export(
     has no argument for, the stem is replaced first, as `load` does.
 
     Raises:
-        ConfigError: where a weight is not finite; nothing is written then.
+        ConfigError: if a weight is not finite; nothing is written then.
     """
     mean, std = normalisation(config, channels)
     spec = {
@@ -80,7 +80,7 @@ def start_from(encoder: nn.Module, config: Model, channels: int) -> None:
     """Give an encoder the weights of `config.encoder`, the folder of a finished run or an export.
 
     Raises:
-        ConfigError: where the folder holds no encoder, or that of another network.
+        ConfigError: if the folder holds no encoder, or that of another network.
     """
     folder = place(str(config.encoder))
     try:
@@ -106,7 +106,7 @@ def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The encoder of a run's folder, in eval mode, and its encoder.json.
 
     Raises:
-        ConfigError: where the folder holds no encoder, a damaged one, or one whose weights are not finite, or it may
+        ConfigError: if the folder holds no encoder, a damaged one, or one whose weights are not finite, or it may
             not be read.
     """
     try:
@@ -125,7 +125,7 @@ def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise ConfigError(denied(error)) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise ConfigError(f"{folder} holds no whole encoder: {type(error).__name__}: {first}") from error
+        raise ConfigError(f"{folder} holds no complete encoder: {type(error).__name__}: {first}") from error
     if bad := not_finite(weights.items()):
         raise ConfigError(
             f"{folder / WEIGHTS} holds {said_of(bad)}; its training broke down, and it must be made again"

@@ -105,7 +105,7 @@ def test_mistakes_in_the_run_are_named(run, tmp_path):
     with pytest.raises(ConfigError, match=r"holds no encoder\.json"):
         sslcells.load_encoder(run.parent)
     (run / "encoder.safetensors").write_bytes((run / "encoder.safetensors").read_bytes()[:-100])
-    with pytest.raises(ConfigError, match="holds no whole encoder"):
+    with pytest.raises(ConfigError, match="holds no complete encoder"):
         sslcells.load_encoder(run)
     (run / "encoder.json").unlink()
     with pytest.raises(ConfigError, match="has not finished"):
