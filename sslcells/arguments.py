@@ -53,6 +53,15 @@ between splits.
   sslcells train --config simclr_bloodcells data.path=path/to/images data.sources=runs/sources/sources.csv
 """
 
+_SPLIT = """\
+Divide the rows of a table into train, val and test that share no donor (or slide, photograph, …), and write it with a
+column of splits. With --site also one column per laboratory, whose test split is that laboratory.
+
+  sslcells split cells.csv --by donor --stratify label
+  sslcells split cells.csv --by donor slide --parts 0.8 0.1 0.1 --site site
+"""
+
+
 _INIT = """\
 Write launch/ (configurations for accelerate launch), slurm/ (job templates) and an example of a sweep into a folder;
 with --recipes all recipes too. Existing files that differ are kept, and listed.
@@ -79,7 +88,8 @@ def arguments(command: str | None = None, argv: Sequence[str] | None = None) -> 
     parser = argparse.ArgumentParser(prog="sslcells", description="Self-supervised learning for cell images.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_train, _evaluate, _compare, _selfcheck, _export, _embed, _search, _sources, _sync, _recipes, _init):
+    adding = (_train, _evaluate, _compare, _selfcheck, _export, _embed, _search, _sources, _split)
+    for add in (*adding, _sync, _recipes, _init):
         add(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser.parse_known_args([command, *argv] if command else argv)
@@ -191,6 +201,21 @@ def _sources(commands: _Commands) -> None:
     sub.add_argument("--neighbours", type=int, default=20, metavar="N", help=words)
     words = "pairs of groups to compare at the end (100000)"
     sub.add_argument("--between", type=int, default=100_000, metavar="N", help=words)
+
+
+def _split(commands: _Commands) -> None:
+    sub = _command(commands, "split", "divide a table into splits that share no donor", _SPLIT)
+    sub.add_argument("table", metavar="TABLE", type=_path, help="CSV or Parquet file, one row per image")
+    words = "columns whose values no two splits may share; images listed twice are never shared"
+    sub.add_argument("--by", metavar="COLUMN", nargs="+", required=True, help=words)
+    sub.add_argument("--stratify", metavar="COLUMN", help="column whose values each split should have alike")
+    words = "also write a column for each value of this one, with its rows as test: leave one site out"
+    sub.add_argument("--site", metavar="COLUMN", help=words)
+    words = "shares of train, val and test (0.7 0.1 0.2)"
+    sub.add_argument("--parts", metavar="SHARE", nargs=3, type=float, default=[0.7, 0.1, 0.2], help=words)
+    sub.add_argument("--column", metavar="NAME", default="split", help="column to write (split)")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="another seed gives another division (0)")
+    sub.add_argument("--out", metavar="FILE", type=_path, help="table to write (beside TABLE, called NAME_split)")
 
 
 def _sync(commands: _Commands) -> None:

@@ -135,6 +135,13 @@ def _sources(args: argparse.Namespace) -> None:
     sources(args.images, args.out, args.known, args.inliers, args.neighbours, args.between)
 
 
+def _split(args: argparse.Namespace) -> None:
+    from sslcells.delivery.split import split
+
+    one_process("split")
+    split(args.table, args.by, args.stratify, args.site, args.parts, args.column, args.seed, args.out)
+
+
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
@@ -145,6 +152,7 @@ _COMMANDS = {
     "embed": _embed,
     "search": _search,
     "sources": _sources,
+    "split": _split,
     "recipes": _recipes,
     "init": _init,
 }
