@@ -24,6 +24,7 @@ _SPLIT_NAMES = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+_JUNK = ("@eadir", "__macosx", "thumbnails", "thumbs")
 _SHOWN = 10  # names in one message
 
 
@@ -110,7 +111,7 @@ def subfolders(folder: Path) -> list[str]:
     Raises:
         ConfigError: if it cannot be listed.
     """
-    shown = (entry for entry in _entries(str(folder)) if not _hidden(entry.name) and not _is_zarr(entry.name))
+    shown = (entry for entry in _entries(str(folder)) if not _left(entry.name) and not _is_zarr(entry.name))
     found = (entry.name for entry in shown if _is_folder(entry))
     return sorted(name for name in found if not _turns_back(f"{folder}/{name}", [os.path.realpath(folder)]))
 
@@ -170,6 +171,8 @@ def _walk(folder: Path, ignored: Ignored) -> Iterator[tuple[str, "os.DirEntry[st
             if _hidden(entry.name):
                 if entry.name != OURS:
                     _count(ignored, "hidden", path)
+            elif _junk(entry.name):
+                _count(ignored, "thumbnails, masks and what systems leave", path)
             elif _is_folder(entry) and _is_zarr(entry.name):
                 yield from _zarr_images(path, entry)
             elif _is_folder(entry):
@@ -234,6 +237,16 @@ def is_image(name: str) -> bool:
 def _count(ignored: Ignored, kind: str, path: str) -> None:
     count, example = ignored.get(kind, (0, path))
     ignored[kind] = count + 1, min(example, path)
+
+
+def _junk(name: str) -> bool:
+    """True for what Synology, macOS and cellpose put beside images, as if it were images."""
+    stem = name.casefold().partition(".")[0]
+    return name.casefold() in _JUNK or stem.endswith("_masks")
+
+
+def _left(name: str) -> bool:
+    return _hidden(name) or _junk(name)
 
 
 def _hidden(name: str) -> bool:

@@ -89,6 +89,16 @@ def test_classes_that_differ_in_letter_case_are_refused(tmp_path):
     assert len(opened(tmp_path, labels="none")) == 1
 
 
+def test_known_junk_is_no_image_and_no_class_and_counted(tmp_path):
+    for name in ("a/1.png", "a/@eaDir/1.png/SYNOPHOTO_THUMB.jpg", "__MACOSX/a/1.png", "a/1_cp_masks.png"):
+        image(tmp_path / name)
+    for name in ("cells_masks/1.png", "Thumbnails/1.png", "masks_of_two/2.png"):
+        image(tmp_path / name)
+    images = opened(tmp_path)
+    assert (names(images), images.classes) == (["a/1.png", "masks_of_two/2.png"], ("a", "masks_of_two"))
+    assert images.found.ignored["thumbnails, masks and what systems leave"][0] == 5
+
+
 def test_named_splits_win_over_found_ones(blood):
     assert names(opened(blood, "test", test="TEST_SIMPLE")) == ["TEST_SIMPLE/a/1.png"]
     assert names(opened(blood, "val", val="TEST_SIMPLE/")) == ["TEST_SIMPLE/a/1.png"]
