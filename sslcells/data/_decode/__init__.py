@@ -117,7 +117,7 @@ class Decoder:
             if container == "picture":
                 self._pictures_only(file)
                 with Image.open(file, formats=pillow.FORMATS) as image:
-                    return pillow.deep_values(file) if pillow.deep_png(image) else np.array(image)
+                    return pillow.deep_values(image, file) if pillow.deep_png(image) else np.array(image)
             with Tiff(file, self.level) if container == "tiff" else Ngff(file, self.level) as source:
                 layout = self._layout(source, plane)
                 values = _samples_at(loaded(source, layout), layout, 0 if self.stack is not None else -1)
@@ -166,11 +166,12 @@ class Decoder:
 
     def _picture_header(self, file: str, whole: bool) -> Header:
         with Image.open(file, formats=pillow.FORMATS) as image:
-            (width, height), kind = image.size, pillow.kind(image)  # first, as reading EXIF may load the image
+            # First, as reading EXIF may load the image.
+            (width, height), kind, deep = image.size, pillow.kind(image), pillow.deep_png(image)
             several = getattr(image, "is_animated", False)
             lying = image.getexif().get(pillow.ORIENTATION) in pillow.TURNED
             if whole:
-                self._picture(image, file)
+                self._picture(image, file, deep)
             pages = 1
             if several:
                 with suppress(Exception):  # later pages are not read, so errors in them do not count
@@ -182,7 +183,7 @@ class Decoder:
         if container == "picture":
             self._pictures_only(file)
             with Image.open(file, formats=pillow.FORMATS) as image:
-                return self._picture(image, file)
+                return self._picture(image, file, pillow.deep_png(image))
         with Tiff(file, self.level) if container == "tiff" else Ngff(file, self.level) as source:
             layout = self._layout(source, plane)
             if self.z == "each" and layout.planes and not plane:
@@ -199,8 +200,8 @@ class Decoder:
             upright = picture(coloured, meaning, self._scaling)
             return self._fitted(pillow.flat(upright, self._scaling, self.channels))
 
-    def _picture(self, image: Image.Image, file: str) -> Tensor:
-        if not pillow.deep_png(image):
+    def _picture(self, image: Image.Image, file: str, deep: bool) -> Tensor:
+        if not deep:
             return self.pixels(image)
         flat = pillow.flat(pillow.deep_picture(image, file, self._scaling), self._scaling, self.channels)
         return self._fitted(flat)

@@ -13,7 +13,7 @@ from sslcells.data._decode.meaning import number, said
 Stack = Literal["auto", "first", "last"]
 Planes = Literal["max", "middle", "each"]
 
-MOST = 2**30
+MOST = 2**29
 """bytes that one image may take when it is decoded"""
 _PLANES = "TZ"
 _PAGES = "IQ"

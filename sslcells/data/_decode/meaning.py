@@ -1,5 +1,7 @@
 """What the numbers in an image file mean: which become black and which white, what is colour and what transparent."""
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -10,6 +12,8 @@ Intensity = Literal["percentile", "full"]
 Percentiles = tuple[float, float]
 Alpha = Literal["none", "straight", "premultiplied"]
 
+_BLOCK = 2**20
+"""values that are scaled at a time"""
 _BITS = (8, 10, 12, 14, 16, 32)
 """depths of cameras and files"""
 
@@ -69,58 +73,95 @@ def picture(values: NDArray[Any], meaning: Meaning, how: Scaling) -> Image.Image
         return _image(np.concatenate([colours, each[1][..., None]], 2), modes[meaning.colours] + ending)
     shape = colours.shape if meaning.colours > 1 else colours.shape[:2]
     if opacity is None:
-        return _image(_eight(_shares(colours, how, meaning, shape)), modes[meaning.colours])
+        return _image(_between(colours, *_limits(colours, how, meaning, shape)), modes[meaning.colours])
     share = _opacity(opacity, colours, meaning)
-    seen = share > 0
     if meaning.alpha == "premultiplied":
-        plain = np.divide(colours, share[..., None], where=seen[..., None], out=np.zeros(colours.shape))
-        integers = values.dtype.kind in "iu"
-        colours = (np.rint(plain).clip(0, np.iinfo(values.dtype).max) if integers else plain).astype(values.dtype)
-    eight = np.ones(colours.shape, np.float64)
-    if seen.any():  # what is not seen counts neither in the percentiles nor in the range
-        eight[seen] = _shares(colours[seen], how, meaning, shape)
-    on_white = 1 + share[..., None] * (eight - 1)
-    return _image(_eight(on_white), modes[meaning.colours])
+        colours = _divided(colours, share)
+    seen = share > 0
+    # What is not seen counts neither in the percentiles nor in the range.
+    limits = _limits(colours[seen], how, meaning, shape) if seen.any() else (0.0, 1.0)
+    return _image(_between(colours, *limits, share), modes[meaning.colours])
 
 
 def scale(values: NDArray[Any], how: Scaling, meaning: Meaning) -> NDArray[np.uint8]:
-    """Intensities of any number type and shape → 0..255 on one scale; see docs/files.md.
+    """Intensities (N, …) of any number type → 0..255 on one scale; see docs/files.md.
 
     NaN and −∞ become black, +∞ white, and they count in no percentile.
 
     Raises:
         ValueError: with type and shape, where no value is finite, or `full` would lose what is in them.
     """
-    return _eight(_shares(values, how, meaning, values.shape))
+    return _between(values, *_limits(values, how, meaning, values.shape))
 
 
-def _shares(values: NDArray[Any], how: Scaling, meaning: Meaning, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Intensities → 0..1 on one scale; `shape` is the image's, for messages."""
-    wide = (values.dtype.kind in "iu" and values.dtype.itemsize > 2) or values.dtype.itemsize > 4
-    x: NDArray[np.floating[Any]] = values.astype(np.float64 if wide else np.float32)
-    known = np.isfinite(x) if values.dtype.kind == "f" else None
-    finite = x if known is None or known.all() else x[known]
+def _limits(values: NDArray[Any], how: Scaling, meaning: Meaning, shape: tuple[int, ...]) -> tuple[float, float]:
+    """The numbers that become black and white; `shape` is the image's, for messages."""
+    finite = values
+    if values.dtype.kind == "f":
+        known = np.isfinite(values)
+        finite = values if known.all() else values[known]
     if not finite.size:
         raise ValueError(f"{said(values.dtype, shape)}: none of its values is finite")
+    least, most = float(finite.min()), float(finite.max())
     if how.intensity == "percentile":
-        finite = -finite if meaning.inverted else finite
-        low, high = (float(p) for p in np.percentile(finite, how.percentiles))
+        low, high = _percentiles(finite, how.percentiles, meaning.inverted)
         if not high > low:  # most pixels are equal: the few others are what is to be seen
-            low, high = float(finite.min()), float(finite.max())
+            low, high = least, most
     else:
-        low, high = full_range(values.dtype, float(finite.min()), float(finite.max()), how, meaning.bits, shape)
-        low, high = (-high, -low) if meaning.inverted else (low, high)
-    x = -x if meaning.inverted else x
-    span = high - low if high > low else 1.0  # a constant image becomes black
-    with np.errstate(invalid="ignore", over="ignore"):
-        shares: NDArray[Any] = np.nan_to_num(np.clip((x - low) / span, 0, 1))
-    return shares
+        low, high = full_range(values.dtype, least, most, how, meaning.bits, shape)
+    return (high, low) if meaning.inverted else (low, high)
 
 
-def _eight(shares: NDArray[Any]) -> NDArray[np.uint8]:
-    """0..1 → 0..255."""
-    eight: NDArray[np.uint8] = np.rint(shares * 255).astype(np.uint8)
-    return eight
+def _percentiles(values: NDArray[Any], percentiles: Percentiles, inverted: bool) -> tuple[float, float]:
+    """Two percentiles of finite values, counted from the largest value if low numbers are white."""
+    each = [100 - p for p in percentiles[::-1]] if inverted else list(percentiles)
+    if values.dtype.kind not in "iu" or values.dtype.itemsize > 2:
+        wide = np.float64 if values.dtype.kind in "iu" or values.dtype.itemsize > 4 else np.float32
+        low, high = np.percentile(values.astype(wide, copy=False), each)
+        return float(low), float(high)
+    least = int(values.min())
+    counts = np.zeros(int(values.max()) - least + 1, np.int64)
+    for rows in _blocks(values):  # a copy of all would take a multiple of the image
+        counts += np.bincount(rows.ravel().astype(np.int64) - least, minlength=len(counts))
+    ends = counts.cumsum()
+    out = []
+    for p in each:
+        place = (values.size - 1) * p / 100
+        below, above = np.searchsorted(ends, [np.floor(place), np.ceil(place)], side="right") + least
+        out.append(float(below) + (place - np.floor(place)) * float(above - below))
+    return out[0], out[1]
+
+
+def _between(values: NDArray[Any], black: float, white: float, share: NDArray[Any] | None = None) -> NDArray[np.uint8]:
+    """Scale from black to white to 0..255; with the opacity `share`, laid on white. A constant image is black."""
+    wide = (values.dtype.kind in "iu" and values.dtype.itemsize > 2) or values.dtype.itemsize > 4
+    span = white - black if white != black else 1.0
+    out = np.empty(values.shape, np.uint8)
+    opacities = repeat(None) if share is None else _blocks(share, values[:1].size)
+    for rows, scaled, opacity in zip(_blocks(values), _blocks(out), opacities, strict=False):
+        with np.errstate(invalid="ignore", over="ignore"):
+            x: Any = rows.astype(np.float64 if wide else np.float32)
+            x = (x - black) / span
+        x = np.nan_to_num(x.clip(0, 1))
+        if opacity is not None:
+            x = 1 + opacity[..., None] * (x - 1)
+        scaled[...] = np.rint(x * 255)
+    return out
+
+
+def _divided(colours: NDArray[Any], share: NDArray[Any]) -> NDArray[Any]:
+    """(H, W, S) colours that are multiplied by their opacity (H, W) → as they were, in their number type."""
+    out = np.zeros_like(colours)
+    for rows, plain, opacity in zip(_blocks(colours), _blocks(out), _blocks(share, colours[:1].size), strict=True):
+        x = np.divide(rows, opacity[..., None], where=opacity[..., None] > 0, out=np.zeros(rows.shape))
+        plain[...] = np.rint(x).clip(0, np.iinfo(out.dtype).max) if out.dtype.kind in "iu" else x
+    return out
+
+
+def _blocks(values: NDArray[Any], row: int | None = None) -> Iterator[NDArray[Any]]:
+    """Some rows of an array at a time, of `row` values each, so that floats of all of it are never kept."""
+    step = max(1, _BLOCK // max(1, values[:1].size if row is None else row))
+    return (values[i : i + step] for i in range(0, len(values), step))
 
 
 def full_range(
@@ -138,7 +179,7 @@ def full_range(
     if dtype.kind == "i":
         raise ValueError(f"{what}: a signed type does not say what is black and what white: {advice}")
     if dtype.kind == "f":
-        if least < 0 or most > 1:
+        if least < 0 or most > 1 + 1e-6:  # a colour divided by its opacity is rounded
             raise ValueError(f"{what}: not within 0 to 1: {advice}")
         top = 1.0
     else:

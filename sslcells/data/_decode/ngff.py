@@ -53,6 +53,7 @@ class Ngff:
         names = [str(axis.get("name") if isinstance(axis, dict) else axis) for axis in axes]
         if not isinstance(path, str) or ".." in path.split("/") or any(name not in _AXES for name in names):
             raise ValueError(f"its OME-Zarr metadata name the axes {names} and the path {path!r}, which are not read")
+        self._folder = os.path.join(folder, path)
         self._array: Any = zarr.open_array(os.path.join(folder, path), mode="r")
         if len(names) != self._array.ndim:
             raise ValueError(f"it has {self._array.ndim} axes where its metadata name {names}")
@@ -67,7 +68,7 @@ class Ngff:
 
     def load(self, at: dict[str, int]) -> NDArray[Any]:
         """The values at these places; only the chunks that hold them are read."""
-        _bounded(self._array)
+        _bounded(self._array, self._folder)
         index = tuple(
             at.get(axis, slice(None) if n != 1 or axis in "YX" else 0)
             for axis, n in zip(self._all, self._array.shape, strict=True)
@@ -106,10 +107,17 @@ class Ngff:
         return f"OME-Zarr {bits if dtype.kind in 'ui' else dtype}"
 
 
-def _bounded(array: Any) -> None:
+def _bounded(array: Any, folder: str) -> None:
+    """Raise where a chunk is too large, or its file larger than what it should hold: it may unpack without end."""
     size = float(np.prod([float(n) for n in array.chunks])) * np.dtype(array.dtype).itemsize
     if size > MOST:
         raise ValueError(f"its chunks are {size / 2**30:.1f} GiB each, and one image may take {MOST / 2**30:g}")
+    whole = getattr(array, "shards", None) or array.chunks
+    most = int(1.5 * np.prod(whole) * np.dtype(array.dtype).itemsize) + 2**16
+    for where, _, names in os.walk(folder):
+        for name in names:
+            if os.path.getsize(os.path.join(where, name)) > most:
+                raise ValueError(f"its chunk {name} is larger than the {most} bytes that it may take")
 
 
 def _library() -> Any:

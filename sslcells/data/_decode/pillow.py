@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from sslcells.data._decode.axes import MOST
 from sslcells.data._decode.meaning import Meaning, Scaling, picture
 
 # Listed, as Pillow would otherwise try every format, including PostScript, which runs an interpreter.
@@ -26,8 +27,14 @@ def deep_png(image: Image.Image) -> bool:
     return image.format == "PNG" and any("16B" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
-def deep_values(file: str) -> NDArray[Any]:
-    """The samples of a PNG of 16 bits: (H, W) or (H, W, S) uint16."""
+def deep_values(image: Image.Image, file: str) -> NDArray[Any]:
+    """The samples of an opened PNG of 16 bits: (H, W) or (H, W, S) uint16."""
+    size = image.width * image.height * 2 * len(image.getbands())
+    if size > MOST:
+        raise ValueError(
+            f"uint16 {(image.height, image.width, len(image.getbands()))}: {size / 2**30:.1f} GiB, and one image may "
+            f"take {MOST / 2**30:g}: cut it into fields"
+        )
     try:
         codecs = importlib.import_module("imagecodecs")
     except ImportError:
@@ -39,9 +46,9 @@ def deep_values(file: str) -> NDArray[Any]:
 
 def deep_picture(image: Image.Image, file: str, how: Scaling) -> Image.Image:
     """An opened PNG of 16 bits → an upright picture of 8."""
-    values = deep_values(file)
+    values = deep_values(image, file)
     samples = values if values.ndim == 3 else values[..., None]
-    orientation = image.getexif().get(ORIENTATION, 1)
+    orientation = image.getexif().get(ORIENTATION, 1) if _may_be_turned(file) else 1
     count = samples.shape[2]
     clear = _clear(image, samples)
     if clear is not None:
@@ -50,6 +57,13 @@ def deep_picture(image: Image.Image, file: str, how: Scaling) -> Image.Image:
     colours = 3 if count >= 3 else 1
     alpha = "straight" if count in (2, 4) else "none"
     return picture(samples, Meaning(colours, alpha, orientation=orientation), how)  # type: ignore[arg-type]
+
+
+def _may_be_turned(file: str) -> bool:
+    """Whether a PNG names its orientation anywhere; looking for it properly decodes the image once more."""
+    with open(file, "rb") as opened:
+        data = opened.read()
+    return any(name in data for name in (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type"))
 
 
 def _clear(image: Image.Image, samples: NDArray[Any]) -> NDArray[np.uint16] | None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import struct
 from types import TracebackType
 from typing import Any, Self
 from xml.etree import ElementTree
@@ -20,6 +21,7 @@ _ORIENTATION = 274
 _GREY = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
 _PILLOWS = (PHOTOMETRIC.SEPARATED, PHOTOMETRIC.YCBCR)
 """colours that Pillow converts, up to 8 bits"""
+_MOST_PAGES = 2**20
 _MOST_XML = 2**26
 """bytes of a companion file that are read"""
 
@@ -69,7 +71,8 @@ class Tiff:
         numbers = np.arange(len(self.series)).reshape(outer)[index]
         pages = [self.series[int(n)] for n in numbers.ravel()]
         _present(pages)
-        values = np.stack([_array(page).reshape(inner) for page in pages])
+        each = [_array(page).reshape(inner) for page in pages]
+        values = each[0] if len(each) == 1 else np.stack(each)
         return values.reshape(*numbers.shape, *inner)
 
     def _whole(self, at: dict[str, int]) -> NDArray[Any]:
@@ -179,6 +182,7 @@ class Tiff:
 def _opened(file: str) -> Any:
     """The opened file; of an OME-TIFF set whose metadata lie in another file with these."""
     try:
+        _ends(file)
         opened = tifffile.TiffFile(file)
     except tifffile.TiffFileError as error:
         raise ValueError("empty file" if not os.path.getsize(file) else f"damaged TIFF: {error}") from error
@@ -229,10 +233,41 @@ def _siblings(root: Any, file: str) -> None:
     """Raise unless the other files of an OME-TIFF set lie beside this one: tifffile would put zeros in their place."""
     own = root.get("UUID")
     for element in root.iter():
+        sizes = [int(element.get(f"Size{axis}", 1)) for axis in "CZT"] if _tag(element) == "Pixels" else []
+        if sizes and np.prod([float(n) for n in sizes]) > _MOST_PAGES:  # tifffile would make a list of them all
+            raise ValueError(f"its OME metadata name {'×'.join(map(str, sizes))} planes (C, Z, T)")
         name = element.get("FileName")
         another = name is not None and name.lower() != os.path.basename(file).lower()
         if _tag(element) == "UUID" and another and (own is None or element.text != own):
-            _beside(file, name)
+            _ends(_beside(file, name))
+
+
+def _ends(file: str) -> None:
+    """Raise where the list of pages leads back to itself: tifffile would follow it for ever."""
+    with open(file, "rb") as opened:
+        head = opened.read(16)
+        order = "<" if head[:2] == b"II" else ">"
+        big = head[2:4] in (b"+\0", b"\0+")
+        number, count, tag = ("Q", "Q", 20) if big else ("I", "H", 12)
+        width, counted = struct.calcsize(number), struct.calcsize(f"<{count}")
+        at, seen = _number(head[8:16] if big else head[4:8], order + number), set[int]()
+        while at:
+            if at in seen or len(seen) >= _MOST_PAGES:
+                raise ValueError("damaged TIFF: its list of pages leads back to itself" if at in seen
+                                 else f"it has more than {_MOST_PAGES} pages")  # fmt: skip
+            seen.add(at)
+            opened.seek(at)
+            tags = _number(opened.read(counted), order + count)
+            end = at + counted + tags * tag
+            if tags == 0 or end > 2**62:
+                return
+            opened.seek(end)
+            at = _number(opened.read(width), order + number)
+
+
+def _number(data: bytes, form: str) -> int:
+    """One number; 0 where the file has ended."""
+    return int(struct.unpack(form, data)[0]) if len(data) == struct.calcsize(form) else 0
 
 
 def _beside(file: str, name: str) -> str:
