@@ -212,7 +212,7 @@ def images_away(run: Run) -> Iterator[tuple[Run, str]]:
     """The images come back."""
     with away(run.images):
         time.sleep(5)
-    yield run, r"png: No such file or directory; trying again"
+    yield run, r"png: No such file or directory; retrying"
 
 
 @case("the run folder is away for 5 s")
@@ -220,7 +220,7 @@ def run_away(run: Run) -> Iterator[tuple[Run, str]]:
     """The run's folder comes back."""
     with away(run.folder):
         time.sleep(5)
-    yield run, r"metrics.jsonl: No such file or directory; trying again"
+    yield run, r"metrics.jsonl: No such file or directory; retrying"
 
 
 @case("the image folder stays away")
