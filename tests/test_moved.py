@@ -1,4 +1,4 @@
-"""A run goes on with the images that it began with, wherever they lie, and with no others."""
+"""A run resumes with the images that it began with, in any place, and with no others."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def run_of(out, cells, *changes):
 
 
 def table(cells, other=()):
-    """sources.csv: two images a source, but those that are named."""
+    """Write sources.csv: two images per source, except the given ones."""
     names = sorted(p.relative_to(cells).as_posix() for p in cells.rglob("*.png"))
     lines = [f"{name},{'another' if name in other else f's{i // 2}'}" for i, name in enumerate(names)]
     (cells / "sources.csv").write_text("path,source\n" + "\n".join(lines))
@@ -39,7 +39,7 @@ def table(cells, other=()):
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A folder of images, the run of them that nothing happened to, and one that was stopped after two steps."""
+    """A folder of images, an undisturbed run on them, and one that was stopped after two steps."""
     folder = tmp_path_factory.mktemp("begun")
     cells = make_cells(folder / "cells", 36, classes=("a", "b"))
     table(cells)
@@ -51,7 +51,7 @@ def begun(tmp_path_factory):
 
 @pytest.fixture
 def job(begun, tmp_path):
-    """The stopped run, and a copy of its images in another place."""
+    """The stopped run, and a copy of its images in another folder."""
     shutil.copytree(begun / "stopped", tmp_path / "out")
     shutil.copytree(begun / "cells", tmp_path / "scratch" / "cells")
     return tmp_path / "out", tmp_path / "scratch" / "cells"

@@ -1,4 +1,4 @@
-"""A run that is no longer finite ends, says so, and leaves what was good: with every method, from NaN in its rows."""
+"""A run with values that are not finite ends with an error and keeps its good checkpoints: with every method."""
 
 import functools
 import json
@@ -55,7 +55,7 @@ def poison_weight(learner):
 
 @torch.no_grad()
 def poison_statistics(learner):
-    """What training does not look at, but evaluation and the export do."""
+    """Values that only evaluation and export use, not training."""
     next(b for name, b in learner.encoder.named_buffers() if name.endswith("running_var"))[0] = math.inf
 
 
@@ -114,7 +114,7 @@ PLANTED = [
 
 @pytest.mark.parametrize("method", PLANTED)
 def test_a_learning_rate_out_of_this_world_ends_with_status_1(tmp_path, capsys, method):
-    """From the command line, on the recipe that anyone tries first."""
+    """From the command line, with the quickstart recipe."""
     given = ["optim.name=sgd", "optim.lr=1e30", *method, f"out={tmp_path}", "evaluate.pictures=false"]
     assert main(argv=["train", "--config", "configs/debug.yaml", *given]) == 1
     said = capsys.readouterr().err.splitlines()
@@ -134,7 +134,7 @@ def test_statistics_that_training_does_not_look_at(tmp_path, monkeypatch):
 
 
 def test_state_of_the_optimizer(tmp_path, monkeypatch):
-    """A second moment that is infinite stops a weight for ever, which stays finite."""
+    """With an infinite second moment a weight never changes again, but stays finite."""
     states = []
     plain = torch.optim.AdamW.__init__
 
@@ -205,7 +205,7 @@ def test_a_loss_scaler_may_leave_out_steps_but_not_all(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 has a loss scaler on a GPU alone, and there is none")
 def test_fp16_with_steps_left_out_trains(tmp_path, monkeypatch):
-    """The scaler begins so high that the first gradients overflow, as it does by design."""
+    """The scale starts so high that the first gradients overflow, as is normal."""
     plain = torch.amp.GradScaler.__init__
     monkeypatch.setattr(torch.amp.GradScaler, "__init__", functools.partialmethod(plain, init_scale=2.0**140))
     small = [
@@ -260,7 +260,7 @@ def test_an_encoder_that_is_not_finite_is_not_exported(tmp_path):
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):
-    """Of weights that are finite, and overflow."""
+    """Finite weights whose features overflow."""
     run, cells = make_run(tmp_path / "run"), make_cells(tmp_path / "cells", 2)
     weights = {
         k: torch.full_like(v, 3e38) if v.is_floating_point() else v for k, v in load_file(run / files.WEIGHTS).items()

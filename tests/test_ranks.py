@@ -1,4 +1,4 @@
-"""What ranks tell each other: votes, errors, and why one of them left. Real gloo ranks."""
+"""Messages between ranks: votes, errors, and why a rank left. On real gloo ranks."""
 
 import pytest
 from gloo import on_ranks
@@ -67,7 +67,7 @@ def test_all_stop_after_the_same_step():
 
 
 def post_mortem(error, *leaving):
-    """On a rank: say that one leaves, or what is lost; the ranks of `leaving` in the way given there."""
+    """On one rank: leave in the way that `leaving` gives for it, or return the error about lost ranks."""
     ranks._POST_MORTEM = 1.0
     for number, cause in leaving:
         if ranks.rank() == number:

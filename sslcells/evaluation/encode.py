@@ -21,7 +21,7 @@ Prepare = Callable[[Tensor, Tensor], Tensor]
 
 
 class Features(NamedTuple):
-    """Features of N images, in the order they were asked for; on the CPU."""
+    """Features of N images, in the order of the indices that `encode` was given; on the CPU."""
 
     z: Tensor
     """(N, F) float32"""
@@ -74,8 +74,8 @@ def encode_batches(
 ) -> Iterator[tuple[Readable, Tensor | None]]:
     """Each batch with the features (B, F) float32 of its B readable images, on the device; None if B is 0.
 
-    One forward pass a batch, without gradients. `progress` is called after each batch with how many images it asked
-    for.
+    One forward pass per batch, without gradients. After each batch `progress` is called with its number of images,
+    unreadable ones included.
     """
     for batch in batches:
         z = network(batch).float() if batch.image else None
@@ -129,7 +129,7 @@ def encode(
 
 
 class Names(Sequence[str]):
-    """The names of the images with these indices, made when asked for."""
+    """The names of the images with these indices, made when they are read."""
 
     def __init__(self, images: ImageSet, index: Sequence[int]) -> None:
         self._images, self._index = images, index

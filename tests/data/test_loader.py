@@ -1,4 +1,4 @@
-"""Images read in order, by processes that may die."""
+"""Images are read in order; a process that dies is an error, not a hang."""
 
 import multiprocessing
 import re
@@ -116,11 +116,11 @@ def test_the_bytes_of_a_batch_are_those_of_its_images():
 
 
 SMALL_SHM = 4
-"""MiB, in a mount of the process's own; Docker gives 64."""
+"""MiB of /dev/shm, mounted only for the process; Docker gives 64."""
 
 
 def in_small_shm(*command):
-    """What a command says and ends with where /dev/shm is small; it must end by itself."""
+    """Output and exit status of a command with a small /dev/shm; it must end by itself."""
     mount = f"mount -t tmpfs -o size={SMALL_SHM}m tmpfs /dev/shm"
     alone = ["unshare", "--mount", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*alone, mount], capture_output=True).returncode:

@@ -1,4 +1,4 @@
-"""Which images come together in a global batch: what each kind promises, for any world and from any step on."""
+"""The global batches of each sampler, for any number of ranks and from any step."""
 
 from itertools import chain
 

@@ -1,4 +1,4 @@
-"""Part of the labels: of each class its share, whole sources together, more containing less."""
+"""A part of the labels has its share of each class, in whole sources; a larger part contains a smaller one."""
 
 import pytest
 import torch

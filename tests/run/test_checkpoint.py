@@ -1,4 +1,4 @@
-"""Checkpoints: whole or passed over, pruned, and never code."""
+"""Checkpoints: damaged ones are skipped, old ones removed, and reading one runs no code."""
 
 import errno
 import json
@@ -87,7 +87,7 @@ def test_reading_executes_nothing(tmp_path):
 
 
 def test_the_writer_writes_beside_the_training(tmp_path, monkeypatch):
-    """What was asked for is written, whatever the training does to the weights meanwhile, and one after the other."""
+    """The weights at the time of `save` are written, even if training changes them meanwhile; one at a time."""
     begun, go_on, said, write = threading.Event(), threading.Event(), [], checkpoint.write
 
     def slowly(*arguments):

@@ -80,7 +80,7 @@ def test_who_loses_the_folder_is_told(tmp_path, monkeypatch):
 
 
 def race(folder, rounds, starts, ended, answers):
-    """Take a folder in every round at the same moment as the others; 1 where it was given, and kept meanwhile."""
+    """Try to take a folder in each round, together with the other processes; 1 if it was taken and kept."""
     for i in range(rounds):
         path = folder / str(i)
         starts.wait(60)
@@ -118,7 +118,7 @@ def test_of_many_that_start_at_once_one_has_the_folder(tmp_path, before):
 
 
 def test_a_folder_that_another_host_has_just_taken_is_left_to_it(tmp_path, monkeypatch):
-    """Where no lock of the system reaches: between the look at a dead owner and the taking, somebody else took it."""
+    """Without system locks, another host may take the folder after this one found its owner dead."""
     monkeypatch.setattr(lock, "BEAT", 0.05)
     owner(tmp_path, token="dead")
 
