@@ -177,7 +177,7 @@ def test_a_number_is_what_it_looks_like():
 
 def optional_fields():
     """Every field that may be empty, with what its section needs besides."""
-    needs = {"folder": ["data.path=x"], "medmnist": ["data.set=bloodmnist"]}
+    needs = {"folder": ["data.path=x"], "table": ["data.table=x"], "medmnist": ["data.set=bloodmnist"]}
     for section in sections():
         where = next((s for s, f in Run.model_fields.items() if f.annotation is section), None)
         for name, plugin in PLUGINS.items():
