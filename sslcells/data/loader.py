@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -139,6 +140,9 @@ def with_workers(batches: Generator[T, None, None]) -> Iterator[Generator[T, Non
         died = DataError(f"a process that reads images died, perhaps for lack of memory: {error}{shared}")
         for note in getattr(error, "__notes__", ()):  # on which rank
             died.add_note(note)
+        # Ends torch's iterator here: in a traceback it lives until some later garbage collection, which closes its
+        # queues' files below the threads that still write to them.
+        traceback.clear_frames(error.__traceback__)
         raise died from None
     finally:
         batches.close()

@@ -1,5 +1,6 @@
 """Images are decoded once to see whether they can be, whatever process asks."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -207,5 +208,7 @@ def test_a_process_that_dies_is_told(cells, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(Decoder, "header", killed)
-    with pytest.raises(DataError, match="a process that reads images died"):
+    with pytest.raises(DataError, match="a process that reads images died") as error:
         opened(cells)
+    assert error.value.__context__ is not None  # keeps the traceback, which does not keep torch's iterator
+    assert not [x for x in gc.get_objects() if type(x).__name__ == "_MultiProcessingDataLoaderIter"]
