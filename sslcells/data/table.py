@@ -97,10 +97,15 @@ class _Columns(NamedTuple):
     box: tuple[str, ...]
     um_per_pixel: str | None
     magnification: str | None
-    unused: tuple[str, ...]
 
-    def said(self) -> list[str]:
-        """How the columns were understood, for a person."""
+    @property
+    def used(self) -> list[str]:
+        """All of them."""
+        one = (self.path, self.label, self.split, self.site, self.cell, self.um_per_pixel, self.magnification)
+        return [column for column in (*one, *self.sources, *self.box) if column is not None]
+
+    def said(self, names: Sequence[str]) -> list[str]:
+        """How the columns of these names were understood, for a person."""
         named = {
             "path": self.path,
             "label": self.label,
@@ -113,7 +118,8 @@ class _Columns(NamedTuple):
             "magnification": self.magnification,
         }
         text = "; ".join(f"{what} from {column}" for what, column in named.items() if column is not None)
-        return [f"columns: {text}" + (f"; not used: {some(self.unused, 20)}" if self.unused else "")]
+        unused = [name for name in names if name not in self.used]
+        return [f"columns: {text}" + (f"; not used: {some(unused, 20)}" if unused else "")]
 
 
 class TableImages(ImageSet):
@@ -127,7 +133,9 @@ class TableImages(ImageSet):
         cells: Sequence[str] | None,
         decoder: Decoder,
     ) -> None:
-        self._files, self._rows, self._boxes, self._cells, self._decoder = files, rows, boxes, cells, decoder
+        self._files, self._rows, self._boxes, self._cells = files, rows, boxes, cells
+        # A cut is 8 bit already, and each of its channels is resized by itself.
+        self._cut = replace(decoder, channels=1, stack=None, intensity="percentile", range=None)
         self._last: tuple[int, Tensor] | None = None
         self.channels = files.channels
 
@@ -144,8 +152,7 @@ class TableImages(ImageSet):
             self._last = file, self._files.pixels(file)
         whole = self._last[1]
         left, upper, right, lower = self._inside(index, whole.shape[1], whole.shape[2])
-        one = replace(self._decoder, channels=1, stack=None, intensity="percentile", range=None)
-        return torch.cat([one.pixels(Image.fromarray(x.numpy())) for x in whole[:, upper:lower, left:right]])
+        return torch.cat([self._cut.pixels(Image.fromarray(x.numpy())) for x in whole[:, upper:lower, left:right]])
 
     def values(self, index: int) -> NDArray[Any]:
         """The raw values of image `index`, of the whole file if the row has a box."""
@@ -186,14 +193,15 @@ def open_split(config: Config, split: str) -> TableImages | None:
         what = "is a folder; data.kind=folder reads it" if is_folder(file) else "no such file"
         near = nearest(file.name, sorted(p.name for p in file.parent.glob("*") if p.is_file()))
         raise ConfigError(f"data.table={config.table!r}: {what}{near}")
-    columns = _columns(config, file)
-    table = read(file, [c for c in (*columns[:3], *columns.sources, columns.site, columns.cell, *columns.box,
-                                    columns.um_per_pixel, columns.magnification) if c is not None])  # fmt: skip
+    all_names, _ = names_of(file)
+    columns = _columns(config, file, all_names)
+    table = read(file, columns.used)
     clock.lap("reading")
     classes = _names(table, columns.label)
     check_classes(classes, f"{file}, column {columns.label}")
     sites = _names(table, columns.site)
-    number, where = _in_split(config, table, columns.split, split)
+    splits = _splits(config, table, columns.split)
+    number, where = _in_split(table, columns.split, splits, split)
     if not len(number):
         return None
     part = table._replace(columns=table.columns.take(pa.array(number)))
@@ -236,19 +244,17 @@ def open_split(config: Config, split: str) -> TableImages | None:
     headers = [(name, header) for name, header in zip(distinct, looks.headers, strict=False) if header is not None]
     images.found = Found(
         where=f"{file}, {where}",
-        ignored=_left_out(config, table, columns.split) if split == "train" else {},
+        ignored=_left_out(table, columns.split, splits) if split == "train" else {},
         broken=looks.broken,
         looked=looks.looked,
-        columns=[*columns.said(), *_scales(part, columns)],
+        columns=[*columns.said(all_names), *_scales(part, columns)],
         seconds=clock.laps,
     ).with_headers([name for name, _ in headers], [header for _, header in headers])
     clock.lap("labels and sources")
     return images
 
 
-def _columns(config: Config, file: Path) -> _Columns:
-    names, _ = names_of(file)
-
+def _columns(config: Config, file: Path, names: Sequence[str]) -> _Columns:
     def column(meaning: str, key: str, given: str | None) -> str | None:
         return find(names, file, f"data.{key}", given, meaning)
 
@@ -264,7 +270,7 @@ def _columns(config: Config, file: Path) -> _Columns:
         sources = tuple(str(column("source", "sources", name.strip())) for name in config.sources.split("+"))
     elif source := column("source", "sources", config.sources):
         sources = (source,)
-    chosen = _Columns(
+    return _Columns(
         path,
         column("label", "label_column", config.label_column) if config.labels == "table" else None,
         column("split", "split_column", config.split_column),
@@ -274,10 +280,7 @@ def _columns(config: Config, file: Path) -> _Columns:
         box,
         column("um_per_pixel", "um_per_pixel_column", config.um_per_pixel_column),
         column("magnification", "magnification", None),
-        (),
     )
-    used = {*chosen[:3], *sources, chosen.site, chosen.cell, *box, chosen.um_per_pixel, chosen.magnification}
-    return chosen._replace(unused=tuple(name for name in names if name not in used))
 
 
 def _names(table: Table, column: str | None) -> tuple[str, ...]:
@@ -297,13 +300,18 @@ def _numbers(table: Table, column: str | None, names: Sequence[str]) -> Tensor:
     return torch.from_numpy(pc.fill_null(places, -1).to_numpy().astype(np.int64))
 
 
-def _splits(config: Config, table: Table, column: str) -> dict[str, str]:
-    """Value of the split column → split.
+def _splits(config: Config, table: Table, column: str | None) -> dict[str, str]:
+    """Value of the split column → split; empty without such a column.
 
     Raises:
-        ConfigError: if a value is no split's, or a named value does not occur.
+        ConfigError: if a value is no split's, or a named value or its column does not exist.
     """
     given = {name: value for name in SPLITS if (value := getattr(config, name)) is not None}
+    if column is None:
+        if given:
+            name, value = next(iter(given.items()))
+            raise ConfigError(f"data.{name}={value!r}: {table.file} has no column of splits")
+        return {}
     counts = {e["values"]: e["counts"] for e in pc.value_counts(table.text(column)).to_pylist()}
     counts.pop(None, None)
     for name, value in given.items():
@@ -324,24 +332,22 @@ def _splits(config: Config, table: Table, column: str) -> dict[str, str]:
     return means
 
 
-def _in_split(config: Config, table: Table, column: str | None, split: str) -> tuple[NDArray[np.int64], str]:
+def _in_split(table: Table, column: str | None, splits: dict[str, str], split: str) -> tuple[NDArray[np.int64], str]:
     """The rows of a split, and how they were chosen."""
     if column is None:
-        if (named := next((name for name in SPLITS if getattr(config, name) is not None), None)) is not None:
-            raise ConfigError(f"data.{named}={getattr(config, named)!r}: {table.file} has no column of splits")
         count = table.columns.num_rows if split == "train" else 0
         return np.arange(count), "all rows, as there is no column of splits"
-    values = [value for value, name in _splits(config, table, column).items() if name == split]
+    values = [value for value, name in splits.items() if name == split]
     rows = pc.is_in(table.text(column), pa.array(values, pa.string())).to_numpy()
     return np.flatnonzero(rows), f"rows with {column} {' or '.join(values)}"
 
 
-def _left_out(config: Config, table: Table, column: str | None) -> dict[str, tuple[int, str]]:
+def _left_out(table: Table, column: str | None, splits: dict[str, str]) -> dict[str, tuple[int, str]]:
     """Rows of no split."""
     if column is None:
         return {}
     text = table.text(column)
-    known = pc.is_in(text, pa.array([*_splits(config, table, column)], pa.string())).to_numpy()
+    known = pc.is_in(text, pa.array([*splits], pa.string())).to_numpy()
     empty = pc.is_null(text).to_numpy()
     kinds = {"rows without a split": empty, "rows of other splits": ~known & ~empty}
     return {kind: (int(of.sum()), table.row(int(of.argmax()))) for kind, of in kinds.items() if of.any()}

@@ -50,7 +50,7 @@ def split(
         raise ConfigError(f"--parts {' '.join(map(str, parts))}: shares are 0 or more, of train and one other above 0")
     whole = read(file)
     names = whole.columns.column_names
-    keys = {str(find(names, file, "--by", name, "source")): _values(whole, name, names, "--by") for name in by}
+    keys = {name: _values(whole, name, names, "--by") for name in by}
     path = find(names, file, "--path", None, "path")
     paths = [[None if p is None else tidy(p) for p in whole.text(path).to_pylist()]] if path is not None else []
     kind = None if stratify is None else _numbered(_values(whole, stratify, names, "--stratify"))
@@ -150,16 +150,9 @@ def _without(
     rest = np.flatnonzero(known & ~test & ~np.isin(group, group[test]))
     if not len(rest):
         raise ConfigError(f"--site: without {site} no rows are left to train on")
-    out = _parts(group, kind, keys, rest, [*parts[:2], 0], seed) if parts[1] else _all(rest, len(sites))
+    out = _parts(group, kind, keys, rest, [*parts[:2], 0], seed)
     for row in np.flatnonzero(test).tolist():
         out[row] = "test"
-    return out
-
-
-def _all(rows: Ints, count: int) -> Values:
-    out: Values = [None] * count
-    for row in rows.tolist():
-        out[row] = "train"
     return out
 
 

@@ -90,11 +90,10 @@ class Decoder:
         """
         try:
             file, plane = self._plane(file)
-            container = _container(file)
-            if container == "picture":
-                self._pictures_only(file)
+            opened = self._opened(file)
+            if opened is None:
                 return self._picture_header(file, whole)
-            with Tiff(file, self.level) if container == "tiff" else Ngff(file, self.level) as source:
+            with opened as source:
                 header = self._header(source, self._layout(source, plane), file)
             if whole and not header.part:  # a further file of a set is read with the first
                 every = self.z == "each" and not plane and header.planes
@@ -113,12 +112,11 @@ class Decoder:
         """
         try:
             file, plane = self._plane(file)
-            container = _container(file)
-            if container == "picture":
-                self._pictures_only(file)
+            opened = self._opened(file)
+            if opened is None:
                 with Image.open(file, formats=pillow.FORMATS) as image:
                     return pillow.deep_values(image, file) if pillow.deep_png(image) else np.array(image)
-            with Tiff(file, self.level) if container == "tiff" else Ngff(file, self.level) as source:
+            with opened as source:
                 layout = self._layout(source, plane)
                 values = _samples_at(loaded(source, layout), layout, 0 if self.stack is not None else -1)
                 return values if self.stack is not None or values.shape[-1] > 1 else values[..., 0]
@@ -137,14 +135,22 @@ class Decoder:
     def _plane(self, file: str) -> tuple[str, dict[str, int]]:
         return split_plane(file) if self.z == "each" else (file, {})
 
-    def _pictures_only(self, file: str) -> None:
-        """Raise where a TIFF file or a pyramid is asked for, and this is neither."""
+    def _opened(self, file: str) -> Tiff | Ngff | None:
+        """A TIFF file or OME-Zarr folder, opened; None for a picture, which Pillow reads.
+
+        Raises:
+            ValueError: if `stack` or `level` asks for one of the two, and this is neither.
+        """
+        container = _container(file)
+        if container != "picture":
+            return Tiff(file, self.level) if container == "tiff" else Ngff(file, self.level)
         if not os.path.getsize(file):
             raise ValueError("empty file")
         if self.stack is not None:
             raise ValueError("not a TIFF file, which data.stack reads")
         if self.level:
             raise ValueError(f"no pyramid, and data.level is {self.level}")
+        return None
 
     def _layout(self, source: Tiff | Ngff, plane: dict[str, int]) -> Layout:
         if self.stack is not None:
@@ -179,12 +185,11 @@ class Decoder:
             return Header((width, height) if lying else (height, width), kind, pages)
 
     def _pixels(self, file: str, plane: dict[str, int]) -> Tensor:
-        container = _container(file)
-        if container == "picture":
-            self._pictures_only(file)
+        opened = self._opened(file)
+        if opened is None:
             with Image.open(file, formats=pillow.FORMATS) as image:
                 return self._picture(image, file, pillow.deep_png(image))
-        with Tiff(file, self.level) if container == "tiff" else Ngff(file, self.level) as source:
+        with opened as source:
             layout = self._layout(source, plane)
             if self.z == "each" and layout.planes and not plane:
                 first = plane_names(layout.planes)[0]

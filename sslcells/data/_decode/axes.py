@@ -56,6 +56,12 @@ class Layout(NamedTuple):
         return height, width
 
 
+def check_level(level: int, levels: int) -> None:
+    """Raise a ValueError if a pyramid of so many levels has no such one."""
+    if level >= levels:
+        raise ValueError(f"level {level} of {levels}: data.level is at most {levels - 1}")
+
+
 def split_plane(file: str) -> tuple[str, dict[str, int]]:
     """`cells.tif#t0z3` → `cells.tif` and the plane's places along T and Z; a name without a plane has none."""
     found = _PLANE.match(file)

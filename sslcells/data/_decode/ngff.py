@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from sslcells.data._decode.axes import MOST
+from sslcells.data._decode.axes import MOST, check_level
 from sslcells.data._decode.meaning import Meaning
 
 ZARR = ".zarr"
@@ -46,25 +46,21 @@ class Ngff:
         levels, axes = scales[0].get("datasets"), scales[0].get("axes")
         if not isinstance(levels, list) or not isinstance(axes, list):
             raise ValueError("its OME-Zarr metadata name no levels or no axes (versions 0.4 and 0.5 are read)")
-        self.levels = len(levels)
-        if level >= self.levels:
-            raise ValueError(f"level {level} of {self.levels}: data.level is at most {self.levels - 1}")
+        check_level(level, len(levels))
         path = levels[level].get("path") if isinstance(levels[level], dict) else None
         names = [str(axis.get("name") if isinstance(axis, dict) else axis) for axis in axes]
         if not isinstance(path, str) or ".." in path.split("/") or any(name not in _AXES for name in names):
             raise ValueError(f"its OME-Zarr metadata name the axes {names} and the path {path!r}, which are not read")
         self._folder = os.path.join(folder, path)
-        self._array: Any = zarr.open_array(os.path.join(folder, path), mode="r")
+        self._array: Any = zarr.open_array(self._folder, mode="r")
         if len(names) != self._array.ndim:
             raise ValueError(f"it has {self._array.ndim} axes where its metadata name {names}")
-        here = os.listdir(os.path.join(folder, path))
-        if not [name for name in here if not name.startswith(".") and name != "zarr.json"]:
+        if not [name for name in os.listdir(self._folder) if not name.startswith(".") and name != "zarr.json"]:
             raise ValueError("all of its chunks are missing")  # of some, Zarr says that they are even
         self._all = "".join(_AXES[name] for name in names)
         kept = [(a, int(n)) for a, n in zip(self._all, self._array.shape, strict=True) if n != 1 or a in "YX"]
         self.axes, self.shape = "".join(a for a, _ in kept), tuple(n for _, n in kept)
         self.dtype = self._array.dtype
-        self.version = int(self._array.metadata.zarr_format)
 
     def load(self, at: dict[str, int]) -> NDArray[Any]:
         """The values at these places; only the chunks that hold them are read."""

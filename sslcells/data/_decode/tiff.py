@@ -12,7 +12,7 @@ import tifffile
 from numpy.typing import NDArray
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC
 
-from sslcells.data._decode.axes import MOST
+from sslcells.data._decode.axes import MOST, check_level
 from sslcells.data._decode.meaning import Alpha, Meaning, said
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -36,11 +36,9 @@ class Tiff:
     def __init__(self, file: str, level: int = 0) -> None:
         self._opened = _opened(file)
         try:
-            self.series = _series(self._opened, file)
-            self.base, self.levels = self.series, len(self.series.levels)
-            if level >= self.levels:
-                raise ValueError(f"level {level} of {self.levels}: data.level is at most {self.levels - 1}")
-            self.series = self.series.levels[level]
+            self.base = _series(self._opened, file)
+            check_level(level, len(self.base.levels))
+            self.series = self.base.levels[level]
             self.page: Any = self.series.keyframe
             _decodable(self.page)
             whole = zip(self.series.axes, self.series.shape, strict=True)
