@@ -241,13 +241,16 @@ def disk_full(run: Run) -> Iterator[tuple[Run, str]]:
 
 @case("a loss that is no number")
 def not_a_number(run: Run) -> Iterator[tuple[Run, str]]:
-    """Weights that a fault of the memory made infinite: in the newest checkpoint, with the digest to match."""
+    """A weight that a fault of the memory made huge, in the newest checkpoint, with the digest to match.
+
+    It is finite: a checkpoint that is not would be refused, and the one before it taken.
+    """
     run.kill()
     path = run.folder / "checkpoints" / f"step_{run.newest():08d}"
     kept = path.with_name("kept")
     shutil.copytree(path, kept)
     weights = load_file(path / "model.safetensors")
-    next(value for value in weights.values() if value.is_floating_point()).view(-1)[0] = float("inf")
+    next(value for value in weights.values() if value.is_floating_point()).view(-1)[0] = 3e38
     save_file(weights, path / "model.safetensors")
     state = json.loads((path / "state.json").read_text())
     state["sha256"]["model.safetensors"] = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()

@@ -110,7 +110,7 @@ def test_variants(tmp_path):
     assert (tmp_path / "1a_0.log").stat().st_size == logged  # nothing was run again
     asking = [*common[:-1], "--report-test", "1b", "--variants"]
     chosen = printed("variants.py", *asking, "method.temperature=0.1", "method.temperature=0.5")
-    assert list(table(chosen.split("Of test, asked once")[1])) == [("1b", "image")]
+    assert list(table(chosen.split("On test, evaluated once")[1])) == [("1b", "image")]
     assert sorted(path.name for path in tmp_path.glob("*.test.json")) == ["1b_0.test.json", "1b_1.test.json"]
     supervised = ["method.name=supervised", "method.name=supervised method.loss=focal"]
     classes = table(printed("variants.py", *common[:-4], "--names", "1c", "1d", "--variants", *supervised))
@@ -120,7 +120,7 @@ def test_variants(tmp_path):
 @pytest.mark.slow
 def test_search(tmp_path):
     pytest.importorskip("faiss", reason="the faiss extra is not installed")
-    run = make_run(tmp_path / "run", "data.train=60", "data.val=0", "data.test=20")
+    run = make_run(tmp_path / "run", "data.train=60", "data.val=0", "data.test=20", "train.global_batch=16")
     rows = table(printed("search.py", str(run), "--sizes", "300", "12000", "--queries", "5"))
     assert list(rows) == [(n, way) for n in ("300", "12,000") for way in ("every row", "FAISS")]
     assert rows["300", "FAISS"][-2:] == rows["12,000", "every row"][-2:] == ["1.000", "1.000"]
