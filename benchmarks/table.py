@@ -1,68 +1,88 @@
-"""Seconds and memory that opening a table takes: `python benchmarks/table.py [ROWS]` (1,000,000 by default).
+"""Seconds and memory that it takes to open all splits of a table of images.
 
-It makes as many hard links to one small image in 100 folders, lists them in a CSV and in a Parquet file with label,
-split, donor, slide and site, and opens all splits in a process of its own, with data.verify=none and a given size.
+    python benchmarks/table.py                              # 100,000 and 1,000,000 rows
+    python benchmarks/table.py --rows 10000 --out benchmarks/RESULTS.md
+
+The rows are hard links to one small image in each of 100 folders, listed in a CSV and in a Parquet file with label,
+split, donor, slide and site. Each file is opened by a process of its own, with data.verify=none and a given size.
 """
 
+import argparse
 import os
-import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+from _measure import append, in_fresh_process, markdown, peak_mib, section
 from PIL import Image
 
-_OPEN = """
-import resource, sys, time
-from sslcells.data import open_splits, table
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-began = time.perf_counter()
-splits = open_splits(table.Config(table=sys.argv[1], size=32, verify="none"))
-seconds = time.perf_counter() - began
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-rows = sum(map(len, splits.values()))
-laps = {}
-for images in splits.values():
-    for what, lap in images.found.seconds.items():
-        laps[what] = laps.get(what, 0) + lap
-print(f"{sys.argv[1].rpartition('/')[2]}: {rows:,} rows in {seconds:.1f} s, peak {peak:,.0f} MiB "
-      f"({before:,.0f} before); " + ", ".join(f"{what} {lap:.1f}" for what, lap in laps.items()))
-"""
+_FOLDERS = 100
 
 
-def main(rows: int) -> None:
-    """Make the images and the tables, and open them."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        first = []
-        names = [f"plate_{i % 100:02}/cell_{i:07}.png" for i in range(rows)]
-        for place in range(min(100, rows)):
-            (root / f"plate_{place:02}").mkdir()
-            first.append(root / f"plate_{place:02}" / "first.png")
-            Image.new("RGB", (32, 32)).save(first[-1])
-        for i, name in enumerate(names):
-            os.link(first[i % 100], root / name)
-        number = np.arange(rows)
-        parts = np.array(["train", "train", "train", "val", "test"])
-        columns = {
+def _write(root: Path, rows: int) -> None:
+    """The images, and the two tables that list them."""
+    for folder in range(min(_FOLDERS, rows)):
+        (root / f"plate_{folder:02}").mkdir()
+        Image.new("RGB", (32, 32)).save(root / f"plate_{folder:02}" / "first.png")
+    names = [f"plate_{i % _FOLDERS:02}/cell_{i:07}.png" for i in range(rows)]
+    for name in names:
+        os.link(root / name.partition("/")[0] / "first.png", root / name)
+    number = np.arange(rows)
+    table = pa.table(
+        {
             "path": names,
             "label": np.char.add("class ", (number % 12).astype(str)),
-            "split": parts[number % 5],
+            "split": np.array(["train", "train", "train", "val", "test"])[number % 5],
             "donor": np.char.add("donor ", (number // 500).astype(str)),
             "slide": np.char.add("slide ", (number // 100).astype(str)),
             "site": np.char.add("site ", (number % 3).astype(str)),
         }
-        table = pa.table(columns)
-        pyarrow.csv.write_csv(table, root / "cells.csv")
-        pq.write_table(table, root / "cells.parquet")
-        del table, columns, names
-        for name in ("cells.csv", "cells.parquet"):
-            subprocess.run([sys.executable, "-c", _OPEN, str(root / name)], check=True)
+    )
+    pyarrow.csv.write_csv(table, root / "cells.csv")
+    pq.write_table(table, root / "cells.parquet")
+
+
+def _open(file: str) -> list[str]:
+    """Rows, seconds, peak MiB above those before, and what the seconds went into."""
+    from sslcells.data import ImageSet, open_splits, table
+
+    splits: dict[str, ImageSet] = {}
+    began = time.perf_counter()
+    peak = peak_mib(lambda: splits.update(open_splits(table.Config(table=file, size=32, verify="none"))), "cpu")
+    took, laps = time.perf_counter() - began, dict[str, float]()
+    for images in splits.values():
+        assert images.found is not None
+        for step, seconds in images.found.seconds.items():
+            laps[step] = laps.get(step, 0.0) + seconds
+    rows = sum(map(len, splits.values()))
+    return [f"{rows:,}", f"{took:.1f}", f"{peak:,.0f}", *[f"{step} {lap:.1f}" for step, lap in laps.items()]]
+
+
+def main() -> None:
+    """Print a table: seconds and memory for each number of rows and kind of file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the table to this file")
+    args = parser.parse_args()
+    lines = []
+    for rows in args.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            _write(Path(folder), rows)
+            for name in ("cells.csv", "cells.parquet"):
+                opened = in_fresh_process(_open, f"{folder}/{name}")
+                if isinstance(opened, str):
+                    raise SystemExit(f"{rows:,} rows, {name}: {opened}")
+                lines.append([opened[0], name, *opened[1:3], ", ".join(opened[3:])])
+    columns = ["rows", "file", "seconds", "peak MiB above those before", "seconds of each step"]
+    text = section("Opening a table", "cpu", "data.verify=none, data.size=32.", [markdown(columns, lines)])
+    print(text)
+    if args.out:
+        append(text, args.out)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000)
+    main()
