@@ -1,6 +1,7 @@
 """Tables of images: CSV and Parquet files, and which of their columns say what."""
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,15 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
 """What a column may say → the names that it is looked for by, the first one first, in any letter case."""
 _EMPTY = pa.array(["", "NA", "N/A", "NaN", "nan", "NULL", "null", "None"])
 """Cells that say nothing"""
+CSV, PARQUET = (".csv", ".tsv", ".txt"), (".parquet", ".pq")
+"""Endings of tables"""
+_HEADER = 1 << 20
+"""characters that hold the header"""
+_BLOCK = 1 << 24
+"""bytes of a CSV file that are read at a time"""
+_SHOWN = 80
+"""characters of a cell in a message"""
+_UNREADABLE = (OSError, ValueError, MemoryError, pa.ArrowException, csv.Error)
 
 
 class Table(NamedTuple):
@@ -46,19 +56,24 @@ class Table(NamedTuple):
         """A column as text without blanks around it, null where it says nothing.
 
         Raises:
-            ConfigError: if its values are no text or numbers.
+            ConfigError: if its values are no text or numbers, or have line breaks.
         """
         column = self.columns[name]
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        if pa.types.is_floating(column.type) and bool(pc.all(pc.equal(pc.floor(column), column)).as_py()):
-            column = pc.cast(column, pa.int64(), safe=False)  # whole numbers, which pandas keeps so beside empty cells
+        if pa.types.is_nested(column.type):
+            raise ConfigError(f"{self.file}: column {name!r} holds {column.type}, not text or numbers")
         try:
-            trimmed = pc.utf8_trim_whitespace(pc.cast(column, pa.string()))
+            trimmed = pc.utf8_trim_whitespace(pc.cast(_whole(column), pa.string()))
         except pa.ArrowInvalid as error:
             raise ConfigError(f"{self.file}: column {name!r} cannot be read as text: {_first(error)}") from None
         except pa.ArrowNotImplementedError:
             raise ConfigError(f"{self.file}: column {name!r} holds {column.type}, not text or numbers") from None
+        broken = pc.fill_null(pc.match_substring(trimmed, "\n"), False)
+        if pc.any(broken).as_py():
+            row = self.row(int(broken.to_numpy().argmax()))
+            advice = "; is a quote above it not closed?" if self.delimiter else ""
+            raise ConfigError(f"{self.file}: {row} has a line break in column {name!r}{advice}")
         return pc.if_else(pc.is_in(trimmed, _EMPTY), pa.scalar(None, pa.string()), trimmed)
 
     def numbers(self, name: str) -> NDArray[np.float64]:
@@ -69,24 +84,29 @@ class Table(NamedTuple):
         """
         text = self.text(name)
         try:
-            values = pc.cast(text, pa.float64())
+            numbers: NDArray[np.float64] = pc.fill_null(pc.cast(text, pa.float64()), float("nan")).to_numpy()
         except pa.ArrowInvalid:
-            for i, cell in enumerate(text.to_pylist()):
-                if cell is not None and not _is_number(cell):
-                    raise ConfigError(
-                        f"{self.file}: {self.row(i)} has {name}={cell!r}, which is not a number"
-                    ) from None
-            raise
-        numbers: NDArray[np.float64] = pc.fill_null(values, float("nan")).to_numpy()
+            cells = enumerate(text.to_pylist())
+            return np.array([np.nan if cell is None else self._number(i, name, cell) for i, cell in cells])
         return numbers
 
+    def _number(self, index: int, name: str, cell: str) -> float:
+        try:
+            if "_" not in cell:
+                return float(cell)
+        except ValueError:
+            pass
+        raise ConfigError(f"{self.file}: {self.row(index)} has {name}={cell[:_SHOWN]!r}, which is not a number")
 
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return "_" not in cell
+
+def _whole(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of floats as whole numbers if they are, as pandas makes floats of these beside empty cells."""
+    if not pa.types.is_floating(column.type):
+        return column
+    column = pc.cast(column, pa.float64())
+    column = pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column)
+    exact = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**53))
+    return pc.cast(column, pa.int64()) if pc.all(exact).as_py() is not False else column
 
 
 def names_of(file: Path) -> tuple[list[str], str]:
@@ -97,49 +117,91 @@ def names_of(file: Path) -> tuple[list[str], str]:
     """
     suffix = file.suffix.lower()
     try:
-        if suffix in (".parquet", ".pq"):
+        if suffix in PARQUET:
             names, delimiter = [*map(str, pq.read_schema(file).names)], ""
-        elif suffix in (".csv", ".tsv", ".txt"):
-            with file.open(encoding="utf-8-sig", newline="") as opened:
-                header = opened.readline().rstrip("\r\n")
-            delimiter = max(",;\t", key=header.count)
-            names = next(csv.reader([header], delimiter=delimiter), [])
-            if not names:
-                raise ConfigError(f"{file} cannot be read as a table: it has no header line")
+        elif suffix in CSV:
+            names, delimiter, _ = _header(file)
         else:
             raise ConfigError(
                 f"{file} is neither CSV (.csv, .tsv) nor Parquet (.parquet): save the table as one of them"
             )
-    except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
-        raise ConfigError(f"{file} cannot be read as a table: {_first(error)}{_advice(error)}") from None
+    except _UNREADABLE as error:
+        raise ConfigError(_cannot(file, error)) from None
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f"{file} has two columns called {twice[0]!r}: rename one")
+        what = f"two columns called {twice[0]!r}: rename one" if twice[0] else "columns without a name: name them"
+        raise ConfigError(f"{file} has {what}, or remove what is not needed")
     return names, delimiter
+
+
+def _header(file: Path) -> tuple[list[str], str, int]:
+    """The first line of a CSV file that is not empty: its cells, and the delimiter that makes most of them.
+
+    The third is 1 if there is a line `sep=;` above it, as Excel writes, else 0.
+    """
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+        text = opened.read(_HEADER)
+    said = re.match(r"sep=([,;\t])\r?\n", text)
+    lines = text[said.end() if said else 0 :].lstrip("\r\n").splitlines(keepends=True)
+    found = {d: next(csv.reader(lines, delimiter=d), []) for d in (said[1] if said else ",;\t")}
+    delimiter = max(found, key=lambda d: len(found[d]))
+    if not found[delimiter]:
+        raise ConfigError(f"{file} cannot be read as a table: it is empty, without a header line")
+    for name in found[delimiter]:
+        name.encode()  # raises where it is not UTF-8
+    return found[delimiter], delimiter, int(said is not None)
 
 
 def read(file: Path, wanted: Sequence[str] | None = None) -> Table:
     """The columns of a table, or of it the wanted ones; of CSV every cell as its text.
 
     Raises:
-        ConfigError: as `names_of`, and if rows are not as long as the header.
+        ConfigError: as `names_of`, if rows are not as long as the header, if a quote is not closed, or there are none.
     """
     names, delimiter = names_of(file)
     kept = names if wanted is None else [name for name in names if name in wanted]
     try:
-        if not delimiter:
-            return Table(file, pq.read_table(file, columns=kept))
-        columns = pyarrow.csv.read_csv(
-            file,
-            read_options=pyarrow.csv.ReadOptions(block_size=1 << 24),
-            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(kept, pa.string()), include_columns=kept, strings_can_be_null=False
-            ),
-        )
-    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ConfigError(f"{file} cannot be read as a table: {_first(error)}{_advice(error)}") from None
+        if delimiter:
+            _check_quotes(file, delimiter)
+            try:
+                columns = _read_csv(file, delimiter, kept)
+            except pa.ArrowInvalid:
+                columns = _read_csv(file, delimiter, kept, threads=False)  # which names the row
+        else:
+            columns = pq.read_table(file, columns=kept, partitioning=None)
+            columns.validate(full=True)
+    except _UNREADABLE as error:
+        if "Empty CSV" not in str(error):
+            raise ConfigError(_cannot(file, error)) from None
+        columns = pa.table({})
+    if not columns.num_rows:
+        raise ConfigError(f"{file} has no rows" + " below its header" * bool(delimiter))
     return Table(file, columns, delimiter)
+
+
+def _read_csv(file: Path, delimiter: str, kept: Sequence[str], threads: bool = True) -> pa.Table:
+    return pyarrow.csv.read_csv(
+        file,
+        read_options=pyarrow.csv.ReadOptions(block_size=_BLOCK, skip_rows=_header(file)[2], use_threads=threads),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(kept, pa.string()), include_columns=kept, strings_can_be_null=False
+        ),
+    )
+
+
+def _check_quotes(file: Path, delimiter: str) -> None:
+    """Raise a ConfigError if a quote is not closed: it would hide all rows below it."""
+    with file.open("rb") as opened:
+        if not sum(block.count(b'"') for block in iter(lambda: opened.read(_BLOCK), b"")) % 2:
+            return
+    began = ended = 0
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+        rows = csv.reader(opened, delimiter=delimiter)
+        for _ in rows:
+            began, ended = ended, rows.line_num
+    if ended > began + 1:
+        raise ConfigError(f"{file}: a quote in line {began + 1} is not closed, which hides the lines below it")
 
 
 def find(names: Sequence[str], file: Path, key: str, given: str | None, meaning: str) -> str | None:
@@ -164,9 +226,16 @@ def joined(table: Table, columns: Sequence[str]) -> pa.ChunkedArray:
     return texts[0] if len(texts) == 1 else pc.binary_join_element_wise(*texts, " + ")
 
 
-def _advice(error: Exception) -> str:
-    return "; save it as UTF-8 (in Excel: CSV UTF-8)" if "utf" in str(error).lower() else ""
+def _cannot(file: Path, error: Exception) -> str:
+    why, advice = _first(error)[:300], ""
+    if isinstance(error, UnicodeError):
+        why = "its header line is not UTF-8"
+    elif "straddling" in why:
+        why = f"a row is longer than {_BLOCK / 2**20:g} MiB; is a quote not closed?"
+    if "utf" in why.lower():
+        advice = "; save it as UTF-8 (in Excel: CSV UTF-8)"
+    return f"{file} cannot be read as a table: {why}{advice}"
 
 
 def _first(error: Any) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

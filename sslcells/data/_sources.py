@@ -1,6 +1,5 @@
 """Sources of images, as numbers that are the same in every split and every process."""
 
-import csv
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -9,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sslcells.config import ConfigError, nearest
-from sslcells.data._names import respelt, tidy
+from sslcells.config import ConfigError
+from sslcells.data._columns import KNOWN, find, names_of, read
+from sslcells.data._names import respelt, some, tidy
 
 
 def source_id(source: str) -> int:
@@ -55,31 +55,34 @@ def check_pattern(pattern: str) -> None:
         raise ValueError(f"needs one group in parentheses, the source; it has {groups}")
 
 
-def read_table(file: Path, path_column: str, source_column: str) -> dict[str, str]:
-    """Read image path → source from a CSV with a header line and commas, semicolons or tabs.
+def read_table(
+    file: Path, path_column: str | None = None, source_column: str | None = None, key: str = "data.sources"
+) -> dict[str, str]:
+    """Read image path → source from a CSV or Parquet file; without a name the columns are found by usual names.
 
-    Paths get forward slashes; rows without a source are skipped.
+    Paths get forward slashes; rows without a path or a source are skipped. `key` is the setting that named the file.
 
     Raises:
         ConfigError: if the file cannot be read, lacks a column, or gives one image two sources.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.sources={str(file)!r} cannot be read: {error}") from None
-    lines = text.splitlines()
-    header = lines[0] if lines else ""
-    rows = csv.DictReader(lines, delimiter=max(",;\t", key=header.count))
-    columns = list(rows.fieldnames or ())
-    for key, column in (("sources_path_column", path_column), ("sources_column", source_column)):
-        if column not in columns:
+    names, _ = names_of(file)
+    columns = []
+    for what, given in (("path", path_column), ("source", source_column)):
+        setting = f"{key}_path_column" if what == "path" else f"{key}_column"
+        column = find(names, file, setting, given, what)
+        if column is None:
             raise ConfigError(
-                f"data.{key}={column!r}: {file} has no such column{nearest(column, columns)}; "
-                f"it has: {', '.join(columns) or 'none, it is empty'}"
+                f"{key}={str(file)!r} has no column called {', '.join(KNOWN[what])}; it has: {some(names, 20)}"
             )
+        columns.append(column)
+    read_in = read(file, columns)
+    paths, sources = (read_in.text(column).to_pylist() for column in columns)
     table: dict[str, str] = {}
-    for row in rows:
-        path, source = tidy(row[path_column] or ""), row[source_column]
-        if source and table.setdefault(path, source) != source:
-            raise ConfigError(f"data.sources={str(file)!r} gives {path} two sources: {table[path]} and {source}")
+    for path, source in zip(map(_tidied, paths), sources, strict=True):
+        if path is not None and source is not None and table.setdefault(path, source) != source:
+            raise ConfigError(f"{key}={str(file)!r} gives {path} two sources: {table[path]} and {source}")
     return table
+
+
+def _tidied(path: str | None) -> str | None:
+    return None if path is None else tidy(path)

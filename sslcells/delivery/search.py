@@ -128,10 +128,7 @@ def source_finder(table: str | None, pattern: str | None) -> Sources:
         if not is_file(file):
             near = nearest(file.name, sorted(p.name for p in file.parent.glob("*.csv")))
             raise ConfigError(f"--sources {table}: no such file{near}")
-        try:
-            listed = read_table(file, "path", "source")
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("data.sources", "--sources")) from None
+        listed = read_table(file, key="--sources")
     if pattern is not None:
         try:
             check_pattern(pattern)

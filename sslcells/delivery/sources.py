@@ -44,7 +44,7 @@ def sources(
             raise ConfigError(f"{option} {value} should be at least {least}")
     root = place(folder)
     names = list_images(root, _DECODER)
-    table = read_table(place(known), "path", "source") if known else None
+    table = read_table(place(known), key="--known") if known else None
     found = find_sources([root / name for name in names], names, inliers, neighbours, between, say)
     if not found.paths:
         path, why = found.unreadable[0]

@@ -125,7 +125,7 @@ def test_mistakes_are_named(embedded, tmp_path, capsys):
     folder = run / "embeddings" / "cells"
     other, bare = make_run(run.parent / "other", seed=1), tmp_path / "bare"
     bare.mkdir()
-    (tmp_path / "wrong.csv").write_text("image,source\na,b\n")
+    (tmp_path / "wrong.csv").write_text("picture,origin\na,b\n")
     (tmp_path / "broken.png").write_bytes(b"x")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
@@ -141,7 +141,7 @@ def test_mistakes_are_named(embedded, tmp_path, capsys):
         ((run, tmp_path / "loop.png"), 2, "loop.png is a broken link, to loop.png"),
         ((run, query, "--k", "0"), 2, "--k 0 should be at least 1"),
         ((run, query, "--sources", tmp_path / "wrng.csv"), 2, "no such file (did you mean wrong.csv?)"),
-        ((run, query, "--sources", tmp_path / "wrong.csv"), 2, "it has: image, source"),
+        ((run, query, "--sources", tmp_path / "wrong.csv"), 2, "it has: picture, origin"),
         ((run, query, "--source-pattern", "a"), 2, "needs one group in parentheses"),
     ):
         assert main(None, ["search", *map(str, arguments), "--cpu"]) == status, message
