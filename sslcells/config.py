@@ -210,13 +210,17 @@ class Train(Section):
 class Sampler(Section):
     """How images are drawn into global batches. An epoch is always images // global_batch steps."""
 
-    kind: Literal["shuffle", "balanced", "classes", "sources"] = "shuffle"
+    kind: Literal["shuffle", "balanced", "classes", "sources", "labs"] = "shuffle"
     """`shuffle`: every image once an epoch; `balanced`: every class equally often; `classes`: `per_class` images of
-    each of several classes; `sources`: `per_source` images of each of several sources."""
+    each of several classes; `sources`: `per_source` images of each of several sources; `labs`: images of every
+    laboratory, as `labs` says."""
     per_class: int = Field(4, ge=1)
     """With kind=classes: different images of a class in a global batch, from global_batch / per_class classes."""
     per_source: int = Field(1, ge=1)
     """With kind=sources: images of a source in a global batch; with 1 no two images share a source."""
+    labs: Literal["equal", "natural"] = "equal"
+    """With kind=labs: as many images of each laboratory in a global batch (`equal`), or every image once an epoch, and
+    of each laboratory its share of the images in every batch (`natural`)."""
 
 
 class Checkpoint(Section):

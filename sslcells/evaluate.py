@@ -266,9 +266,13 @@ def _predictions(
 
 
 def _classes_may_differ(run: Run, trained: Run) -> bool:
-    """True if the data was changed in more than its sources: then a class may have another number."""
+    """True if the data was changed in more than its sources and laboratories: then a class may have another number."""
     now, before = (
-        {key: value for key, value in r.data.model_dump().items() if not key.startswith("source")}
+        {
+            key: value
+            for key, value in r.data.model_dump().items()
+            if not key.startswith(("source", "site", "lab_pattern"))
+        }
         for r in (run, trained)
     )
     return now != before

@@ -18,6 +18,7 @@ from sslcells.augment import Augment
 from sslcells.commandline import one_process
 from sslcells.config import Run, dump, load
 from sslcells.data import Batch, ImageSet, holdout, reading, sampler
+from sslcells.data.composition import composition
 from sslcells.data.describe import brief
 from sslcells.data.loader import read_in_parts, with_workers
 from sslcells.evaluation.during_training import Evaluation
@@ -149,7 +150,7 @@ def _steps(
             if step == first + 1:
                 log.say(start.first_step(splits))
             if plan.due(step, run.log.every_steps):  # log
-                log.metrics(step, epoch, {**meter.read(step), **sampler.composition(ids, device), "lr": rate})
+                log.metrics(step, epoch, {**meter.read(step), **composition(ids, device), "lr": rate})
             if plan.due(step, plan.evaluate):  # evaluate
                 log.metrics(step, epoch, _measured(state, lambda: evaluation.figures(net)))
                 meter.start()

@@ -39,6 +39,8 @@ class Batch(NamedTuple):
     """(B,) int64: the image's index in its split"""
     source: Tensor
     """(B,) int64: what the image was made from; the image's own number if unknown"""
+    lab: Tensor
+    """(B,) int64: where and how the image was taken; 0 if unknown"""
     occurrence: Tensor
     """(B,) int64: how often the image came before in the same global batch, for samplers that repeat images"""
 
@@ -90,6 +92,10 @@ class ImageSet(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def lab(self, index: int) -> int:
+        """The laboratory of image `index`, as in `labs`; 0 if unknown."""
+        return 0 if self.labs is None else int(self.labs[index])
 
     @property
     def labelled(self) -> bool:

@@ -56,15 +56,15 @@ def _groups(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[s
     return groups
 
 
-def check_classes(names: Sequence[str], where: str) -> None:
-    """Raise a ConfigError if two classes differ only in letter case, blanks around them, or how letters are composed.
+def check_classes(names: Sequence[str], where: str, what: str = "classes") -> None:
+    """Raise a ConfigError if two names differ only in letter case, blanks around them, or how letters are composed.
 
-    They would be two classes of the same cells.
+    They would be two classes, or whatever `what` says they are, for one.
     """
     for same in _groups(names, lambda name: folded(name.strip())).values():
         if len(same) > 1:
             each = " and ".join(map(repr, sorted(same)[:2]))
-            raise ConfigError(f"{where}: the classes {each} differ only in spelling; give both one name")
+            raise ConfigError(f"{where}: the {what} {each} differ only in spelling; give both one name")
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

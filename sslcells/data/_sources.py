@@ -45,14 +45,14 @@ def look_up_sources(images: Sequence[str], table: dict[str, str], pattern: str |
     return found
 
 
-def check_pattern(pattern: str) -> None:
-    """Raise a ValueError unless this is a regular expression with one group, the source."""
+def check_pattern(pattern: str, what: str = "the source") -> None:
+    """Raise a ValueError unless this is a regular expression with one group, which is `what`."""
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
         raise ValueError(f"not a regular expression: {error}") from None
     if groups != 1:
-        raise ValueError(f"needs one group in parentheses, the source; it has {groups}")
+        raise ValueError(f"needs one group in parentheses, {what}; it has {groups}")
 
 
 def read_table(

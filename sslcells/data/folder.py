@@ -4,12 +4,12 @@ import os
 from collections.abc import Sequence
 from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from sslcells.config import ConfigError, nearest
@@ -17,10 +17,11 @@ from sslcells.data import DataError, ImageSet
 from sslcells.data._decode import ZARR, Decoder, Header, Unreadable
 from sslcells.data._files import Files, one_group, verify
 from sslcells.data._found import Clock, Found
+from sslcells.data._labs import LabFolder, class_in, lab_names, labs_of
 from sslcells.data._names import check_classes
 from sslcells.data._planes import file_of, images_of, to_look_at
 from sslcells.data._scan import KINDS, Listing, find_root, find_splits, is_image, is_split, subfolders, walk
-from sslcells.data._sources import look_up_sources, read_table, source_ids
+from sslcells.data._sources import check_pattern, look_up_sources, read_table, source_ids
 from sslcells.data._verified import headers_of
 from sslcells.storage import is_file, is_folder, patiently
 from sslcells.values import place
@@ -50,7 +51,27 @@ class Config(Files):
     source_pattern: str | None = None
     """Regular expression, searched in the image's path relative to `path`; its one group is the source."""
 
+    lab_pattern: str | None = None
+    """Regular expression, searched in the image's path relative to `path`; its one group is the laboratory (site,
+    scanner, stain batch)."""
+    lab_folder: LabFolder = "none"
+    """`above`: PATH/[split/]lab/class/…, the first sub-folder is the laboratory and the second the class; `below`:
+    PATH/[split/]class/lab/…; not with `lab_pattern`."""
+
     _one_group = field_validator("source_pattern")(one_group)
+
+    @field_validator("lab_pattern")
+    @classmethod
+    def _one_lab(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            check_pattern(pattern, "the laboratory")
+        return pattern
+
+    @model_validator(mode="after")
+    def _one_way_to_labs(self) -> Self:
+        if self.lab_pattern is not None and self.lab_folder != "none":
+            raise ValueError(f"lab_folder={self.lab_folder} and lab_pattern both give the laboratory: set only one")
+        return self
 
 
 class FolderImages(ImageSet):
@@ -180,7 +201,9 @@ def open_split(config: Config, split: str) -> FolderImages | None:
     listing = Listing.of(root / folders[split], prefix)
     if not listing.names:
         raise ConfigError(f"{root / folders[split]} holds no images ({', '.join(KINDS)}) at any depth")
-    classes = _classes(root, folders) if config.labels == "folder" else ()
+    classes = _classes(root, folders, config.lab_folder) if config.labels == "folder" else ()
+    by_lab = (config.lab_pattern, config.lab_folder)
+    labs = lab_names(root, folders.values(), *by_lab) if by_lab != (None, "none") else ()
     clock.lap("listing")
     decoder = config.decoder()
     looks = verify(config, root, listing, decoder, folders[split])
@@ -188,7 +211,7 @@ def open_split(config: Config, split: str) -> FolderImages | None:
     images = images_of([n for n, _ in kept], [h for _, h in kept], decoder)
     names = images.names
     clock.lap("verifying")
-    labels = _labels(names, len(prefix), classes)
+    labels = _labels(names, len(prefix), classes, config.lab_folder)
     sources, sourced = _sources(config, root, [file_of(name, decoder) for name in names])
     clock.lap("sources")
     found = Found(
@@ -198,7 +221,10 @@ def open_split(config: Config, split: str) -> FolderImages | None:
         looked=looks.looked,
         seconds=clock.laps,
     ).with_headers(*images.known)
-    return FolderImages(root, names, decoder, classes, labels, sources, looks.broken, found, sourced)
+    opened = FolderImages(root, names, decoder, classes, labels, sources, looks.broken, found, sourced)
+    if labs:
+        opened.labs, opened.lab_names = labs_of(names, len(prefix), labs, *by_lab), labs
+    return opened
 
 
 def _where(root: Path, folder: str, given: str | None, split: str) -> str:
@@ -223,20 +249,21 @@ def _beside(root: Path, folders: dict[str, str]) -> dict[str, tuple[int, str]]:
     return {kind: (len(names), names[0]) for kind, names in kinds.items() if names}
 
 
-def _classes(root: Path, folders: dict[str, str]) -> tuple[str, ...]:
+def _classes(root: Path, folders: dict[str, str], lab_folder: LabFolder) -> tuple[str, ...]:
     """Names of the classes of all splits, so that a number means the same class in each split."""
     names: set[str] = set()
     for folder in folders.values():
-        below = root / folder
-        names |= {name for name in subfolders(below) if next(walk(below / name), None) is not None}
+        split = root / folder
+        for above in [split / lab for lab in subfolders(split)] if lab_folder == "above" else [split]:
+            names |= {name for name in subfolders(above) if next(walk(above / name), None) is not None}
     check_classes(sorted(names), str(root))
     return tuple(sorted(names))
 
 
-def _labels(names: Sequence[str], start: int, classes: tuple[str, ...]) -> Tensor:
+def _labels(names: Sequence[str], start: int, classes: tuple[str, ...], lab_folder: LabFolder) -> Tensor:
     """(N,) int64: the class in each path at position `start`; -1 if it has none."""
     number = {name: k for k, name in enumerate(classes)}
-    labels = (number.get(name[start:].partition("/")[0], -1) for name in names)
+    labels = (number.get(class_in(name[start:], lab_folder) or "", -1) for name in names)
     return torch.from_numpy(np.fromiter(labels, np.int64, len(names)))
 
 

@@ -16,7 +16,7 @@ from sslcells.data import Batch, DataError, ImageSet, Pick
 T = TypeVar("T")
 
 
-Sample = tuple[Tensor, int, int, int, int]
+Sample = tuple[Tensor, int, int, int, int, int]
 
 
 class Unread(NamedTuple):
@@ -41,7 +41,9 @@ class _Samples(Dataset[Sample | Unread]):
             pixels = self._images.pixels(index)
         except DataError as error:
             return Unread(index, error)
-        return pixels, int(self._images.labels[index]), index, int(self._images.sources[index]), occurrence
+        images = self._images
+        ids = int(images.labels[index]), index, int(images.sources[index]), images.lab(index)
+        return pixels, *ids, occurrence
 
 
 def _collate(samples: Sequence[Sample | Unread]) -> Batch | DataError:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler as IndexSampler
 
-from sslcells import ranks
 from sslcells.config import ConfigError, Sampler
-from sslcells.data import Batch, ImageSet, Pick
+from sslcells.data import ImageSet, Pick
 
 
 class Sampling(ABC):
@@ -40,11 +39,25 @@ def build(config: Sampler, images: ImageSet, global_batch: int, seed: int) -> Sa
         return Shuffle(len(images), global_batch, seed)
     if config.kind == "sources":
         return Groups(images.sources, "source", config.per_source, global_batch, seed)
+    if config.kind == "labs":
+        return _of_labs(config, images, global_batch, seed)
     if not images.labelled:
         raise ConfigError(f"sampler.kind={config.kind} needs labels, train has none; use sampler.kind=shuffle")
     if config.kind == "balanced":
         return Balanced(images.labels, images.classes, global_batch, seed)
     return Groups(images.labels, "class", config.per_class, global_batch, seed)
+
+
+def _of_labs(config: Sampler, images: ImageSet, global_batch: int, seed: int) -> Sampling:
+    count = 0 if images.labs is None else len(images.labs[images.labs > 0].unique())  # type: ignore[no-untyped-call]
+    if images.labs is None or count < 2:
+        raise ConfigError(
+            f"sampler.kind=labs needs images of two laboratories; train has {count}: give them by a table's column "
+            f"(data.site_column), data.lab_pattern or data.lab_folder, or use sampler.kind=shuffle"
+        )
+    if config.labs == "natural":
+        return NaturalParts(images.labs, images.lab_names, global_batch, seed)
+    return Balanced(images.labs - 1, images.lab_names, global_batch, seed, "laboratory", "laboratories")
 
 
 class Shuffle(Sampling):
@@ -66,15 +79,69 @@ class Shuffle(Sampling):
         return f"every image once per epoch, except {self._images % self._global_batch} that do not fill a batch"
 
 
+class NaturalParts(Sampling):
+    """Like Shuffle, but each laboratory's images are spread evenly over the epoch, in random order.
+
+    So every run of images, a global batch or the part of a rank, has of each laboratory its share of the images, to
+    one image or two. Images of an unknown laboratory count as one.
+    """
+
+    def __init__(self, labs: Tensor, names: tuple[str, ...], global_batch: int, seed: int) -> None:
+        self._labs, self._names, self._global_batch, self._seed = labs, names, global_batch, seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def batch(self, step: int) -> Tensor:
+        """The next G images of the epoch's order."""
+        epoch, at = divmod(step, len(self._labs) // self._global_batch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._spread(epoch)
+        return self._order[at * self._global_batch : (at + 1) * self._global_batch]
+
+    def _spread(self, epoch: int) -> Tensor:
+        """The images by their place in the epoch, 0 to 1: the i-th of a laboratory's n has (i + start) / n."""
+        turn = permutation(len(self._labs), self._seed, epoch)
+        place = torch.empty(len(turn), dtype=torch.float64)
+        starts = torch.rand(len(self._names) + 1, generator=_generator(self._seed, epoch, 1), dtype=torch.float64)
+        for lab, start in enumerate(starts):
+            mine = turn[self._labs[turn] == lab]
+            place[mine] = (torch.arange(len(mine)) + start) / max(1, len(mine))
+        return turn[place[turn].argsort(stable=True)]
+
+    def describe(self) -> str:
+        """The images of each laboratory in a global batch."""
+        count: list[int] = torch.bincount(self._labs, minlength=len(self._names) + 1).tolist()
+        share = self._global_batch / len(self._labs)
+        each = [
+            f"{share * n:.3g} of {name}" for name, n in zip(["no laboratory", *self._names], count, strict=True) if n
+        ]
+        left = len(self._labs) % self._global_batch
+        return (
+            f"every image once per epoch, except {left} that do not fill a batch; in a global batch about "
+            f"{', '.join(each[:_SHOWN])}{', …' * (len(each) > _SHOWN)}"
+        )
+
+
+_SHOWN = 12
+"""laboratories in a description"""
+
+
 class Balanced(Sampling):
-    """All classes equally often: G // K or one more images of each in a global batch, and as many of each in K batches.
+    """All classes (or laboratories) equally often: G // K or one more of each in a global batch, as many of each in K.
 
     An image is repeated only after all others of its class; each round through a class has a new order.
     """
 
-    def __init__(self, labels: Tensor, classes: tuple[str, ...], global_batch: int, seed: int) -> None:
-        self._members = _Members(labels)
-        self._global_batch, self._names = global_batch, classes
+    def __init__(
+        self,
+        labels: Tensor,
+        classes: tuple[str, ...],
+        global_batch: int,
+        seed: int,
+        what: str = "class",
+        plural: str = "classes",
+    ) -> None:
+        self._members = _Members(labels, what)
+        self._global_batch, self._names, self._plural = global_batch, classes, plural
         count = len(self._members)
         share = -(-global_batch // count)
         self.repeats = min(self._members.sizes) < share
@@ -103,8 +170,9 @@ class Balanced(Sampling):
         ]
         repeats = sum(size < share for size in sizes)
         return (
-            f"{each} images of each of {count} classes in a global batch; an epoch shows {' and '.join(extremes)}"
-            + (f"; classes with too few images, repeated within a batch: {repeats}" if repeats else "")
+            f"{each} images of each of {count} {self._plural} in a global batch; "
+            f"an epoch shows {' and '.join(extremes)}"
+            + (f"; {self._plural} with too few images, repeated within a batch: {repeats}" if repeats else "")
             + self._members.left_out()
         )
 
@@ -172,9 +240,10 @@ def _check(members: "_Members", what: Literal["class", "source"], each: int, glo
 
 
 class _Members:
-    """The images of each class or source, without those whose class or source is unknown (-1)."""
+    """The images of each class, source or laboratory, without those of which it is unknown (-1)."""
 
-    def __init__(self, ids: Tensor) -> None:
+    def __init__(self, ids: Tensor, what: str = "class") -> None:
+        self._what = what
         known = ids >= 0
         self._order = torch.where(known, ids, torch.iinfo(torch.int64).max).argsort(stable=True)[: int(known.sum())]
         values, counts = np.unique(ids[self._order].numpy(), return_counts=True)
@@ -192,7 +261,7 @@ class _Members:
 
     def left_out(self) -> str:
         """The end of a description: the images that are never drawn."""
-        return f"; {self._unknown} images without a class are not drawn" if self._unknown else ""
+        return f"; {self._unknown} images without a {self._what} are not drawn" if self._unknown else ""
 
 
 class _Rounds:
@@ -266,26 +335,11 @@ def occurrences(ids: Tensor) -> Tensor:
 
 def permutation(count: int, *seed: int) -> Tensor:
     """(count,) int64: the numbers 0..count-1 in a random order, which the seed decides."""
+    return torch.randperm(count, generator=_generator(*seed))
+
+
+def _generator(*seed: int) -> torch.Generator:
     mixed = 0
     for number in seed:
         mixed = (mixed * 1_000_003 + number) % 2**63
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed))
-
-
-def composition(batch: Batch, device: torch.device) -> dict[str, float]:
-    """How many of the other images of the global batch have the source or the class of an anchor: means over anchors.
-
-    `batch/same_source` is the share with its source. `batch/same_label` is the share with its class, among the images
-    with a known class; it is left out if there are none. Every rank must call it.
-    """
-    label, source = ranks.gather(torch.stack([batch.label, batch.source], 1).to(device)).cpu().unbind(1)
-    out = {"batch/same_source": _share(source)}
-    if bool((label >= 0).any()):
-        out["batch/same_label"] = _share(label[label >= 0])
-    return out
-
-
-def _share(ids: Tensor) -> float:
-    """Mean over i of the share of j ≠ i with equal ids: (G,) → a number."""
-    count = np.unique(ids.numpy(), return_counts=True)[1]
-    return float((count * (count - 1)).sum() / max(1, len(ids) * (len(ids) - 1)))
+    return torch.Generator().manual_seed(mixed)

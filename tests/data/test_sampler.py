@@ -9,7 +9,8 @@ from gloo import on_ranks
 from sslcells import ranks
 from sslcells.config import ConfigError, Sampler
 from sslcells.data import Batch, ImageSet
-from sslcells.data.sampler import Shuffle, Steps, build, composition, occurrences
+from sslcells.data.composition import composition
+from sslcells.data.sampler import Shuffle, Steps, build, occurrences
 
 
 class Images(ImageSet):
@@ -190,14 +191,14 @@ def test_only_a_sampler_that_repeats_images_says_so():
     assert not any(sampling(kind, **options).repeats for kind, (options, _) in KINDS.items())
 
 
-LABEL, SOURCE = [0, 0, 1, 1, 1, -1, 2, 2], [0, 0, 0, 1, 1, 2, 3, 4]
+LABEL, SOURCE, LAB = [0, 0, 1, 1, 1, -1, 2, 2], [0, 0, 0, 1, 1, 2, 3, 4], [1, 1, 2, 0, 2, 2, 1, 0]
 
 
 def held():
     part = 8 // ranks.world()
     own = slice(ranks.rank() * part, (ranks.rank() + 1) * part)
-    label, source = torch.tensor(LABEL)[own], torch.tensor(SOURCE)[own]
-    return composition(Batch(torch.zeros(part, 1, 1, 1), label, label, source, 0 * label), torch.device("cpu"))
+    label, source, lab = (torch.tensor(ids)[own] for ids in (LABEL, SOURCE, LAB))
+    return composition(Batch(torch.zeros(part, 1, 1, 1), label, label, source, lab, 0 * label), torch.device("cpu"))
 
 
 def by_hand(ids):
@@ -206,12 +207,16 @@ def by_hand(ids):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_false_negatives_are_counted_over_the_global_batch(world):
-    want = {"batch/same_source": by_hand(SOURCE), "batch/same_label": by_hand([c for c in LABEL if c >= 0])}
+    want = {
+        "batch/same_source": by_hand(SOURCE),
+        "batch/same_label": by_hand([c for c in LABEL if c >= 0]),
+        "batch/same_lab": by_hand([c for c in LAB if c > 0]),
+    }
     assert held() == pytest.approx(want)
     assert on_ranks(world, held) == [held()] * world
 
 
 def test_no_labels_no_figure():
     none = torch.full((4,), -1)
-    batch = Batch(torch.zeros(4, 1, 1, 1), none, torch.arange(4), torch.arange(4), none * 0)
+    batch = Batch(torch.zeros(4, 1, 1, 1), none, torch.arange(4), torch.arange(4), none * 0, none * 0)
     assert composition(batch, torch.device("cpu")) == {"batch/same_source": 0}

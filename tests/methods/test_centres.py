@@ -39,7 +39,7 @@ def rows(seed=0):
 
 def batch(label):
     image = torch.arange(len(label))
-    return Batch(torch.zeros(len(label), 1, 1, 1), label, image, image, image * 0)
+    return Batch(torch.zeros(len(label), 1, 1, 1), label, image, image, image * 0, image * 0)
 
 
 @pytest.mark.parametrize(("name", "options"), THEIRS)

@@ -88,7 +88,7 @@ def batch(rows=slice(None)):
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(2, IMAGES, 3, SIZE, SIZE, generator=generator)
     image = torch.arange(IMAGES)
-    return Batch(pixels[:, rows], *(ids[rows] for ids in (image % 3, image, image // 2, image * 0)))
+    return Batch(pixels[:, rows], *(ids[rows] for ids in (image % 3, image, image // 2, image * 0, image * 0)))
 
 
 def crops(b, method):

@@ -24,7 +24,7 @@ def build(name, images=None, **options):
 
 def batch(label):
     image = torch.arange(len(label))
-    return Batch(torch.zeros(len(label), 1, 1, 1), label, image, image, 0 * image)
+    return Batch(torch.zeros(len(label), 1, 1, 1), label, image, image, 0 * image, 0 * image)
 
 
 def same(ours, theirs, *leaves):

@@ -31,7 +31,7 @@ def rows_of(name, options):
         outputs = methods.Outputs(method(features, 0.0), teacher)
     image = torch.arange(IMAGES)
     label = image % 3 if options.get("loss") == "bce" else torch.where(image < 6, image % 3, -1)
-    return method, outputs, Batch(torch.zeros(IMAGES, 1, 1, 1), label, image, image // 2, 0 * image)
+    return method, outputs, Batch(torch.zeros(IMAGES, 1, 1, 1), label, image, image // 2, 0 * image, 0 * image)
 
 
 def loss(made, plant, teachers=False):

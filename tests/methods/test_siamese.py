@@ -51,7 +51,7 @@ def test_the_loss_by_hand(judge):
     method = build(judge)
     z = torch.randn(4, 8)
     image = torch.tensor([4, 9])
-    batch = Batch(torch.zeros(2, 1, 1, 1), image * 0, image, image, image * 0)
+    batch = Batch(torch.zeros(2, 1, 1, 1), image * 0, image, image, image * 0, image * 0)
     loss, figures = method.loss(methods.Outputs(z), batch, 0.0)
     positive = [method.judge(z[i : i + 1], z[(i + 2) % 4][None]).item() for i in range(4)]
     options = [[method.judge(z[i : i + 1], z[j][None]).item() for j in ((i + 1) % 4, (i + 3) % 4)] for i in range(4)]

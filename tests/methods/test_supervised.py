@@ -37,9 +37,8 @@ ROWS = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
 
 def batch(labels, part=slice(None)):
     image = torch.arange(len(labels))
-    return Batch(
-        torch.zeros(len(labels), 1, 1, 1)[part], torch.tensor(labels)[part], image[part], image[part], 0 * image[part]
-    )
+    ids = (torch.tensor(labels), image, image, 0 * image, 0 * image)
+    return Batch(torch.zeros(len(labels), 1, 1, 1)[part], *(i[part] for i in ids))
 
 
 def loss(labels=LABELS, part=slice(None), **options):

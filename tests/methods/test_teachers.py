@@ -97,7 +97,7 @@ def test_mocos_queue_takes_the_newest_keys():
     keys = torch.randn(8, 8)
     image = torch.tensor([3, 1, 4, 1])
     outputs = methods.Outputs(torch.randn(8, 8), keys)
-    network.method.loss(outputs, Batch(keys, image, image, image, 0 * image), 0.0)
+    network.method.loss(outputs, Batch(keys, image, image, image, 0 * image, 0 * image), 0.0)
     torch.testing.assert_close(network.method.queue, torch.cat([torch.nn.functional.normalize(keys, dim=1), old[:4]]))
     assert network.method.queue_image.tolist() == [*image.tolist() * 2, *[-1] * 4]
 
