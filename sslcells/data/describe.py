@@ -37,17 +37,7 @@ def brief(splits: Mapping[str, ImageSet]) -> str:
     """One line: how many images, classes, sources and sites, which images lack one, and what was left out."""
     out = []
     for name, images in splits.items():
-        parts = [f"{name} {len(images):,}"]
-        if images.classes:
-            none = images.labels < 0 if images.targets is None else images.targets.sum(1) < 0
-            parts.append(f"{_plural(len(images.classes), 'class', 'classes')}{_lacking(images, none)}")
-        if images.sourced is not None:
-            sources = _plural(_distinct(images.sources[images.sourced]), "source")
-            parts.append(f"{sources}{_lacking(images, ~images.sourced)}")
-        if images.labs is not None:
-            parts.append(
-                f"{_plural(_distinct(images.labs[images.labs > 0]), 'site')}{_lacking(images, images.labs == 0)}"
-            )
+        parts = [f"{name} {len(images):,}", *_known(images)]
         if images.found is not None:
             ignored = {kind: n for kind, (n, _) in images.found.ignored.items()}
             ignored |= {"broken": len(images.found.broken)} if images.found.broken else {}
@@ -56,6 +46,24 @@ def brief(splits: Mapping[str, ImageSet]) -> str:
         out.append(", ".join(parts))
     where = next((images.found.where for images in splits.values() if images.found is not None), "")
     return f"data: {'; '.join(out)}" + f" ({where.partition(',')[0]})" * bool(where)
+
+
+def _known(images: ImageSet) -> list[str]:
+    """How many classes, sources and sites there are, and which images lack one."""
+    if images.targets is not None:
+        none = images.targets.sum(1) == 0
+        labels = f"several labels per image{_lacking(images, none, 'any')}"
+    elif images.classes:
+        labels = f"{_plural(len(images.classes), 'class', 'classes')}{_lacking(images, images.labels < 0)}"
+    else:
+        labels = "no labels"
+    sources, sites = "sources unknown", "sites unknown"
+    if images.sourced is not None:
+        known = _plural(_distinct(images.sources[images.sourced]), "source")
+        sources = f"{known}{_lacking(images, ~images.sourced)}"
+    if images.labs is not None:
+        sites = f"{_plural(_distinct(images.labs[images.labs > 0]), 'site')}{_lacking(images, images.labs == 0)}"
+    return [labels, sources, sites]
 
 
 def _split(name: str, images: ImageSet) -> list[str]:
@@ -72,15 +80,18 @@ def _split(name: str, images: ImageSet) -> list[str]:
 def _labels(images: ImageSet) -> str:
     if images.targets is not None:
         per_class: list[int] = images.targets.sum(0).tolist()
-        none = int((images.targets.sum(1) == 0).sum())
+        none = images.targets.sum(1) == 0
         counts = ", ".join(f"{k} {n:,}" for k, n in enumerate(per_class))
-        return f"labels: several per image, {len(per_class)} classes: {counts}; {_plural(none, 'image')} without any"
+        without = f"{_plural(int(none.sum()), 'image')} without any{_named(images, none)}"
+        return f"labels: several per image, {len(per_class)} classes: {counts}; {without}"
     if not images.classes:
-        return "labels: none"
+        return "labels: none, no image has one"
     known = images.labels[images.labels >= 0]
     of_class: list[int] = torch.bincount(known, minlength=len(images.classes)).tolist()
     unknown = len(images) - len(known)
-    without = f"; {_plural(unknown, 'image')} without one{_named(images, images.labels < 0)}" if unknown else ""
+    without = (
+        f"; {_plural(unknown, 'image')} without one{_named(images, images.labels < 0)}" if unknown else "; all have one"
+    )
     named = [f"{name} {n:,}" for name, n in zip(images.classes, of_class, strict=True)]
     if len(named) > _CLASSES:
         order = sorted(range(len(named)), key=lambda c: -of_class[c])
@@ -102,11 +113,11 @@ def _sources(images: ImageSet) -> str:
 
 def _sites(images: ImageSet) -> str:
     if images.labs is None:
-        return ""
+        return "sites: unknown"
     count: list[int] = torch.bincount(images.labs, minlength=len(images.lab_names) + 1).tolist()
     each = [f"{name} {n:,}" for name, n in zip(images.lab_names, count[1:], strict=True) if n]
-    text = f"{_plural(len(each), 'site')}: {some(each, _CLASSES)}"
-    return text + (f"; {count[0]:,} without one{_named(images, images.labs == 0)}" if count[0] else "")
+    text = f"{_plural(len(each), 'site')}{':' * bool(each)} {some(each, _CLASSES)}".rstrip()
+    return text + (f"; {count[0]:,} without one{_named(images, images.labs == 0)}" if count[0] else "; all have one")
 
 
 def _such_as(images: ImageSet, which: Tensor) -> str:
@@ -120,10 +131,10 @@ def _named(images: ImageSet, which: Tensor) -> str:
     return ": " + some([images.name(int(i)) for i in places[: _NAMED + 1]], _NAMED) if len(places) else ""
 
 
-def _lacking(images: ImageSet, which: Tensor) -> str:
+def _lacking(images: ImageSet, which: Tensor, what: str = "") -> str:
     """How many images lack something, and which; nothing if none does."""
-    count = int(which.sum())
-    return f" ({count:,} of {_plural(len(images), 'image')} without{_named(images, which)})" if count else ""
+    count, without = int(which.sum()), f"without {what}".strip()
+    return f" ({count:,} of {_plural(len(images), 'image')} {without}{_named(images, which)})" if count else ""
 
 
 def _files(images: ImageSet, found: Found | None) -> list[str]:

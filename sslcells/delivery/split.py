@@ -58,12 +58,12 @@ def split(
     group = groups_of([*keys.values(), *paths])
     named = keys | dict(zip(["path"], paths, strict=False))
     if column in names:
-        say(f"before, by {column}: " + leaked(whole.text(column).to_pylist(), keys))
+        say(f"before, by {column}: " + leaked(whole.text(column).to_pylist(), named))
     made = {column: _parts(group, kind, named, np.arange(len(group)), parts, seed)}
     for left in sorted({value for value in sites or () if value is not None}):
         made[f"{column}_{left}"] = _without(left, sites or [], group, kind, named, parts, seed)
     for name, values in made.items():
-        say(f"{name}: {leaked(values, keys)}")
+        say(f"{name}: {leaked(values, named)}")
         counts = Counter(values)
         none = f"; {counts[None]:,} rows in none" if counts[None] else ""
         say("  " + ", ".join(f"{part} {counts[part]:,}" for part in SPLITS) + none)

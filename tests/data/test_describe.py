@@ -7,8 +7,9 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from torchvision import datasets
 
-from sslcells.data import folder, medmnist, open_splits, synthetic
+from sslcells.data import folder, medmnist, open_splits, synthetic, table, torchvision
 from sslcells.data.describe import brief, describe
 from sslcells.data.subset import labelled_part
 
@@ -76,10 +77,10 @@ def test_a_folder_with_mistakes(messy, verify):
 
 def test_in_short(messy):
     splits = open_splits(folder.Config(path=str(messy), size=8, on_error="skip"))
-    assert brief(splits).startswith("data: train 7, 2 classes (1 of 7 images without: Train/loose.png), left out ")
+    assert brief(splits).startswith("data: train 7, 2 classes (1 of 7 images without: Train/loose.png), sources ")
     assert "2 × .npy" in brief(splits)
     assert "1 × broken" in brief(splits)
-    assert "; test 1, 2 classes (" in brief(splits)
+    assert "; test 1, 2 classes, sources" in brief(splits)
     assert "\n" not in brief(splits)
 
 
@@ -90,7 +91,7 @@ def test_a_table_of_sources_that_lists_a_part_is_said(tmp_path):
     (tmp_path / "s.csv").write_text("\n".join(["path,source", *rows]))
     splits = open_splits(folder.Config(path=str(tmp_path), sources="s.csv"))
     named = "09.png, 10.png, 11.png, 12.png, 13.png, …"
-    assert f"train 16, 3 sources (7 of 16 images without: {named})" in brief(splits)
+    assert f"train 16, no labels, 3 sources (7 of 16 images without: {named})" in brief(splits)
     assert f"sources: 9 images of 3 sources, such as 00.png; 7 without one: {named}" in describe(splits)
 
 
@@ -119,7 +120,7 @@ def test_several_labels_an_image_and_arrays(tmp_path):
     arrays = {"train_images": np.zeros((4, 9, 9), np.uint8), "train_labels": np.array([[0, 1], [0, 0], [1, 1], [0, 1]])}
     np.savez(file, **arrays)
     text = describe(open_splits(medmnist.Config(path=str(file))))
-    assert "labels: several per image, 2 classes: 0 1, 1 3; 1 image without any" in text
+    assert "labels: several per image, 2 classes: 0 1, 1 3; 1 image without any: x.npz train_images[1]" in text
     assert f"train: 4 images of {file}, train_images" in text
     assert "uint8, 0 to 0; 4 images with only one value" in text
     assert "1 channel of 9×9 px" in text
@@ -146,3 +147,61 @@ def test_the_numbers_of_a_stack(tmp_path):
     assert torch.equal(
         open_splits(folder.Config(path=str(tmp_path), stack="first", channels=2))["train"].labels, torch.tensor([-1])
     )
+
+
+def stl10(folder):
+    """STL10's files with 6 images, the last of which has no label."""
+    (folder / "stl10_binary").mkdir(parents=True)
+    for split in ("train", "test"):
+        (folder / f"stl10_binary/{split}_X.bin").write_bytes(bytes(3 * 96 * 96 * 6))
+        (folder / f"stl10_binary/{split}_y.bin").write_bytes(bytes([1, 2, 3, 4, 5, 6]))
+    (folder / "stl10_binary/unlabeled_X.bin").write_bytes(bytes(3 * 96 * 96 * 2))
+    (folder / "stl10_binary/class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
+    return folder
+
+
+def opened(kind, path):
+    """Four images or more of this kind, one of which has no label."""
+    if kind == "folder":
+        for name in ("a/1.png", "a/2.png", "b/3.png", "4.png"):
+            image(path / name)
+        return folder.Config(path=str(path)), "4.png", 1, 4
+    if kind == "table":
+        rows = ["1.png,a,d1,S", "2.png,a,d1,", "3.png,b,,S", "4.png,,,"]
+        for i in range(1, 5):
+            image(path / f"{i}.png")
+        (path / "t.csv").write_text("\n".join(["path,label,donor,site", *rows]))
+        return table.Config(table=str(path / "t.csv")), "4.png", 1, 4
+    if kind == "medmnist":
+        np.savez(
+            path / "x.npz", train_images=np.zeros((4, 8, 8), np.uint8), train_labels=np.array([[0], [1], [1], [-1]])
+        )
+        return medmnist.Config(path=str(path / "x.npz")), "x.npz train_images[3]", 1, 4
+    if kind == "torchvision":
+        return torchvision.Config(name="STL10", root=str(stl10(path)), train="train+unlabeled"), "[6], ", 2, 8
+    return synthetic.Config(size=16, train=4, val=0, test=0), "", 0, 4
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "medmnist", "torchvision", "synthetic"])
+def test_how_many_have_a_label_a_source_and_a_site_is_said_of_every_kind(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+    config, name, lacking, count = opened(kind, tmp_path)
+    splits = {"train": open_splits(config)["train"]}
+    long, short = describe(splits), brief(splits)
+    if lacking:
+        assert f"{lacking} image{'s' * (lacking > 1)} without one: " in long
+        assert f"({lacking} of {count} images without: " in short
+        assert name in long
+        assert name in short
+    else:
+        assert "synthetic" in long
+        assert "; all have one" in long
+    if kind == "table":
+        assert "sources: 2 images of 1 source, such as 1.png; 2 without one: 3.png, 4.png" in long
+        assert "1 source (2 of 4 images without: 3.png, 4.png)" in short
+        assert "1 site: S 2; 2 without one: 2.png, 4.png" in long
+        assert "1 site (2 of 4 images without: 2.png, 4.png)" in short
+    else:
+        assert "sources: unknown, each image counts as its own" in long
+        assert "sites: unknown" in long
+        assert "sources unknown, sites unknown" in short

@@ -94,7 +94,7 @@ def test_what_is_understood_is_said(tmp_path):
         "sources: 2 images of 1 source, such as a/1.png; 1 without one: a/3.png",
         "2 sites: Bonn 2, Jena 1",
         "rows without a split: 1, such as row 7",
-        "0 sites: ; 1 without one: b/4.png",
+        "0 sites; 1 without one: b/4.png",
     ):
         assert words in text, words
     assert "1 source (1 of 3 images without: a/3.png), 2 sites, left out 1 × rows without a split" in brief(splits)

@@ -1,13 +1,18 @@
 """`sslcells split`: what it writes, what it says, and that a training reads it."""
 
 import csv
+import os
+import random
 import re
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
 from sslcells.cli import main
+from sslcells.config import ConfigError
+from sslcells.delivery.split import split
 
 
 def rows_of(file):
@@ -87,3 +92,65 @@ def test_parquet_keeps_its_types(tmp_path):
 def test_mistakes(cells, capsys, options, expected):
     assert main(None, ["split", str(cells), *options]) == 2
     assert re.search(expected, capsys.readouterr().err)
+
+
+def random_table(dice):
+    """A few cells of donors on slides at sites, some of it unknown, some images twice, and a split that may leak."""
+    count = dice.randint(4, 40)
+    some = {name: [f"{name}{i}" for i in range(dice.randint(4, 40))] for name in ("donor", "slide")}
+    some |= {"label": ["x", "y", "z"][: dice.randint(1, 3)], "site": ["A", "B", "C"][: dice.randint(2, 3)]}
+    some |= {"split": ["train", "val", "test"]}
+    unknown = dice.choice([0, 0.1])
+    columns = {"path": [f"{i if dice.random() < 0.97 else 0}.png" for i in range(count)]}
+    for name, values in some.items():
+        columns[name] = [None if dice.random() < unknown else dice.choice(values) for _ in range(count)]
+    return columns
+
+
+def leaks(columns, by, split):
+    """Values of a column in more than one split, counted anew."""
+    seen = {}
+    for value, part in zip(columns[by], columns[split], strict=True):
+        if value and part:
+            seen.setdefault(value, set()).add(part)
+    return sum(len(parts) > 1 for parts in seen.values()), len(seen)
+
+
+@pytest.mark.parametrize("tables", [range(30), pytest.param(range(30, 1300), marks=pytest.mark.slow)])
+def test_1000_random_tables_share_nothing(tmp_path, monkeypatch, tables):
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    divided = left_out = 0
+    for seed in tables:
+        dice = random.Random(seed)
+        before = random_table(dice)
+        parquet = dice.random() < 0.5
+        file, out = tmp_path / f"t.{'parquet' if parquet else 'csv'}", tmp_path / f"o.{'parquet' if parquet else 'csv'}"
+        (pq.write_table if parquet else pyarrow.csv.write_csv)(pa.table(before), file)
+        by = dice.choice([["donor"], ["slide"], ["donor", "slide"]])
+        site, said = dice.choice([None, "site"]), []
+        try:
+            split(str(file), by, dice.choice([None, "label"]), site, out=str(out), seed=seed, say=said.append)
+        except ConfigError as error:
+            assert re.search(r"groups of .* cannot fill|no rows are left to train on", str(error))  # noqa: PT017
+            continue
+        after = (pq.read_table if parquet else pyarrow.csv.read_csv)(out).to_pydict()
+        divided += 1
+        made = ["split", *(name for name in after if name.startswith("split_"))]
+        for name in made:
+            for key in (*by, "path"):
+                assert leaks(after, key, name)[0] == 0, (seed, name, key)
+        assert {*after["split"]} == {"train", "val", "test"}
+        for left in {*before["site"]} - {None} if site else ():
+            left_out += 1
+            at = [value == left for value in before["site"]]
+            of = after[f"split_{left}"]
+            assert {part for part, inside in zip(of, at, strict=True) if inside} == {"test"}
+            assert {part or None for part, inside in zip(of, at, strict=True) if not inside} <= {"train", "val", None}
+            assert not any(p for p, where in zip(of, before["site"], strict=True) if where is None)
+            assert "train" in of
+        for key in (*by, "path"):
+            count, of = leaks(before, key, "split")
+            assert f"{count} of {of} values of {key} are in several splits" in said[0]
+            assert f"0 of {leaks(after, key, 'split')[1]} values of {key} are in several splits" in said[1]
+    assert divided > 0.8 * len(tables)
+    assert left_out > 0.5 * len(tables)
