@@ -179,7 +179,9 @@ def reading(config: Section | None, size: int) -> dict[str, Any]:
     `size` px.
     """
     if getattr(config, "kind", None) in ("folder", "table") and config is not None:
+        said = {"size", "fit", "intensity", "stack", "percentiles", "range", "z", "level"}
+        scaled = config.um_per_pixel is not None  # type: ignore[attr-defined]
         return config.model_dump(
-            mode="json", include={"size", "fit", "intensity", "stack", "percentiles", "range", "z", "level"}
+            mode="json", include=said | ({"um_per_pixel", "um_per_pixel_default"} if scaled else set())
         )
     return {"size": [size, size], "fit": "crop", "intensity": "percentile"}

@@ -1,6 +1,8 @@
 """What data sets of image files share: the fields that say how files are read, and their check at the start."""
 
 import logging
+from collections.abc import Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -54,6 +56,11 @@ class Files(Section):
     called file#t0z3, all of one source."""
     level: int = Field(0, ge=0)
     """Level of pyramids (OME-TIFF, OME-Zarr): 0 is the largest, each next one smaller."""
+    um_per_pixel: float | None = Field(None, gt=0)
+    """Scale that all images are brought to, in µm per pixel; `size` is then cut from the centre of each, and where an
+    image is smaller its border pixels are repeated. none: images are not brought to one scale."""
+    um_per_pixel_default: float | None = Field(None, gt=0)
+    """µm per pixel of images of which neither a table nor the file says it; none: they are refused."""
     verify: Literal["full", "header", "none"] = "full"
     """Check at the start: decode every image once (`full`), read only headers, or check nothing."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -73,10 +80,26 @@ class Files(Section):
             raise ValueError(f"range={list(self.range)} is for intensity=full, not for intensity={self.intensity}")
         return self
 
+    @model_validator(mode="after")
+    def _scale(self) -> Self:
+        if self.um_per_pixel is None:
+            if self.um_per_pixel_default is not None:
+                raise ValueError(
+                    f"um_per_pixel_default={self.um_per_pixel_default:g} has no use without um_per_pixel, the scale "
+                    f"that images are brought to"
+                )
+            return self
+        if self.size is None:
+            raise ValueError(f"um_per_pixel={self.um_per_pixel:g} needs size=, the pixels of that scale to cut")
+        if self.fit == "stretch":
+            raise ValueError(f"fit=stretch distorts images, and um_per_pixel={self.um_per_pixel:g} keeps their scale")
+        return self
+
     def decoder(self) -> Decoder:
         """The decoder that these fields describe."""
         scaling = (self.intensity, self.stack, self.percentiles, self.range)
-        return Decoder(self.channels, self.size, self.fit, *scaling, self.z, self.level)
+        scale = (self.um_per_pixel, self.um_per_pixel_default)
+        return Decoder(self.channels, self.size, self.fit, *scaling, self.z, self.level, *scale)
 
 
 def one_group(pattern: str | None) -> str | None:
@@ -86,11 +109,18 @@ def one_group(pattern: str | None) -> str | None:
     return pattern
 
 
-def verify(config: Files, root: Path, listing: Listing, decoder: Decoder, folder: str) -> Looks:
-    """Check the images as `verify` says; raises on broken images unless `on_error` is `skip`."""
+def verify(
+    config: Files, root: Path, listing: Listing, decoder: Decoder, folder: str, asked: Set[str] = frozenset()
+) -> Looks:
+    """Check the images as `verify` says, and read at least the headers of those that are asked for.
+
+    Raises:
+        ConfigError: on broken images, unless `on_error` is `skip`.
+    """
+    decoder = replace(decoder, um_per_pixel=None, um_per_pixel_default=None)  # files are not decoded again for another
     names = listing.names
     if config.verify == "none" and config.size is not None:
-        asked = set(to_look_at(names, decoder))
+        asked = {*to_look_at(names, decoder), *asked}
         some = look(root, listing.only(asked), decoder, False, f"{folder} sets") if asked else Looks([], {}, 0)
         headers = iter(some.headers)
         return Looks([next(headers) if name in asked else None for name in names], {}, some.looked)

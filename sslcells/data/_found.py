@@ -30,6 +30,8 @@ class Found:
     """number of files opened to verify them; the others were verified before"""
     columns: Sequence[str] = ()
     """lines that say how the columns of a table were understood"""
+    scales: Sequence[str] = ()
+    """lines that say how large a pixel is, and what says so"""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """step of opening → seconds"""
 

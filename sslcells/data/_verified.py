@@ -55,6 +55,8 @@ _SCHEMA = pa.schema(
         ("pages", pa.int32()),
         ("planes", pa.string()),
         ("part", pa.string()),
+        ("um_per_pixel", pa.float64()),
+        ("scale_from", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
 
@@ -207,7 +209,8 @@ class _Memory:
 def _match(listing: Listing, table: pa.Table) -> list[Header | None]:
     """The remembered header of each file with the same size and time."""
     at = {name: row for row, name in enumerate(table["name"].to_pylist())}
-    kinds, planes, parts = (table[key].to_pylist() for key in ("kind", "planes", "part"))
+    kinds, planes, parts, origins = (table[key].to_pylist() for key in ("kind", "planes", "part", "scale_from"))
+    scales = np.asarray(table["um_per_pixel"]).tolist()
     size, changed, height, width, pages = (
         np.asarray(table[key]).tolist() for key in ("bytes", "time", "height", "width", "pages")
     )
@@ -217,7 +220,8 @@ def _match(listing: Listing, table: pa.Table) -> list[Header | None]:
         if row is None or size[row] != now_size or changed[row] != now_changed:
             out.append(None)
         else:
-            out.append(Header((height[row], width[row]), kinds[row], pages[row], planes[row], parts[row]))
+            scale = scales[row], origins[row]
+            out.append(Header((height[row], width[row]), kinds[row], pages[row], planes[row], parts[row], *scale))
     return out
 
 

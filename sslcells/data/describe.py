@@ -71,7 +71,8 @@ def _split(name: str, images: ImageSet) -> list[str]:
     channels, height, width = images.pixels(0).shape
     read = f"read as: {_plural(channels, 'channel')} of {height}×{width} px"
     columns = found.columns if found is not None else []
-    known = [_labels(images), _sources(images), _sites(images)]
+    scales = found.scales if found is not None else []
+    known = [_labels(images), _sources(images), _sites(images), *scales]
     lines = [*columns, *known, *_files(images, found), _values(images), read, *_left_out(found)]
     where = f" of {found.where}" if found is not None else f", such as {images.name(0)}"
     return [f"  {name}: {_plural(len(images), 'image')}{where}", *(f"    {line}" for line in lines if line)]

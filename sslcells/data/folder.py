@@ -20,6 +20,7 @@ from sslcells.data._found import Clock, Found
 from sslcells.data._labs import LabFolder, class_in, lab_names, labs_of
 from sslcells.data._names import check_classes
 from sslcells.data._planes import file_of, images_of, to_look_at
+from sslcells.data._scales import Scales, unknown
 from sslcells.data._scan import KINDS, Listing, find_root, find_splits, is_image, is_split, subfolders, walk
 from sslcells.data._sources import check_pattern, look_up_sources, read_table, source_ids
 from sslcells.data._verified import headers_of
@@ -91,7 +92,9 @@ class FolderImages(ImageSet):
         skipped: dict[str, str],
         found: Found | None = None,
         sourced: Tensor | None = None,
+        scales: NDArray[np.float64] | None = None,
     ) -> None:
+        """`scales`: (N,) µm per pixel of each file, NaN where only the file says it."""
         self._root = str(root)
         self._names = _Packed(names)
         self._decoder = decoder
@@ -102,6 +105,7 @@ class FolderImages(ImageSet):
         self.skipped = skipped
         self.found = found
         self.sourced = sourced
+        self._scales = scales
 
     def pixels(self, index: int) -> Tensor:
         """Image `index`: (C, H, W) uint8.
@@ -110,10 +114,11 @@ class FolderImages(ImageSet):
             DataError: if the file can no longer be read; the message names it.
         """
         file = f"{self._root}/{self._names[index]}"
+        um = None if self._scales is None or np.isnan(self._scales[index]) else float(self._scales[index])
 
         def read() -> Tensor:
             try:
-                return self._decoder(file)
+                return self._decoder(file, um)
             except Unreadable as error:
                 if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
                     raise error.__cause__ from None  # a storage error, which may pass
@@ -206,10 +211,12 @@ def open_split(config: Config, split: str) -> FolderImages | None:
     labs = lab_names(root, folders.values(), *by_lab) if by_lab != (None, "none") else ()
     clock.lap("listing")
     decoder = config.decoder()
-    looks = verify(config, root, listing, decoder, folders[split])
+    looks = verify(config, root, listing, decoder, folders[split], unknown(config, listing.names))
     kept = [(n, h) for n, h in zip(listing.names, looks.headers, strict=True) if n not in looks.broken]
     images = images_of([n for n, _ in kept], [h for _, h in kept], decoder)
     names = images.names
+    scales = Scales(config, names, images.headers)
+    scales.check(root / folders[split])
     clock.lap("verifying")
     labels = _labels(names, len(prefix), classes, config.lab_folder)
     sources, sourced = _sources(config, root, [file_of(name, decoder) for name in names])
@@ -219,6 +226,7 @@ def open_split(config: Config, split: str) -> FolderImages | None:
         ignored=listing.ignored | images.parts | (_beside(root, folders) if split == "train" else {}),
         broken=looks.broken,
         looked=looks.looked,
+        scales=scales.lines(),
         seconds=clock.laps,
     ).with_headers(*images.known)
     opened = FolderImages(root, names, decoder, classes, labels, sources, looks.broken, found, sourced)

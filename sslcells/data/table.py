@@ -19,13 +19,16 @@ from sslcells.config import ConfigError, nearest
 from sslcells.data import SPLITS, DataError, ImageSet
 from sslcells.data._columns import Table, find, joined, names_of, read
 from sslcells.data._decode import Decoder, Header
+from sslcells.data._decode.pixel_size import field
 from sslcells.data._files import Files, one_group, verify
 from sslcells.data._found import Clock, Found
 from sslcells.data._names import check_classes, some
 from sslcells.data._places import Place, below
 from sslcells.data._planes import to_look_at
+from sslcells.data._scales import Scales, magnifications, stated_scales, unknown
 from sslcells.data._scan import Listing, split_of
 from sslcells.data._sources import look_up_sources, source_ids
+from sslcells.data._verified import Looks
 from sslcells.data.folder import FolderImages
 from sslcells.storage import is_file, is_folder
 from sslcells.values import place
@@ -68,11 +71,15 @@ class Config(Files):
     """Column with an id of the cell, which is part of an image's name; none: cell_id or cell, if there is one."""
     box: tuple[str, str, str, str] | None = None
     """Columns with the left, upper, right and lower edge of the cell's box, in px; none: x_min, y_min, x_max and
-    y_max, if there are all four. Each row is then cut from its image when it is read."""
+    y_max, if there are all four. Each row is then cut from its image when it is read; with `um_per_pixel` the field of
+    `size` px of that scale around the centre of the box."""
     box_as: Literal["edges", "size"] = "edges"
     """`size`: the last two columns are the width and height of the box."""
     um_per_pixel_column: str | None = None
-    """Column with µm per pixel; none: um_per_pixel or mpp, if there is one. It is described; nothing is scaled."""
+    """Column with µm per pixel; none: um_per_pixel or mpp, if there is one."""
+    um_per_pixel_at_1x: float | None = Field(None, gt=0)
+    """µm per pixel at a magnification of 1, such as 10 where 20× means 0.5; then a column of magnification says the
+    scale of rows without µm per pixel. none: a magnification says nothing of it."""
 
     _one_group = field_validator("source_pattern")(one_group)
 
@@ -132,10 +139,12 @@ class TableImages(ImageSet):
         boxes: NDArray[np.int64] | None,
         cells: Sequence[str] | None,
         decoder: Decoder,
+        scales: NDArray[np.float64] | None,
     ) -> None:
-        self._files, self._rows, self._boxes, self._cells = files, rows, boxes, cells
+        self._files, self._rows, self._boxes, self._cells, self._scales = files, rows, boxes, cells, scales
         # A cut is 8 bit already, and each of its channels is resized by itself.
-        self._cut = replace(decoder, channels=1, stack=None, intensity="percentile", range=None)
+        self._cut = replace(decoder, channels=1, stack=None, intensity="percentile", range=None, um_per_pixel=None)
+        self._target = decoder.um_per_pixel
         self._last: tuple[int, Tensor] | None = None
         self.channels = files.channels
 
@@ -152,7 +161,21 @@ class TableImages(ImageSet):
             self._last = file, self._files.pixels(file)
         whole = self._last[1]
         left, upper, right, lower = self._inside(index, whole.shape[1], whole.shape[2])
+        if self._scales is not None:
+            return self._field(whole, index, file)
         return torch.cat([self._cut.pixels(Image.fromarray(x.numpy())) for x in whole[:, upper:lower, left:right]])
+
+    def _field(self, whole: Tensor, index: int, file: int) -> Tensor:
+        """(C, H, W) of the field of the wanted scale around the centre of a box."""
+        assert self._boxes is not None
+        assert self._scales is not None
+        left, upper, right, lower = self._boxes[index].tolist()
+        size, centre = self._cut.size, ((upper + lower) / 2, (left + right) / 2)
+        assert size is not None
+        assert self._target is not None
+        factor = self._target / float(self._scales[file])
+        each = [field(Image.fromarray(x.numpy()), size, factor, centre) for x in whole]
+        return torch.from_numpy(np.stack(each))
 
     def values(self, index: int) -> NDArray[Any]:
         """The raw values of image `index`, of the whole file if the row has a box."""
@@ -220,14 +243,20 @@ def open_split(config: Config, split: str) -> TableImages | None:
     if boxes is not None and config.size is None:
         raise ConfigError("data.size is needed with boxes, as they have different sizes")
     decoder = config.decoder()
+    stated = stated_scales(part, columns.um_per_pixel, columns.magnification, config.um_per_pixel_at_1x, number)
+    of_file = _of_files(part, stated, of, distinct, number)
+    asked = unknown(config, distinct, of_file)
     all_files = config.verify != "none" or config.size is None
-    listing = _listing(root, distinct, {*(distinct if all_files else to_look_at(distinct, decoder))})
-    looks = verify(config, root, listing, decoder, f"{file.name} {split}")
+    listing = _listing(root, distinct, {*distinct} if all_files else {*to_look_at(distinct, decoder), *asked})
+    looks = verify(config, root, listing, decoder, f"{file.name} {split}", asked)
+    scales = _scales_of(config, distinct, looks, of_file)
+    scales.check(file)
     clock.lap("verifying")
     kept = np.array([name not in looks.broken for name in distinct], bool)[of]
-    whole = replace(decoder, size=None) if boxes is not None else decoder
-    unknown = torch.full((len(distinct),), -1)
-    files = FolderImages(root, distinct, whole, (), unknown, unknown, looks.broken)
+    whole = replace(decoder, size=None, um_per_pixel=None) if boxes is not None else decoder
+    nothing = torch.full((len(distinct),), -1)
+    sized = scales.um if config.um_per_pixel is not None else None
+    files = FolderImages(root, distinct, whole, (), nothing, nothing, looks.broken, scales=sized)
     kept_rows = np.flatnonzero(kept)
     images = TableImages(
         files,
@@ -235,6 +264,7 @@ def open_split(config: Config, split: str) -> TableImages | None:
         None if boxes is None else boxes[kept],
         None if cells is None else [cells[i] for i in kept_rows],
         decoder,
+        sized,
     )
     images.classes, images.labels = classes, _numbers(part, columns.label, classes)[kept_rows]
     image_names = [names[i] for i in kept_rows]
@@ -247,7 +277,8 @@ def open_split(config: Config, split: str) -> TableImages | None:
         ignored=_left_out(table, columns.split, splits) if split == "train" else {},
         broken=looks.broken,
         looked=looks.looked,
-        columns=[*columns.said(all_names), *_scales(part, columns)],
+        columns=columns.said(all_names),
+        scales=[*scales.lines(), *magnifications(part, columns.magnification, config.um_per_pixel_at_1x)],
         seconds=clock.laps,
     ).with_headers([name for name, _ in headers], [header for _, header in headers])
     clock.lap("labels and sources")
@@ -452,25 +483,31 @@ def _sources(
     return source_ids(names, found), torch.tensor([source is not None for source in found], dtype=torch.bool)
 
 
-def _scales(part: Table, columns: _Columns) -> list[str]:
-    """How large a pixel is, for a person; it is checked, and nothing is scaled by it."""
-    out = []
-    for what, column in (("µm per pixel", columns.um_per_pixel), ("magnification", columns.magnification)):
-        if column is None:
-            continue
-        numbers = part.numbers(column) if what == "µm per pixel" else _times(part, column)
-        known = numbers[~np.isnan(numbers)]
-        if (known <= 0).any():
-            raise ConfigError(f"{part.file}: column {column} has {known.min():g}; it must be above 0")
-        each = sorted({*known.tolist()})
-        named = some([f"{value:g}" for value in each], 8) or "unknown"
-        warning = "; images of several scales are NOT brought to one" if len(each) > 1 else ""
-        missing = f"; {len(numbers) - len(known):,} images without one" if len(known) < len(numbers) else ""
-        out.append(f"{what}: {named}{missing}{warning}")
+def _of_files(
+    part: Table, um: NDArray[np.float64], of: NDArray[np.int64], names: Sequence[str], number: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """(F,) µm per pixel of each file from that of each row; NaN where the table does not say it.
+
+    Raises:
+        ConfigError: if two rows of a file say different ones.
+    """
+    out = np.full(len(names), np.nan)
+    known = np.flatnonzero(~np.isnan(um))
+    out[of[known]] = um[known]
+    other = known[~np.isclose(out[of[known]], um[known], rtol=1e-3)]
+    if len(other):
+        row, file = int(other[0]), int(of[other[0]])
+        raise ConfigError(
+            f"{part.file}: the rows of {names[file]} have different µm per pixel, {um[row]:g} in "
+            f"{part.row(int(number[row]))} and {out[file]:g} in another"
+        )
     return out
 
 
-def _times(part: Table, column: str) -> NDArray[np.float64]:
-    """Magnifications, such as 20, 20x or 20×."""
-    text = pc.replace_substring_regex(part.text(column), "[xX×]$", "")
-    return part._replace(columns=pa.table({column: text})).numbers(column)
+def _scales_of(config: Config, names: Sequence[str], looks: Looks, given: NDArray[np.float64]) -> Scales:
+    broken = looks.broken
+    headers = looks.headers or [None] * len(names)
+    if not broken:
+        return Scales(config, names, headers, given)
+    # What is broken is left out, and nothing is said of its scale.
+    return Scales(config, names, headers, np.where([name in broken for name in names], 1.0, given))

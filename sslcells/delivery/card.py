@@ -92,7 +92,8 @@ def _limits(encoder: Encoder, run: Run | None) -> str:
         "For research only: it has not been validated for diagnosis.",
         "The figures hold for images like those above. They say nothing about another stain, microscope, "
         "magnification or preparation: measure on your own images.",
-        f"It was trained at {encoder.size}×{encoder.size} px; images should show the same field in µm as in training.",
+        f"It was trained at {encoder.size}×{encoder.size} px{_scale(encoder)}; images should show the same field in µm as "
+        f"in training.",
     ]
     data = run.model_dump(mode="json")["data"] if run is not None else {}
     named = data.get("sources") or data.get("source_pattern") or data.get("kind") == "table"  # a table's by their names
@@ -106,6 +107,11 @@ def _limits(encoder: Encoder, run: Run | None) -> str:
     if run is not None and run.model.pretrained:
         lines.append("Training started from weights published with timm; their licence applies too.")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _scale(encoder: Encoder) -> str:
+    um = encoder.reading.get("um_per_pixel")
+    return "" if um is None else f" from images at {um:g} µm per pixel, to which files that say their scale are brought"
 
 
 def _loading(encoder: Encoder, spec: Mapping[str, Any], forms: Collection[str]) -> str:

@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         self.features = width(backbone, self.channels, self.size)
         """F"""
         self.reading = reading
-        """how files become pixels: size, fit, intensity, stack, percentiles, range, z, level"""
+        """how files become pixels: size, fit, intensity, stack, percentiles, range, z, level, um_per_pixel"""
         self.decoder = _decoder(self.channels, reading)
         """reads files and PIL images; None if the channels are neither grey nor RGB, nor those of a stack of files"""
         self.digest = digest
@@ -139,6 +139,7 @@ def _decoder(channels: int, reading: dict[str, Any]) -> Decoder | None:
     span = reading.get("range")
     span = None if span is None else (float(span[0]), float(span[1]))
     more = {"z": reading.get("z", "middle"), "level": reading.get("level", 0)}
+    more |= {key: reading.get(key) for key in ("um_per_pixel", "um_per_pixel_default")}
     return Decoder(channels, size, reading["fit"], reading["intensity"], stack, (low, high), span, **more)
 
 

@@ -180,8 +180,11 @@ def test_boxes_are_cut_from_the_image(tmp_path):
 def test_scales_are_said(tmp_path):
     file = write(tmp_path, ["a/1.png,0.25,40x", "a/2.png,0.5,20", "a/3.png,,"], "path,mpp,magnification")
     text = describe({"train": opened(file)})
-    assert "µm per pixel: 0.25, 0.5; 1 images without one; images of several scales are NOT brought to one" in text
-    assert "magnification: 20, 40" in text
+    assert (
+        "2 of 3 images have one (2 from the table): 0.25 to 0.5 µm per pixel; they are NOT brought to one scale" in text
+    )
+    assert "1 without one: a/3.png" in text
+    assert "magnification: 20, 40; data.um_per_pixel_at_1x says" in text
     bad = write(tmp_path, ["a/1.png,a lot"], "path,mpp")
     assert "row 2 has mpp='a lot', which is not a number" in mistake(bad)
 

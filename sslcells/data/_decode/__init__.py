@@ -23,13 +23,14 @@ from sslcells.data._decode.meaning import upright as turned
 from sslcells.data._decode.ngff import ZARR as ZARR
 from sslcells.data._decode.ngff import Ngff
 from sslcells.data._decode.ngff import metadata_file as metadata_file
+from sslcells.data._decode.pixel_size import Scale, field, of_picture
 from sslcells.data._decode.tiff import MAGIC, Tiff
 
 Fit = Literal["crop", "pad", "stretch"]
 Size = tuple[int, int]
 """(H, W)"""
 
-READER = 2
+READER = 3
 """Version of this decoder. Increase it when it accepts or refuses other files, so that images are verified again."""
 
 
@@ -46,6 +47,10 @@ class Header(NamedTuple):
     """planes along T and Z, such as `t2z5`, where there are several"""
     part: str = ""
     """for a file of a multi-file OME-TIFF set, the set's first file; empty for that one, and for all other files"""
+    um_per_pixel: float = 0.0
+    """of the level that is read; 0 if the file does not say it"""
+    scale_from: str = ""
+    """what in the file says how large a pixel is, or why that is not known"""
 
 
 class Unreadable(Exception):
@@ -58,6 +63,9 @@ class Decoder:
 
     With `stack`, files are TIFF or OME-Zarr with any number of channels that are not colours; each channel is scaled
     on its own. Of several planes (Z, T) `z` says what is read; with `each`, `file#t0z3` is one of them.
+
+    With `um_per_pixel`, images are brought to that scale, and `size` is what is cut from their centre. How large a
+    pixel of a file is says the caller, else the file, else `um_per_pixel_default`.
     """
 
     channels: int
@@ -69,16 +77,22 @@ class Decoder:
     range: tuple[float, float] | None = None
     z: Planes = "middle"
     level: int = 0
+    um_per_pixel: float | None = None
+    um_per_pixel_default: float | None = None
 
-    def __call__(self, file: str) -> Tensor:
+    def __post_init__(self) -> None:
+        assert self.um_per_pixel is None or self.size is not None
+
+    def __call__(self, file: str, um_per_pixel: float | None = None) -> Tensor:
         """The pixels of one file: (C, H, W) uint8, H and W being `size`, or the image's own size if that is None.
 
         Raises:
-            Unreadable: if the file is missing, truncated, not an image, or one whose intensities would be lost.
+            Unreadable: if the file is missing, truncated, not an image, or one whose intensities would be lost; or if
+                its scale is wanted and not known.
         """
         try:
             file, plane = self._plane(file)
-            return self._pixels(file, plane)
+            return self._pixels(file, plane, um_per_pixel)
         except Exception as error:  # the libraries raise whatever happens to break
             raise Unreadable(_reason(error, file)) from error
 
@@ -99,7 +113,7 @@ class Decoder:
                 every = self.z == "each" and not plane and header.planes
                 names = plane_names(plane_sizes(header.planes)) if every else []
                 for each in [split_plane(f"{file}{name}")[1] for name in names] or [plane]:
-                    self._pixels(file, each)
+                    self._pixels(file, each, None)
             return header
         except Exception as error:  # as above
             raise Unreadable(_reason(error, file)) from error
@@ -123,10 +137,29 @@ class Decoder:
         except Exception as error:  # as above
             raise Unreadable(_reason(error, file)) from error
 
-    def pixels(self, image: Image.Image) -> Tensor:
-        """The pixels of an image opened by Pillow, which is rotated upright in place: (C, H, W) uint8."""
-        pillow.upright(image, None if self.size is None else max(self.size))
-        return self._fitted(pillow.flat(image, self._scaling, self.channels))
+    def pixels(self, image: Image.Image, um_per_pixel: float | None = None) -> Tensor:
+        """The pixels of an image opened by Pillow, which is rotated upright in place: (C, H, W) uint8.
+
+        Raises:
+            ValueError: if its scale is wanted and not known.
+        """
+        factor = self.factor(of_picture(image.info), um_per_pixel)
+        pillow.upright(image, None if self.size is None or factor is not None else max(self.size))
+        return self._fitted(pillow.flat(image, self._scaling, self.channels), factor)
+
+    def factor(self, own: Scale, um_per_pixel: float | None = None) -> float | None:
+        """How many pixels of a file one pixel of `um_per_pixel` is; None if images are left as they are.
+
+        Raises:
+            ValueError: if the file's scale is not known.
+        """
+        if self.um_per_pixel is None:
+            return None
+        um = um_per_pixel or own.um or self.um_per_pixel_default
+        if not um:
+            because = f" ({own.origin})" if own.origin else ""
+            raise ValueError(f"its µm per pixel is not known{because}, and data.um_per_pixel is {self.um_per_pixel:g}")
+        return self.um_per_pixel / um
 
     @property
     def _scaling(self) -> Scaling:
@@ -168,7 +201,8 @@ class Decoder:
         if planes:
             each = " × ".join(f"{axis} {n}" for axis, n in layout.planes.items())
             kind += f", {self.z} of {each}"
-        return Header(size, kind, layout.pages + source.others(), planes, source.part_of(file))
+        scale = source.scale()
+        return Header(size, kind, layout.pages + source.others(), planes, source.part_of(file), *scale)
 
     def _picture_header(self, file: str, whole: bool) -> Header:
         with Image.open(file, formats=pillow.FORMATS) as image:
@@ -176,48 +210,57 @@ class Decoder:
             (width, height), kind, deep = image.size, pillow.kind(image), pillow.deep_png(image)
             several = getattr(image, "is_animated", False)
             lying = image.getexif().get(pillow.ORIENTATION) in pillow.TURNED
+            scale = of_picture(image.info)
             if whole:
-                self._picture(image, file, deep)
+                self._picture(image, file, deep, None)
             pages = 1
             if several:
                 with suppress(Exception):  # later pages are not read, so errors in them do not count
                     pages = getattr(image, "n_frames", 1)
-            return Header((width, height) if lying else (height, width), kind, pages)
+            size = (width, height) if lying else (height, width)
+            return Header(size, kind, pages, "", "", *scale)
 
-    def _pixels(self, file: str, plane: dict[str, int]) -> Tensor:
+    def _pixels(self, file: str, plane: dict[str, int], um_per_pixel: float | None) -> Tensor:
         opened = self._opened(file)
         if opened is None:
             with Image.open(file, formats=pillow.FORMATS) as image:
-                return self._picture(image, file, pillow.deep_png(image))
+                return self._picture(image, file, pillow.deep_png(image), um_per_pixel)
         with opened as source:
             layout = self._layout(source, plane)
             if self.z == "each" and layout.planes and not plane:
                 first = plane_names(layout.planes)[0]
                 raise ValueError(f"it holds several planes: name one of them, such as {os.path.basename(file)}{first}")
+            factor = self.factor(source.scale(), um_per_pixel) if self.um_per_pixel is not None else None
             if self.stack is None and source.pillows:
                 with Image.open(file, formats=("TIFF",)) as image:
-                    return self.pixels(image)
+                    return self.pixels(image, um_per_pixel or source.scale().um or None)
             meaning = source.meaning(self.stack is not None)
             values = loaded(source, layout)
             if self.stack is not None:
-                return self._stacked(_samples_at(values, layout, 0), meaning)
+                return self._stacked(_samples_at(values, layout, 0), meaning, factor)
             coloured = source.coloured(_samples_at(values, layout, -1))
             upright = picture(coloured, meaning, self._scaling)
-            return self._fitted(pillow.flat(upright, self._scaling, self.channels))
+            return self._fitted(pillow.flat(upright, self._scaling, self.channels), factor)
 
-    def _picture(self, image: Image.Image, file: str, deep: bool) -> Tensor:
+    def _picture(self, image: Image.Image, file: str, deep: bool, um_per_pixel: float | None) -> Tensor:
         if not deep:
-            return self.pixels(image)
+            return self.pixels(image, um_per_pixel)
+        factor = self.factor(of_picture(image.info), um_per_pixel)
         flat = pillow.flat(pillow.deep_picture(image, file, self._scaling), self._scaling, self.channels)
-        return self._fitted(flat)
+        return self._fitted(flat, factor)
 
-    def _fitted(self, flat: Image.Image) -> Tensor:
+    def _fitted(self, flat: Image.Image, factor: float | None) -> Tensor:
         """L or RGB of any size → (C, H, W) of `size`."""
-        pixels = np.array(flat) if self.size is None else _fit(flat, self.size, self.fit)  # (H, W) or (H, W, C)
+        pixels = self._sized(flat, factor)  # (H, W) or (H, W, C)
         planes = pixels.reshape(*pixels.shape[:2], self.channels).transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(planes))  # torch's copy would start a thread pool per reader
 
-    def _stacked(self, planes: NDArray[Any], meaning: Meaning) -> Tensor:
+    def _sized(self, image: Image.Image, factor: float | None) -> NDArray[np.uint8]:
+        if self.size is None:
+            return np.array(image)
+        return _fit(image, self.size, self.fit) if factor is None else field(image, self.size, factor)
+
+    def _stacked(self, planes: NDArray[Any], meaning: Meaning, factor: float | None) -> Tensor:
         """(C, H, W) of any number type → (C, H, W) uint8 of `size`, every channel scaled on its own."""
         if planes.dtype == bool:
             planes = planes.astype(np.uint8) * np.uint8(255)
@@ -226,8 +269,7 @@ class Decoder:
         else:
             eight = scale(planes, self._scaling, meaning)
         each = [np.ascontiguousarray(turned(plane, meaning.orientation)) for plane in eight]
-        size = self.size
-        fitted = each if size is None else [_fit(Image.fromarray(plane), size, self.fit) for plane in each]
+        fitted = each if self.size is None else [self._sized(Image.fromarray(plane), factor) for plane in each]
         return torch.from_numpy(np.stack(fitted))
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sslcells.data._decode.axes import MOST, check_level
 from sslcells.data._decode.meaning import Meaning
+from sslcells.data._decode.pixel_size import Scale, of_ngff
 
 ZARR = ".zarr"
 _METADATA = (".zattrs", "zarr.json")
@@ -61,6 +62,7 @@ class Ngff:
         kept = [(a, int(n)) for a, n in zip(self._all, self._array.shape, strict=True) if n != 1 or a in "YX"]
         self.axes, self.shape = "".join(a for a, _ in kept), tuple(n for _, n in kept)
         self.dtype = self._array.dtype
+        self._scale = of_ngff(scales[0], levels[level], axes)
 
     def load(self, at: dict[str, int]) -> NDArray[Any]:
         """The values at these places; only the chunks that hold them are read."""
@@ -91,6 +93,10 @@ class Ngff:
     def part_of(self, file: str) -> str:
         """Empty: a folder is whole."""
         return ""
+
+    def scale(self) -> Scale:
+        """µm per pixel of the level."""
+        return self._scale
 
     def others(self) -> int:
         """None: one folder is one image."""

@@ -5,15 +5,16 @@ import os
 import struct
 from types import TracebackType
 from typing import Any, Self
-from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC
 
+from sslcells.data._decode import ome
 from sslcells.data._decode.axes import MOST, check_level
 from sslcells.data._decode.meaning import Alpha, Meaning, said
+from sslcells.data._decode.pixel_size import Scale, of_tiff
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -155,6 +156,12 @@ class Tiff:
         own = os.path.basename(file)
         return "" if not files or own == files[0] else files[0]
 
+    def scale(self) -> Scale:
+        """µm per pixel of the level."""
+        whole = of_tiff(self._opened, self.base)
+        widths = [s.shape[s.axes.index("X")] for s in (self.base, self.series)]
+        return whole._replace(um=whole.um * widths[0] / widths[1])
+
     def others(self) -> int:
         """Further series of the file, which are not read, such as thumbnails; positions of OME-TIFF count as such."""
         return len(self._opened.series) - 1
@@ -165,8 +172,7 @@ class Tiff:
         if np.dtype(self.dtype).kind in "bu" and max(each) < 8 * np.dtype(self.dtype).itemsize:
             return max(each)
         if self.base.kind == "ome" and np.dtype(self.dtype).kind == "u":
-            pixels = [x for x in _xml(self._opened.ome_metadata).iter() if _tag(x) == "Pixels"]
-            named = {x.get("SignificantBits", "") for x in pixels}
+            named = {x.get("SignificantBits", "") for x in ome.pixels(self._opened.ome_metadata)}
             text = named.pop() if len(named) == 1 else ""
             if text.isdigit() and 0 < int(text) <= 8 * np.dtype(self.dtype).itemsize:
                 return int(text)
@@ -189,8 +195,8 @@ def _opened(file: str) -> Any:
             raise ValueError("damaged TIFF: no image in it")
         if not opened.is_ome:
             return opened
-        root = _xml(opened.ome_metadata)
-        master = next((x.get("MetadataFile", "") for x in root if _tag(x) == "BinaryOnly"), None)
+        root = ome.parsed(opened.ome_metadata)
+        master = next((x.get("MetadataFile", "") for x in root if ome.tag(x) == "BinaryOnly"), None)
         if master is None:
             _siblings(root, file)
             return opened
@@ -205,7 +211,7 @@ def _opened(file: str) -> Any:
             with open(beside, encoding="utf-8") as companion:
                 text = companion.read()
             opened = tifffile.TiffFile(file, omexml=text)
-        _siblings(_xml(text), beside if master.lower().endswith((".tif", ".tiff")) else file)
+        _siblings(ome.parsed(text), beside if master.lower().endswith((".tif", ".tiff")) else file)
         return opened
     except BaseException:
         opened.close()
@@ -231,12 +237,12 @@ def _siblings(root: Any, file: str) -> None:
     """Raise unless the other files of an OME-TIFF set lie beside this one: tifffile would put zeros in their place."""
     own = root.get("UUID")
     for element in root.iter():
-        sizes = [int(element.get(f"Size{axis}", 1)) for axis in "CZT"] if _tag(element) == "Pixels" else []
+        sizes = [int(element.get(f"Size{axis}", 1)) for axis in "CZT"] if ome.tag(element) == "Pixels" else []
         if sizes and np.prod([float(n) for n in sizes]) > _MOST_PAGES:  # tifffile would make a list of them all
             raise ValueError(f"its OME metadata name {'×'.join(map(str, sizes))} planes (C, Z, T)")
         name = element.get("FileName")
         another = name is not None and name.lower() != os.path.basename(file).lower()
-        if _tag(element) == "UUID" and another and (own is None or element.text != own):
+        if ome.tag(element) == "UUID" and another and (own is None or element.text != own):
             _ends(_beside(file, name))
 
 
@@ -276,17 +282,6 @@ def _beside(file: str, name: str) -> str:
     if not os.path.isfile(other):
         raise ValueError(f"a part of it is missing: {name}")
     return other
-
-
-def _xml(text: str | None) -> Any:
-    try:
-        return ElementTree.fromstring(text or "")
-    except ElementTree.ParseError as error:
-        raise ValueError(f"its OME metadata cannot be read: {error}") from None
-
-
-def _tag(element: Any) -> str:
-    return str(element.tag).rpartition("}")[2]
 
 
 def _pages(series: Any) -> list[Any]:
