@@ -122,6 +122,13 @@ def _recipe_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
 
 
+def _pattern_options(sub: argparse.ArgumentParser) -> None:
+    words = "only images whose path below the folder matches, such as '*.tif' or 'plate_1/**/good'; may be repeated"
+    sub.add_argument("--include", metavar="PATTERN", action="append", default=[], help=words)
+    words = "not images whose path matches, such as '*_dup*' or blurred; may be repeated"
+    sub.add_argument("--exclude", metavar="PATTERN", action="append", default=[], help=words)
+
+
 def _train(commands: _Commands) -> None:
     sub = _command(commands, "train", "train an encoder", _TRAIN)
     _recipe_options(sub)
@@ -165,6 +172,7 @@ def _embed(commands: _Commands) -> None:
     sub.add_argument("--out", metavar="FOLDER", type=_path, help="output folder (RUN/embeddings/NAME)")
     formats, words = ["parquet", "npz", "h5ad"], "file format of the shards (parquet)"
     sub.add_argument("--format", default="parquet", choices=formats, help=words)
+    _pattern_options(sub)
     sub.add_argument("--no-labels", action="store_true", help="do not read the first sub-folder as the class")
     sub.add_argument("--batch", type=int, default=256, metavar="N", help="images per rank and forward pass (256)")
     sub.add_argument("--workers", type=int, metavar="N", help="data loader processes per rank")
@@ -191,6 +199,7 @@ def _search(commands: _Commands) -> None:
 def _sources(commands: _Commands) -> None:
     sub = _command(commands, "sources", "find images made from the same photograph", _SOURCES)
     sub.add_argument("images", metavar="IMAGES", type=_path, help="folder of images, at any depth")
+    _pattern_options(sub)
     words = "folder for sources.csv and sources.png (current folder)"
     sub.add_argument("--out", metavar="FOLDER", type=_path, help=words)
     words = "table with the true sources, columns path and source; prints precision and recall"

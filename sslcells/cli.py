@@ -108,6 +108,8 @@ def _embed(args: argparse.Namespace) -> None:
         args.workers,
         args.shard,
         args.cpu,
+        args.include,
+        args.exclude,
     )
 
 
@@ -132,7 +134,7 @@ def _sources(args: argparse.Namespace) -> None:
     from sslcells.delivery.sources import sources
 
     one_process("sources")
-    sources(args.images, args.out, args.known, args.inliers, args.neighbours, args.between)
+    sources(args.images, args.out, args.known, args.inliers, args.neighbours, args.between, args.include, args.exclude)
 
 
 def _split(args: argparse.Namespace) -> None:

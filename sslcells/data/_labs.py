@@ -13,6 +13,7 @@ from torch import Tensor
 from sslcells.config import ConfigError
 from sslcells.data._decode import ZARR
 from sslcells.data._names import check_classes
+from sslcells.data._patterns import Patterns
 from sslcells.data._scan import walk
 
 LabFolder = Literal["none", "above", "below"]
@@ -38,7 +39,9 @@ def _lab_in(path: str, prefix: str, pattern: str | None, lab_folder: LabFolder) 
     return _part(path, int(lab_folder == "below"))
 
 
-def lab_names(root: Path, folders: Iterable[str], pattern: str | None, lab_folder: LabFolder) -> tuple[str, ...]:
+def lab_names(
+    root: Path, folders: Iterable[str], pattern: str | None, lab_folder: LabFolder, patterns: Patterns
+) -> tuple[str, ...]:
     """The laboratories of all splits, sorted, so that a number means the same one in each.
 
     Raises:
@@ -47,7 +50,7 @@ def lab_names(root: Path, folders: Iterable[str], pattern: str | None, lab_folde
     found, example = set[str](), ""
     for folder in folders:
         prefix = f"{folder}/" if folder else ""
-        for name in walk(root / folder):
+        for name in walk(root / folder, prefix, patterns):
             example = prefix + name
             if (lab := _lab_in(name, prefix, pattern, lab_folder)) is not None:
                 found.add(lab)

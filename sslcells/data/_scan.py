@@ -1,13 +1,13 @@
-"""Finds the splits of a folder, and the image files in them."""
+"""Finds the image files in a folder."""
 
 import os
-import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from sslcells.config import ConfigError, nearest
 from sslcells.data._decode import ZARR, metadata_file
+from sslcells.data._patterns import Patterns
 from sslcells.storage import is_file, is_folder
 from sslcells.values import place
 
@@ -19,23 +19,7 @@ KINDS = (*SUFFIXES, ZARR)
 OURS = ".sslcells"
 """Folder beside the images in which sslcells remembers which ones it verified."""
 
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
 _JUNK = ("@eadir", "__macosx", "thumbnails", "thumbs")
-_SHOWN = 10  # names in one message
-
-
-def is_split(folder: str) -> bool:
-    """True if a folder of this name is read as a split."""
-    return any(folder.casefold() in names for names in _SPLIT_NAMES.values())
-
-
-def split_of(name: str) -> str | None:
-    """The split that a folder, or a value in a table, of this name means; None if it means none."""
-    return next((split for split, names in _SPLIT_NAMES.items() if name.casefold() in names), None)
 
 
 def find_root(path: str) -> Path:
@@ -57,54 +41,6 @@ def find_root(path: str) -> Path:
     raise ConfigError(f"data.path={path!r}: {missing.parent} has no folder {missing.name!r}{near}")
 
 
-def find_splits(root: Path, given: dict[str, str | None]) -> dict[str, str]:
-    """Split → sub-folder, as `given` or found by name; "" is the whole folder.
-
-    Raises:
-        ConfigError: if a given folder is missing, a name is ambiguous, train is missing, or two splits overlap.
-    """
-    present = subfolders(root)
-    found: dict[str, str] = {}
-    for split, name in given.items():
-        if name is not None:
-            found[split] = _named_split(root, split, name, present)
-            continue
-        matches = [folder for folder in present if folder.casefold() in _SPLIT_NAMES[split]]
-        if len(matches) > 1:
-            raise ConfigError(f"{root} holds {' and '.join(matches)}: set data.{split}= to one of them")
-        if matches:
-            found[split] = matches[0]
-    if found and "train" not in found:
-        raise ConfigError(
-            f"{root} holds {', '.join(found.values())} but no folder called train; name it with data.train= "
-            f"(there are: {_some(present)})"
-        )
-    _apart(root, found)
-    return found or {"train": ""}
-
-
-def _named_split(root: Path, split: str, name: str, present: Sequence[str]) -> str:
-    if not is_folder(root / name):
-        folded = {folder.casefold(): folder for folder in present}
-        same = folded.get(name.casefold())
-        near = f" (did you mean {same}?)" if same else nearest(name, present)
-        raise ConfigError(f"data.{split}={name!r}: {root} has no such sub-folder{near}; there are: {_some(present)}")
-    folder = posixpath.normpath(Path(name).as_posix())
-    return "" if folder == "." else folder
-
-
-def _apart(root: Path, folders: dict[str, str]) -> None:
-    """Raise a ConfigError if splits share images, as results would be too good."""
-    real = {split: (root / folder).resolve() for split, folder in folders.items()}
-    for outer, outside in real.items():
-        for inner, inside in real.items():
-            if outer != inner and inside.is_relative_to(outside):
-                raise ConfigError(
-                    f"the {inner} split, {root / folders[inner]}, lies in the {outer} split, "
-                    f"{root / folders[outer]}: they would share images"
-                )
-
-
 def subfolders(folder: Path) -> list[str]:
     """Sorted names of the folders in a folder, without those that are OME-Zarr images.
 
@@ -116,8 +52,21 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(name for name in found if not _turns_back(f"{folder}/{name}", [os.path.realpath(folder)]))
 
 
+def listed(folder: Path) -> list[str]:
+    """The names in a folder, of files and folders.
+
+    Raises:
+        ConfigError: if it cannot be listed.
+    """
+    return [entry.name for entry in _entries(str(folder))]
+
+
 Ignored = dict[str, tuple[int, str]]
 """Kind of file → number of files, and an example."""
+
+
+EVERY = Patterns()
+"""Takes every image."""
 
 
 class Listing(NamedTuple):
@@ -136,28 +85,40 @@ class Listing(NamedTuple):
         return Listing([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows], {})
 
     @classmethod
-    def of(cls, folder: Path, prefix: str = "") -> "Listing":
-        """List a folder at any depth; every path starts with `prefix`.
+    def of(cls, folder: Path, prefix: str = "", patterns: Patterns = EVERY) -> "Listing":
+        """List a folder at any depth; every path starts with `prefix`, and is one that `patterns` takes.
 
         Raises:
             ConfigError: if a folder cannot be listed.
         """
         ignored: Ignored = {}
-        files = sorted((f"{prefix}{name}", *_size_and_time(entry)) for name, entry in _walk(folder, ignored))
+        taken = _taken(_walk(folder, ignored), prefix, patterns, ignored)
+        files = sorted((f"{prefix}{name}", *_size_and_time(entry)) for name, entry in taken)
         names, sizes, times = zip(*files, strict=True) if files else ((), (), ())
         return cls([*names], [*sizes], [*times], {k: (n, prefix + example) for k, (n, example) in ignored.items()})
 
 
-def walk(folder: Path) -> Iterator[str]:
+def _taken(
+    found: Iterable[tuple[str, "os.DirEntry[str]"]], prefix: str, patterns: Patterns, ignored: Ignored
+) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
+    """The images that the patterns take; the others are counted in `ignored`."""
+    for name, entry in found:
+        if patterns and (why := patterns.leaves_out(f"{prefix}{name}")) is not None:
+            _count(ignored, why, name)
+        else:
+            yield name, entry
+
+
+def walk(folder: Path, prefix: str = "", patterns: Patterns = EVERY) -> Iterator[str]:
     """Relative paths of the images in `folder`, in the order of the file system; links are followed.
 
     Every file with an image's suffix counts, readable or not. Only directory listings are read, as there may be a
-    million files.
+    million files. Only images whose path, `prefix` and the relative one, `patterns` take.
 
     Raises:
         ConfigError: if a folder cannot be listed.
     """
-    return (name for name, _ in _walk(folder, {}))
+    return (name for name, _ in _taken(_walk(folder, {}), prefix, patterns, {}))
 
 
 def _walk(folder: Path, ignored: Ignored) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
@@ -285,7 +246,3 @@ def _turns_back(path: str, real: Sequence[str]) -> bool:
         return False
     target = os.path.realpath(path)
     return any(f"{way}/".startswith(f"{target.rstrip('/')}/") for way in real)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join([*names[:_SHOWN], *["…"] * (len(names) > _SHOWN)]) or "none"

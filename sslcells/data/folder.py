@@ -1,15 +1,15 @@
 """A folder of image files: sub-folders may be splits, and below them classes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch import Tensor
 
 from sslcells.config import ConfigError, nearest
@@ -19,13 +19,18 @@ from sslcells.data._files import Files, one_group, verify
 from sslcells.data._found import Clock, Found
 from sslcells.data._labs import LabFolder, class_in, lab_names, labs_of
 from sslcells.data._names import check_classes
+from sslcells.data._patterns import Patterns, checked
 from sslcells.data._planes import file_of, images_of, to_look_at
 from sslcells.data._scales import Scales, unknown
-from sslcells.data._scan import KINDS, Listing, find_root, find_splits, is_image, is_split, subfolders, walk
+from sslcells.data._scan import EVERY, KINDS, Listing, find_root, is_image, subfolders, walk
 from sslcells.data._sources import check_pattern, look_up_sources, read_table, source_ids
+from sslcells.data._splits import class_below, find_splits, refuse_hidden
 from sslcells.data._verified import headers_of
 from sslcells.storage import is_file, is_folder, patiently
 from sslcells.values import place
+
+Globs = Annotated[tuple[str, ...] | str, BeforeValidator(checked)]
+"""Patterns; `str`, which none of them is when checked, keeps the text of one on the command line as it was typed."""
 
 
 class Config(Files):
@@ -36,11 +41,17 @@ class Config(Files):
     path: str = Field(min_length=1)
     """Folder with the images."""
     train: str | None = None
-    """Sub-folder of the training images; none: train/ in any letter case, or all images if there are no splits."""
+    """Sub-folder of the training images, `.` for the whole folder; none: train/, Training/, train_set/, … or all images
+    if there are no splits."""
     val: str | None = None
-    """Sub-folder of the validation images; none: val/, valid/ or validation/, if there is one."""
+    """Sub-folder of the validation images; none: val/, valid/, validation_set/, … if there is one."""
     test: str | None = None
-    """Sub-folder of the test images; none: test/, if there is one."""
+    """Sub-folder of the test images; none: test/, Testing/, test_images/, … if there is one."""
+    include: Globs = ()
+    """Read only images whose path relative to `path` matches one of these patterns, such as `*.tif` or `train/*/good`;
+    `*` does not match /, `**` any folders; a pattern without / may match any folder or the name. None: all images."""
+    exclude: Globs = ()
+    """Leave out images whose path matches one of these patterns, such as `*_dup*` or `blurred`."""
     labels: Literal["folder", "none"] = "folder"
     """`folder`: the first sub-folder in the split is the class; images outside sub-folders have no label."""
     sources: str | None = None
@@ -151,13 +162,14 @@ class FolderImages(ImageSet):
         return self._names[index]
 
 
-def list_images(folder: Path, decoder: Decoder | None = None) -> list[str]:
+def list_images(folder: Path, decoder: Decoder | None = None, patterns: Patterns = EVERY) -> list[str]:
     """Sorted relative paths of the images in a folder, at any depth; or, if it is one, of those in one OME-Zarr image.
 
     With `decoder`, the files of a multi-file OME-TIFF set are one image, and planes are images if it reads `each`.
+    `patterns` are those of a command's --include and --exclude.
 
     Raises:
-        ConfigError: if there is no such folder, or no image in it.
+        ConfigError: if there is no such folder, no image in it, or a pattern matches none.
     """
     if not is_folder(folder):
         what = "is a file, not a folder of images" if folder.is_file() else f"no such folder{nearest_folder(folder)}"
@@ -165,6 +177,10 @@ def list_images(folder: Path, decoder: Decoder | None = None) -> list[str]:
     names = sorted(walk(folder))
     if not names:
         raise ConfigError(f"{folder} holds no images ({', '.join(KINDS)}) at any depth")
+    patterns.check_used(names, folder, ("--include", "--exclude"))
+    names = [name for name in names if patterns.leaves_out(name) is None]
+    if not names:
+        raise ConfigError(f"{folder}: --include and --exclude leave out every image")
     return expanded(folder, names, decoder) if decoder is not None else names
 
 
@@ -178,9 +194,7 @@ def expanded(folder: Path, names: Sequence[str], decoder: Decoder) -> list[str]:
 def class_of(name: str) -> str | None:
     """The first sub-folder on an image's path, not counting a split's; None if there is none."""
     folders = list(takewhile(lambda folder: not folder.lower().endswith(ZARR), name.split("/")[:-1]))
-    if folders and is_split(folders[0]):
-        folders = folders[1:]
-    return folders[0] if folders else None
+    return class_below(folders)
 
 
 def nearest_folder(missing: Path) -> str:
@@ -202,13 +216,18 @@ def open_split(config: Config, split: str) -> FolderImages | None:
     folders = find_splits(root, given)
     if split not in folders:
         return None
-    prefix = f"{folders[split]}/" if folders[split] else ""
-    listing = Listing.of(root / folders[split], prefix)
+    prefix, patterns = f"{folders[split]}/" if folders[split] else "", Patterns(config.include, config.exclude)
+    if split == "train":
+        patterns.check_used(_every(root, folders), root, ("data.include", "data.exclude"))
+    listing = Listing.of(root / folders[split], prefix, patterns)
     if not listing.names:
-        raise ConfigError(f"{root / folders[split]} holds no images ({', '.join(KINDS)}) at any depth")
-    classes = _classes(root, folders, config.lab_folder) if config.labels == "folder" else ()
+        but = " that data.include and data.exclude take" * bool(patterns)
+        raise ConfigError(f"{root / folders[split]} holds no images ({', '.join(KINDS)}) at any depth{but}")
+    if given[split] is None:
+        refuse_hidden(root, split, folders[split], listing.names)
+    classes = _classes(root, folders, config.lab_folder, patterns) if config.labels == "folder" else ()
     by_lab = (config.lab_pattern, config.lab_folder)
-    labs = lab_names(root, folders.values(), *by_lab) if by_lab != (None, "none") else ()
+    labs = lab_names(root, folders.values(), *by_lab, patterns) if by_lab != (None, "none") else ()
     clock.lap("listing")
     decoder = config.decoder()
     looks = verify(config, root, listing, decoder, folders[split], unknown(config, listing.names))
@@ -241,6 +260,11 @@ def _where(root: Path, folder: str, given: str | None, split: str) -> str:
     return f"{root / folder}, {f'as data.{split} says' if given is not None else 'by its name'}"
 
 
+def _every(root: Path, folders: dict[str, str]) -> Iterator[str]:
+    """The paths of the images of all splits, relative to `root`."""
+    return (f"{folder}/{name}" if folder else name for folder in folders.values() for name in walk(root / folder))
+
+
 def _beside(root: Path, folders: dict[str, str]) -> dict[str, tuple[int, str]]:
     """Files and folders beside the splits, which belong to none."""
     used = {folder.split("/")[0] for folder in folders.values()}
@@ -257,13 +281,14 @@ def _beside(root: Path, folders: dict[str, str]) -> dict[str, tuple[int, str]]:
     return {kind: (len(names), names[0]) for kind, names in kinds.items() if names}
 
 
-def _classes(root: Path, folders: dict[str, str], lab_folder: LabFolder) -> tuple[str, ...]:
+def _classes(root: Path, folders: dict[str, str], lab_folder: LabFolder, patterns: Patterns) -> tuple[str, ...]:
     """Names of the classes of all splits, so that a number means the same class in each split."""
     names: set[str] = set()
     for folder in folders.values():
         split = root / folder
         for above in [split / lab for lab in subfolders(split)] if lab_folder == "above" else [split]:
-            names |= {name for name in subfolders(above) if next(walk(above / name), None) is not None}
+            way = (above.relative_to(root) / "_").as_posix().removesuffix("_")
+            names |= {name for name in subfolders(above) if any(walk(above / name, f"{way}{name}/", patterns))}
     check_classes(sorted(names), str(root))
     return tuple(sorted(names))
 

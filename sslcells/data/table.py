@@ -26,8 +26,9 @@ from sslcells.data._names import check_classes, some
 from sslcells.data._places import Place, below
 from sslcells.data._planes import to_look_at
 from sslcells.data._scales import Scales, magnifications, stated_scales, unknown
-from sslcells.data._scan import Listing, split_of
+from sslcells.data._scan import Listing
 from sslcells.data._sources import look_up_sources, source_ids
+from sslcells.data._splits import split_of
 from sslcells.data._verified import Looks
 from sslcells.data.folder import FolderImages
 from sslcells.storage import is_file, is_folder

@@ -18,6 +18,7 @@ from torch.utils.data import Sampler
 from sslcells import launcher, ranks
 from sslcells.config import ConfigError, extra, installed
 from sslcells.data import DataError, Pick
+from sslcells.data._patterns import Patterns, given
 from sslcells.data.folder import FolderImages, class_of, list_images
 from sslcells.data.loader import Readable, read_readable, with_workers
 from sslcells.delivery import DeliveryError
@@ -50,15 +51,19 @@ def embed_folder(
     workers: int | None = None,
     shard: int | None = None,
     cpu: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Path:
     """Embed every image below a folder; returns the folder of shards, RUN/embeddings/NAME unless `out` names another.
+
+    `include` and `exclude` are patterns for the images' paths below the folder, as `data.include` and `data.exclude`.
 
     Shard k holds the images k·`shard` … of the sorted list of paths, whatever the number of ranks; a shard that
     exists is not computed again. Every rank of a launch must call this.
 
     Raises:
-        ConfigError: if there is no such run or folder, it holds no images, or `out` holds embeddings of another
-            encoder or of other images, or is in use.
+        ConfigError: if there is no such run or folder, it holds no images, a pattern matches none, or `out` holds
+            embeddings of another encoder or of other images, or is in use.
         DataError: if the storage is gone, or a shard cannot be written.
         DeliveryError: if not one image could be read.
         Stopped: if a signal asked to stop.
@@ -69,6 +74,7 @@ def embed_folder(
     for name, number in (("--batch", batch), ("--shard", SHARD if shard is None else shard)):
         if number < 1:
             raise ConfigError(f"{name} {number} should be at least 1")
+    patterns = given(include, exclude)
     if workers is None:
         workers = max(1, min(8, launcher.share() - 1))
     with Interrupt() as interrupt:
@@ -77,7 +83,9 @@ def embed_folder(
         try:
             with ranks.parting():
                 encoder = ranks.together(lambda: _load(run, device))
-                begun = ranks.from_main(lambda: _begin(run, images, out, format, labels, shard, encoder, lock))
+                begun = ranks.from_main(
+                    lambda: _begin(run, images, out, format, labels, shard, encoder, lock, patterns)
+                )
                 _work(*begun, encoder, device, batch, workers, interrupt)
                 return begun[0].folder
         finally:
@@ -102,10 +110,11 @@ def _begin(
     shard: int | None,
     encoder: Encoder,
     lock: list[Lock],
+    patterns: Patterns,
 ) -> tuple[Embeddings, list[str], list[int]]:
     """On rank 0: open the folder of shards; returns it, the sorted images, and the numbers of the missing shards."""
     root = place(images)
-    names = list_images(root, encoder.decoder)
+    names = list_images(root, encoder.decoder, patterns)
     folder = place(out) if out is not None else find_run(run) / "embeddings" / root.resolve().name
     if Path(os.path.realpath(folder)).is_relative_to(root.resolve()):  # resolve() raises at a link to itself
         raise ConfigError(f"--out {folder} lies in {images}, the folder of images; choose another")

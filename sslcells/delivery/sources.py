@@ -3,11 +3,12 @@
 import csv
 import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sslcells.config import ConfigError
 from sslcells.data import DataError, Decoder, read_table
+from sslcells.data._patterns import given
 from sslcells.data.find_sources import Sources, agreement, find_sources
 from sslcells.data.folder import list_images
 from sslcells.evaluation.sheets import Image, pair_sheet
@@ -27,13 +28,15 @@ def sources(
     inliers: int = 12,
     neighbours: int = 20,
     between: int = 100_000,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> Sources:
     """Group a folder's images by source, and write sources.csv (path, source, inliers) and sources.png into `out`.
 
     A group is named after its first image. At the end `between` pairs of groups are compared, nearest by colour first,
     with 3 pairs of images each. `known` is a CSV file with columns path and source; the pairs found are compared with
-    its pairs: precision and recall.
+    its pairs: precision and recall. `include` and `exclude` are patterns for the images' paths below the folder.
 
     Raises:
         ConfigError: if the folder holds no images, the extra `sources` is not installed, or `known` is no such CSV.
@@ -43,7 +46,7 @@ def sources(
         if value < least:
             raise ConfigError(f"{option} {value} should be at least {least}")
     root = place(folder)
-    names = list_images(root, _DECODER)
+    names = list_images(root, _DECODER, given(include, exclude))
     table = read_table(place(known), key="--known") if known else None
     found = find_sources([root / name for name in names], names, inliers, neighbours, between, say)
     if not found.paths:
