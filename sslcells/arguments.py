@@ -61,6 +61,15 @@ column of splits. With --site also one column per laboratory, whose test split i
   sslcells split cells.csv --by donor slide --parts 0.8 0.1 0.1 --site site
 """
 
+_CELLS = """\
+Cut the cells out of fields of a microscope, by masks of segmented cells (cellpose, StarDist, …): TIFF or PNG images
+that number the cells, or labels of OME-Zarr. Each cell becomes an image with the numbers of its field, and a row of
+OUT/cells.parquet with its id, field, centroid, area, box and µm per pixel, and what a table of the fields says of it.
+
+  sslcells cells path/to/fields --masks path/to/masks --fov 20 --out cells
+  sslcells cells fields.csv --masks masks --size 64 --background 0 --out cells
+  sslcells train --config table data.table=cells/cells.parquet data.um_per_pixel=0.5 data.size=40
+"""
 
 _INIT = """\
 Write launch/ (configurations for accelerate launch), slurm/ (job templates) and an example of a sweep into a folder;
@@ -88,7 +97,7 @@ def arguments(command: str | None = None, argv: Sequence[str] | None = None) -> 
     parser = argparse.ArgumentParser(prog="sslcells", description="Self-supervised learning for cell images.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    adding = (_train, _evaluate, _compare, _selfcheck, _export, _embed, _search, _sources, _split)
+    adding = (_train, _evaluate, _compare, _selfcheck, _export, _embed, _search, _sources, _cells, _split)
     for add in (*adding, _sync, _recipes, _init):
         add(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -225,6 +234,40 @@ def _split(commands: _Commands) -> None:
     sub.add_argument("--column", metavar="NAME", default="split", help="column to write (split)")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="another seed gives another division (0)")
     sub.add_argument("--out", metavar="FILE", type=_path, help="table to write (beside TABLE, called NAME_split)")
+
+
+def _cells(commands: _Commands) -> None:
+    sub = _command(commands, "cells", "cut cells out of fields by their masks", _CELLS)
+    words = "folder of fields, at any depth, or a table with the path of a field in each row"
+    sub.add_argument("images", metavar="IMAGES", type=_path, help=words)
+    words = "folder of masks, called as their fields, also with _masks, _mask, _seg or _labels (beside the fields)"
+    sub.add_argument("--masks", metavar="FOLDER", type=_path, help=words)
+    sub.add_argument("--out", metavar="FOLDER", type=_path, required=True, help="output folder")
+    side = sub.add_mutually_exclusive_group(required=True)
+    side.add_argument("--fov", type=float, metavar="UM", help="width of each cut in µm, whatever the magnification")
+    side.add_argument("--size", type=int, metavar="PIXELS", help="width of each cut in pixels of the field")
+    words = "value of all that is not the cell; keep leaves it as it is (keep)"
+    sub.add_argument("--background", type=_value_or_keep, metavar="VALUE", help=words)
+    words = "cells that touch the border of the field (leave-out)"
+    sub.add_argument("--border", choices=["leave-out", "keep"], default="leave-out", help=words)
+    words = "leave out smaller cells: µm² with --fov, pixels with --size (0)"
+    sub.add_argument("--min-area", type=float, default=0.0, metavar="AREA", help=words)
+    words = "scale of fields of which neither table nor file says it"
+    sub.add_argument("--um-per-pixel", type=float, metavar="UM", help=words)
+    words = "µm per pixel at a magnification of 1, for a table's column of magnifications"
+    sub.add_argument("--um-per-pixel-at-1x", type=float, metavar="UM", help=words)
+    sub.add_argument("--label", metavar="NAME", help="which of several labels of an OME-Zarr image")
+    sub.add_argument("--z", choices=["middle", "max"], default="middle", help="of several planes (middle)")
+    sub.add_argument("--level", type=int, default=0, metavar="N", help="level of pyramids (0, the largest)")
+    sub.add_argument("--channels", type=int, metavar="N", help="channels, if the files do not name their axes")
+    sub.add_argument("--format", choices=["parquet", "csv"], default="parquet", help="of the table (parquet)")
+
+
+def _value_or_keep(typed: str) -> float | None:
+    try:
+        return None if typed == "keep" else float(typed)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{typed!r} is neither keep nor a number") from None
 
 
 def _sync(commands: _Commands) -> None:

@@ -144,6 +144,18 @@ def _split(args: argparse.Namespace) -> None:
     split(args.table, args.by, args.stratify, args.site, args.parts, args.column, args.seed, args.out)
 
 
+def _cells(args: argparse.Namespace) -> None:
+    from sslcells.data._fields import How
+    from sslcells.delivery.cell_table import Rule
+    from sslcells.delivery.cells import cells
+
+    one_process("cells")
+    rule = Rule(args.fov, args.size, args.background, args.border, args.min_area)
+    how = How(args.z, args.level, args.channels)
+    scale = (args.um_per_pixel, args.um_per_pixel_at_1x)
+    cells(args.images, args.masks, args.out, rule, *scale, args.label, how, args.format)
+
+
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
@@ -155,6 +167,7 @@ _COMMANDS = {
     "search": _search,
     "sources": _sources,
     "split": _split,
+    "cells": _cells,
     "recipes": _recipes,
     "init": _init,
 }

@@ -92,8 +92,8 @@ def _limits(encoder: Encoder, run: Run | None) -> str:
         "For research only: it has not been validated for diagnosis.",
         "The figures hold for images like those above. They say nothing about another stain, microscope, "
         "magnification or preparation: measure on your own images.",
-        f"It was trained at {encoder.size}×{encoder.size} px{_scale(encoder)}; images should show the same field in µm as "
-        f"in training.",
+        f"It was trained at {encoder.size}×{encoder.size} px{_scale(encoder)}; images should show the same field in µm "
+        f"as in training.",
     ]
     data = run.model_dump(mode="json")["data"] if run is not None else {}
     named = data.get("sources") or data.get("source_pattern") or data.get("kind") == "table"  # a table's by their names
