@@ -71,6 +71,16 @@ OUT/cells.parquet with its id, field, centroid, area, box and µm per pixel, and
   sslcells train --config table data.table=cells/cells.parquet data.um_per_pixel=0.5 data.size=40
 """
 
+_PACK = """\
+Decode every image of a data set once, into shards of fixed-size arrays with their table, which training reads many
+times faster than files: data.kind=pack. SOURCE is a folder, a table (CSV, Parquet) or what else data.* names. If it
+is killed, the same command goes on.
+
+  sslcells pack path/to/images --out packs/cells --size 128
+  sslcells pack cells.csv --out packs/cells --size 128 data.path=path/to/images data.sources=donor
+  sslcells train --config pack data.path=packs/cells name=my_cells
+"""
+
 _INIT = """\
 Write launch/ (configurations for accelerate launch), slurm/ (job templates) and an example of a sweep into a folder;
 with --recipes all recipes too. Existing files that differ are kept, and listed.
@@ -97,7 +107,7 @@ def arguments(command: str | None = None, argv: Sequence[str] | None = None) -> 
     parser = argparse.ArgumentParser(prog="sslcells", description="Self-supervised learning for cell images.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    adding = (_train, _evaluate, _compare, _selfcheck, _export, _embed, _search, _sources, _cells, _split)
+    adding = (_train, _evaluate, _compare, _selfcheck, _export, _embed, _search, _sources, _cells, _split, _pack)
     for add in (*adding, _sync, _recipes, _init):
         add(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -268,6 +278,18 @@ def _value_or_keep(typed: str) -> float | None:
         return None if typed == "keep" else float(typed)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{typed!r} is neither keep nor a number") from None
+
+
+def _pack(commands: _Commands) -> None:
+    sub = _command(commands, "pack", "decode a data set once, to train faster", _PACK)
+    sub.add_argument("source", metavar="SOURCE", type=_path, help="folder of images, table, or .npz file")
+    sub.add_argument("overrides", nargs="*", metavar="data.key=value", help="how the data set is read")
+    sub.add_argument("--out", metavar="FOLDER", type=_path, required=True, help="folder for the pack")
+    words = "resize images to this many pixels, or HEIGHTxWIDTH; the same as data.size"
+    sub.add_argument("--size", metavar="N", help=words)
+    sub.add_argument("--config", metavar="RECIPE", type=_path, help=f"read the data set as {_RECIPE} does")
+    sub.add_argument("--shard", type=int, metavar="MIB", help="size of a shard, the most that a kill costs (256)")
+    sub.add_argument("--workers", type=int, metavar="N", help="processes that decode")
 
 
 def _sync(commands: _Commands) -> None:

@@ -156,6 +156,13 @@ def _cells(args: argparse.Namespace) -> None:
     cells(args.images, args.masks, args.out, rule, *scale, args.label, how, args.format)
 
 
+def _pack(args: argparse.Namespace) -> None:
+    from sslcells.delivery.packing import pack
+
+    one_process("pack")
+    pack(args.source, args.out, args.overrides, args.config, args.size, args.shard, args.workers)
+
+
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
@@ -168,6 +175,7 @@ _COMMANDS = {
     "sources": _sources,
     "split": _split,
     "cells": _cells,
+    "pack": _pack,
     "recipes": _recipes,
     "init": _init,
 }

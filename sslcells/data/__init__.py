@@ -5,7 +5,7 @@ A kind is a module with a `Config` and `open_split(config, split) -> ImageSet | 
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,6 +70,8 @@ class ImageSet(ABC):
     """True if the set is small when pickled; then rank 0 opens it for all ranks"""
     channels: int
     """C"""
+    shape: tuple[int, int, int] | None = None
+    """(C, H, W) of every image if `fill` reads many at once; None if images are read one by one"""
     classes: tuple[str, ...]
     """names of the K classes; empty without labels"""
     labels: Tensor
@@ -110,6 +112,15 @@ class ImageSet(ABC):
             DataError: if the image cannot be read; the message names it.
         """
 
+    def fill(self, indices: Sequence[int], out: Tensor) -> None:
+        """Write the images with these indices into `out`, (B, C, H, W) uint8 and contiguous, of the set's `shape`.
+
+        Raises:
+            DataError: like `pixels`; `out` then holds some of them.
+        """
+        for row, index in zip(out, indices, strict=True):
+            row.copy_(self.pixels(index))
+
     def values(self, index: int) -> NDArray[Any]:
         """The raw values of image `index`, in the shape and number type of the file.
 
@@ -147,7 +158,11 @@ def open_splits(config: Section) -> dict[str, ImageSet]:
         return opened if all(images.light for images in opened.values()) else None
 
     shared = ranks.from_main(first)
-    return shared if shared is not None else ranks.together(lambda: opened or _open_splits(config))
+    splits = shared if shared is not None else ranks.together(lambda: opened or _open_splits(config))
+    if getattr(config, "cache", "none") == "none":
+        return splits
+    keep: Callable[..., dict[str, ImageSet]] = importlib.import_module("sslcells.data._cache").cached
+    return keep(splits, config.cache_gib)  # type: ignore[attr-defined]
 
 
 def _open_splits(config: Section) -> dict[str, ImageSet]:
@@ -175,9 +190,13 @@ def open_split(config: Section, split: str) -> ImageSet | None:
 def reading(config: Section | None, size: int) -> dict[str, Any]:
     """How an encoder trained on this data set reads image files: the fields of a Decoder except the channels.
 
-    For a folder or a table, the settings of its training; for other data sets, images are cropped to squares of
-    `size` px.
+    For a folder or a table, the settings of its training; for a pack, those of the data set that was packed; for other
+    data sets, images are cropped to squares of `size` px.
     """
+    if getattr(config, "kind", None) == "pack":
+        how: dict[str, Any] | None = importlib.import_module("sslcells.data.pack").reading_of(config)
+        if how is not None:
+            return how
     if getattr(config, "kind", None) in ("folder", "table") and config is not None:
         said = {"size", "fit", "intensity", "stack", "percentiles", "range", "z", "level"}
         scaled = config.um_per_pixel is not None  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """A split held in memory as one array."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class ArrayImages(ImageSet):
         self._origin = origin
         self.found = Found(where or origin)
         self.channels = images.shape[-1]
+        self.shape = images.shape[3], images.shape[1], images.shape[2]
         self.classes = classes
         self.labels = torch.from_numpy(labels.astype(np.int64))
         self.targets = None if targets is None else torch.from_numpy(targets.astype(np.uint8))
@@ -37,6 +39,10 @@ class ArrayImages(ImageSet):
     def pixels(self, index: int) -> Tensor:
         """Image `index`: (C, H, W) uint8."""
         return torch.from_numpy(self._images[index].transpose(2, 0, 1).copy())
+
+    def fill(self, indices: Sequence[int], out: Tensor) -> None:
+        """Copy images: `out` is (B, C, H, W) uint8."""
+        np.copyto(out.numpy(), self._images[np.asarray(indices, np.int64)].transpose(0, 3, 1, 2))
 
     def name(self, index: int) -> str:
         """The position of the image in its file."""

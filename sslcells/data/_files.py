@@ -65,6 +65,10 @@ class Files(Section):
     """Check at the start: decode every image once (`full`), read only headers, or check nothing."""
     on_error: Literal["stop", "skip"] = "stop"
     """On broken images at the start: stop, or leave them out with a warning."""
+    cache: Literal["none", "ram"] = "none"
+    """`ram` keeps decoded images in memory, shared by all processes of a machine, as far as `cache_gib` goes."""
+    cache_gib: float = Field(4.0, gt=0)
+    """With `cache: ram`: GiB of memory on each machine, for train first; other images are decoded each time."""
 
     @model_validator(mode="after")
     def _channels(self) -> Self:

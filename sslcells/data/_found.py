@@ -28,6 +28,8 @@ class Found:
     """number of files whose size, kind and pages are known"""
     looked: int = 0
     """number of files opened to verify them; the others were verified before"""
+    cache: str = ""
+    """which images are kept in memory; empty if none are"""
     columns: Sequence[str] = ()
     """lines that say how the columns of a table were understood"""
     scales: Sequence[str] = ()

@@ -170,7 +170,7 @@ class _Memory:
             "imagecodecs": importlib.util.find_spec("imagecodecs") is not None,
         }
         name = f"verified-{_digest(repr(sorted(way.items())))}.parquet"
-        self._places = [root / OURS / name, _cache() / _digest(os.path.realpath(root)) / name]
+        self._places = [root / OURS / name, cache_folder(root) / name]
 
     def of(self, listing: Listing) -> list[Header | None]:
         """The remembered header of each unchanged file, from the first place that has an intact Parquet file."""
@@ -189,7 +189,7 @@ class _Memory:
         rows = [
             (os.fsencode(name), size, changed, *header.size, *header[1:])
             for name, size, changed, header in zip(listing.names, listing.sizes, listing.times, headers, strict=True)
-            if header is not None and abs(self._now - changed) > _FRESH
+            if header is not None and not recent(changed, self._now)
         ]
         if not rows:
             return
@@ -233,9 +233,15 @@ def _forget(folder: Path) -> None:
             old.unlink(missing_ok=True)
 
 
-def _cache() -> Path:
+def cache_folder(root: Path) -> Path:
+    """The place in the user's cache folder for what is remembered of a folder that cannot be written."""
     given = os.environ.get("XDG_CACHE_HOME")
-    return values.place(given or "~/.cache") / "sslcells"
+    return values.place(given or "~/.cache") / "sslcells" / _digest(os.path.realpath(root))
+
+
+def recent(changed: int, now: int | None = None) -> bool:
+    """True if a file of this time of change, in nanoseconds, may change again with the same time stamp."""
+    return abs((time.time_ns() if now is None else now) - changed) <= _FRESH
 
 
 def _digest(text: str) -> str:

@@ -41,6 +41,7 @@ def brief(splits: Mapping[str, ImageSet]) -> str:
         if images.found is not None:
             ignored = {kind: n for kind, (n, _) in images.found.ignored.items()}
             ignored |= {"broken": len(images.found.broken)} if images.found.broken else {}
+            parts += [images.found.cache] if images.found.cache else []
             if ignored:
                 parts.append("left out " + ", ".join(f"{n:,} × {kind}" for kind, n in ignored.items()))
         out.append(", ".join(parts))
@@ -73,7 +74,8 @@ def _split(name: str, images: ImageSet) -> list[str]:
     columns = found.columns if found is not None else []
     scales = found.scales if found is not None else []
     known = [_labels(images), _sources(images), _sites(images), *scales]
-    lines = [*columns, *known, *_files(images, found), _values(images), read, *_left_out(found)]
+    cache = f"cache: {found.cache}" if found is not None and found.cache else ""
+    lines = [*columns, *known, *_files(images, found), _values(images), read, cache, *_left_out(found)]
     where = f" of {found.where}" if found is not None else f", such as {images.name(0)}"
     return [f"  {name}: {_plural(len(images), 'image')}{where}", *(f"    {line}" for line in lines if line)]
 

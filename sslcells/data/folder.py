@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,6 +19,7 @@ from sslcells.data._files import Files, one_group, verify
 from sslcells.data._found import Clock, Found
 from sslcells.data._labs import LabFolder, class_in, lab_names, labs_of
 from sslcells.data._names import check_classes
+from sslcells.data._packed import Packed
 from sslcells.data._patterns import Patterns, checked
 from sslcells.data._planes import file_of, images_of, to_look_at
 from sslcells.data._scales import Scales, unknown
@@ -107,7 +108,7 @@ class FolderImages(ImageSet):
     ) -> None:
         """`scales`: (N,) µm per pixel of each file, NaN where only the file says it."""
         self._root = str(root)
-        self._names = _Packed(names)
+        self._names = Packed(names)
         self._decoder = decoder
         self.channels = decoder.channels
         self.classes = classes
@@ -326,15 +327,3 @@ def _sources_file(given: str, root: Path) -> Path:
             return file
     near = nearest(Path(given).name, sorted(file.name for file in root.glob("*.csv")))
     raise ConfigError(f"data.sources={given!r}: no such file, neither here nor in {root}{near}")
-
-
-class _Packed:
-    """Strings in one bytes object: cheap to send to workers, and forked workers do not copy it."""
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        encoded = [os.fsencode(s) for s in strings]
-        self._bytes = b"".join(encoded)
-        self._ends = np.fromiter(accumulate(map(len, encoded), initial=0), np.int64, len(encoded) + 1)
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])

@@ -13,8 +13,9 @@ from sslcells.storage import is_file, json_text, write_atomically
 
 FILE = "trained_on.json.gz"
 """In a run's folder: names, labels and sources of the images that it trains on, and the names of the classes."""
-PATHS = {"data.path", "data.root", "data.sources", "data.table"}
-"""Keys that may change when a run resumes: paths only, as the images and sources themselves are compared."""
+PATHS = {"data.path", "data.root", "data.sources", "data.table", "data.verify", "data.on_error"}
+PATHS |= {"data.cache", "data.cache_gib"}
+"""Keys that may change when a run resumes: paths, checks and the cache; the images and sources are compared."""
 
 
 def record(folder: Path, images: ImageSet) -> None:

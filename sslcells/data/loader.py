@@ -4,7 +4,7 @@ import shutil
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,17 +16,25 @@ from sslcells.data import Batch, DataError, ImageSet, Pick
 T = TypeVar("T")
 
 
-Sample = tuple[Tensor, int, int, int, int, int]
-
-
 class Unread(NamedTuple):
     """An image that cannot be read."""
 
-    image: int
+    at: int
+    """its position in the batch"""
     error: DataError
 
 
-class _Samples(Dataset[Sample | Unread]):
+class _Read(NamedTuple):
+    """The images of a batch, as they were read."""
+
+    ids: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    """of all of them, in order: label, image, source, laboratory, occurrence, (B,) int64 each"""
+    pixels: Tensor | list[Tensor]
+    """of those that could be read"""
+    unread: list[Unread]
+
+
+class _Images(Dataset[_Read]):
     """An image set for torch's data loader. An error is returned, not raised: the main process raises or lists it."""
 
     def __init__(self, images: ImageSet) -> None:
@@ -35,25 +43,34 @@ class _Samples(Dataset[Sample | Unread]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, pick: Pick) -> Sample | Unread:
-        index, occurrence = pick
-        try:
-            pixels = self._images.pixels(index)
-        except DataError as error:
-            return Unread(index, error)
+    def __getitems__(self, picks: Sequence[Pick]) -> _Read:
+        """The images of one batch."""
+        image, occurrence = (torch.tensor(ids, dtype=torch.int64) for ids in zip(*picks, strict=True))
         images = self._images
-        ids = int(images.labels[index]), index, int(images.sources[index]), images.lab(index)
-        return pixels, *ids, occurrence
+        labs = torch.zeros_like(image) if images.labs is None else images.labs[image]
+        ids = images.labels[image], image, images.sources[image], labs, occurrence
+        indices: list[int] = image.tolist()
+        if images.shape is not None:
+            with suppress(DataError):  # then one by one, to find out which image it is
+                pixels = torch.empty(len(indices), *images.shape, dtype=torch.uint8)
+                if (error := _share_memory([pixels])) is not None:
+                    return _Read(ids, [], [Unread(0, error)])
+                images.fill(indices, pixels)
+                return _Read(ids, pixels, [])
+        read: list[Tensor] = []
+        unread: list[Unread] = []
+        for at, index in enumerate(indices):
+            try:
+                read.append(images.pixels(index))
+            except DataError as error:
+                unread.append(Unread(at, error))
+        return _Read(ids, read, unread)
 
 
-def _collate(samples: Sequence[Sample | Unread]) -> Batch | DataError:
-    good: list[Sample] = []
-    for sample in samples:
-        if isinstance(sample, Unread):
-            return sample.error
-        good.append(sample)
-    pixels, *ids = zip(*good, strict=True)
-    batch = Batch(torch.stack(pixels), *(torch.tensor(i, dtype=torch.int64) for i in ids))
+def _collate(read: _Read) -> Batch | DataError:
+    if read.unread:
+        return read.unread[0].error
+    batch = Batch(read.pixels if isinstance(read.pixels, Tensor) else torch.stack(read.pixels), *read.ids)
     return _share_memory(batch) or batch
 
 
@@ -177,14 +194,16 @@ def read_readable(
         yield Readable(*batch)
 
 
-def _collate_readable(samples: Sequence[Sample | Unread]) -> Readable | DataError:
-    pixels = [sample[0] for sample in samples if not isinstance(sample, Unread)]
-    image = [sample[2] for sample in samples if not isinstance(sample, Unread)]
-    unreadable = [(sample.image, str(sample.error)) for sample in samples if isinstance(sample, Unread)]
-    one_size = len({x.shape for x in pixels}) == 1
-    read = torch.stack(pixels) if one_size else pixels
-    error = _share_memory([read] if isinstance(read, Tensor) else read)
-    return error or Readable(len(samples), image, read, unreadable)
+def _collate_readable(read: _Read) -> Readable | DataError:
+    lost = {one.at for one in read.unread}
+    indices: list[int] = read.ids[1].tolist()
+    pixels = read.pixels
+    if not isinstance(pixels, Tensor) and len({x.shape for x in pixels}) == 1:
+        pixels = torch.stack(pixels)
+    error = _share_memory([pixels] if isinstance(pixels, Tensor) else pixels)
+    unreadable = [(indices[one.at], str(one.error)) for one in read.unread]
+    image = [index for at, index in enumerate(indices) if at not in lost]
+    return error or Readable(len(indices), image, pixels, unreadable)
 
 
 def _loaded(
@@ -192,15 +211,15 @@ def _loaded(
     batches: Sampler[list[Pick]],
     workers: int,
     pin_memory: bool,
-    collate: Callable[[Sequence[Sample | Unread]], Any],
+    collate: Callable[[_Read], Any],
     together: int = 1,
 ) -> Iterator[Any]:
     """The result of `collate` for each batch."""
-    loader: DataLoader[Sample | Unread] = DataLoader(
-        _Samples(images),
+    loader: DataLoader[_Read] = DataLoader(
+        _Images(images),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=collate,  # type: ignore[arg-type]
         worker_init_fn=start_worker,
         pin_memory=pin_memory,
         prefetch_factor=ahead(_bytes(images, batches), workers, together) if workers else None,

@@ -1,7 +1,9 @@
 """A part of a split that is used like a whole split: few labels, or few images of the rare classes."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,6 +18,7 @@ class Subset(ImageSet):
     def __init__(self, images: ImageSet, index: Tensor, about: str = "") -> None:
         self._images, self._index, self.about = images, index.numpy(), about
         self.light, self.channels, self.classes = images.light, images.channels, images.classes
+        self.shape = images.shape
         self.labels, self.sources = images.labels[index], images.sources[index]
         self.targets = None if images.targets is None else images.targets[index]
         self.labs, self.lab_names = None if images.labs is None else images.labs[index], images.lab_names
@@ -24,6 +27,10 @@ class Subset(ImageSet):
     def pixels(self, index: int) -> Tensor:
         """Image `index` of the part: (C, H, W) uint8."""
         return self._images.pixels(int(self._index[index]))
+
+    def fill(self, indices: Sequence[int], out: Tensor) -> None:
+        """Write images of the part into `out`: (B, C, H, W) uint8."""
+        self._images.fill(self._index[np.asarray(indices, np.int64)].tolist(), out)
 
     def values(self, index: int) -> NDArray[Any]:
         """The raw values of image `index`."""

@@ -11,6 +11,7 @@ import torch
 from sslcells import launcher, ranks
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import ImageSet, listing
+from sslcells.data.pack import source_of
 from sslcells.errors import TrainingError
 from sslcells.run import checkpoint
 from sslcells.run.interrupt import Stopped
@@ -121,7 +122,9 @@ def changed(run: Run, may_change: Collection[str] = ()) -> list[str]:
 
     `may_change` are keys that may change besides MAY_CHANGE.
     """
-    before, now = load(str(run.folder / "config.yaml")).model_dump(mode="json"), run.model_dump(mode="json")
+    before, now = (
+        of.model_dump(mode="json") | {"data": source_of(of.data)} for of in (load(str(run.folder / "config.yaml")), run)
+    )
     different = [
         f"{section}.{key}: {before[section].get(key)!r} → {now[section].get(key)!r}"
         for section in now
