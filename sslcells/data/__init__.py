@@ -95,10 +95,6 @@ class ImageSet(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def lab(self, index: int) -> int:
-        """The laboratory of image `index`, as in `labs`; 0 if unknown."""
-        return 0 if self.labs is None else int(self.labs[index])
-
     @property
     def labelled(self) -> bool:
         """True if there are labels of at least two classes."""

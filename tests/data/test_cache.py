@@ -47,7 +47,7 @@ def decoded(monkeypatch):
     """Names of the files that this process decodes."""
     seen = []
     plain = Decoder.__call__
-    monkeypatch.setattr(Decoder, "__call__", lambda self, file: seen.append(file) or plain(self, file))
+    monkeypatch.setattr(Decoder, "__call__", lambda self, file, *um: seen.append(file) or plain(self, file, *um))
     return seen
 
 
