@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from sslcells import __version__, commandline, launcher, models, ranks, values
-from sslcells.augment import Augment
+from sslcells import __version__, commandline, inputs, launcher, ranks, values
 from sslcells.config import PLUGINS, ConfigError, Run, load, validated
 from sslcells.data import ImageSet
 from sslcells.data.subset import labelled_part
@@ -31,6 +30,7 @@ from sslcells.plan import open_run
 from sslcells.run.folder import changed
 from sslcells.run.metrics import read_metrics
 from sslcells.run.state import trained
+from sslcells.standardise import standard_of
 from sslcells.storage import is_file, json_text
 from sslcells.train import train
 
@@ -201,7 +201,7 @@ def carry_out(
     out = []
     for part in parts:
         run, images = part.run, splits["train"]
-        augment = Augment(run.augment, *models.normalisation(run.model, images.channels))
+        augment = inputs.augment(run, images, standard_of(inputs.read(run.folder)))
         found = predict(trained(run, run.folder, images, device), splits[split], run, augment, device)
         assert found is not None, "the split's labels were checked before"
         if ranks.rank() == 0:

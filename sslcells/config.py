@@ -123,6 +123,39 @@ class Recipe(Section):
     """Height and width in pixels, of views during training and of images during evaluation."""
 
 
+class Standardise(Section):
+    """Input that laboratories have in common: colours, and the cell's size and place; fitted to train, without labels.
+
+    It is part of the encoder: training, figures, embed, search and export prepare images alike.
+    """
+
+    colour: Literal["none", "background", "two_point", "reinhard", "macenko", "percentiles"] = "none"
+    """`background`: the background becomes white, or black in fluorescence. `two_point`: also the mean density of
+    the nucleus becomes that of train. `reinhard` gives an image the colour statistics of train, `macenko` its
+    two dyes. `percentiles`: the 0.1 and 99.9 percentiles of each channel become 0 and 1."""
+    scale: Literal["none", "nucleus"] = "none"
+    """`nucleus` magnifies the cell so that its nucleus has `diameter`."""
+    diameter: float = Field(0.4, ge=0.05, le=0.9)
+    """With scale=nucleus: diameter of the disc with the nucleus's area, as a fraction of the image's shorter side."""
+    centre: bool = False
+    """Move the nucleus to the middle of the image."""
+    outside: Literal["keep", "blank"] = "keep"
+    """What surrounds the cell in the middle; `blank` replaces it by the colour of the background."""
+    stain: Literal["giemsa", "haematoxylin-eosin", "dark", "bright"] = "giemsa"
+    """How the nucleus is found: by the first dye of a stain, as the darkest part, or (fluorescence) the brightest."""
+
+    @property
+    def active(self) -> bool:
+        """True if it changes images."""
+        return self.colour != "none" or self.scale != "none" or self.centre or self.outside != "keep"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.stain == "bright" and self.colour in ("reinhard", "macenko"):
+            raise ValueError(f"colour={self.colour} is for light that dyes absorb; stain=bright says fluorescence")
+        return self
+
+
 class Model(Section):
     """The encoder: a backbone from timm."""
 
@@ -311,6 +344,7 @@ class Run(Section):
     resume: Literal["auto", "never"] = "auto"
     """`auto` resumes from the newest complete checkpoint in the run's folder; `never` refuses a folder that has one."""
     data: Annotated[SerializeAsAny[Section], chosen("data")]
+    standardise: Standardise = Standardise()
     augment: Annotated[SerializeAsAny[Recipe], chosen("augment")]
     model: Model = Model()
     method: Annotated[SerializeAsAny[Section], chosen("method")]

@@ -13,7 +13,7 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from sslcells import __version__, commandline, launcher, methods, models, ranks
+from sslcells import __version__, commandline, inputs, launcher, methods, ranks
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, installed, load
 from sslcells.data import ImageSet, holdout, open_splits
@@ -32,6 +32,7 @@ from sslcells.run import checkpoint, wandb_sync
 from sslcells.run.metrics import METRICS, note_steps, read_metrics
 from sslcells.run.progress import Bars, bars
 from sslcells.run.state import trained
+from sslcells.standardise import standard_of
 from sslcells.storage import is_file, json_text
 
 RESULTS, REPORT = "evaluation.json", "report.html"
@@ -73,7 +74,8 @@ def measured(
     encoder, spec = ranks.together(lambda: _encoder(folder, run, splits["train"].channels))
     console = Console(highlight=False, quiet=ranks.rank() > 0)
     with bars(console) as bar:
-        encoded = Encoded(run, encoder.to(device), splits, device, bar)
+        augment = inputs.augment(run, splits["train"], standard_of(spec.get("standardise")))
+        encoded = Encoded(run, encoder.to(device), augment, splits, device, bar)
         predictions, why_not = _predictions(run, folder, splits, encoded.augment, device, bar)
     if ranks.rank() > 0:
         return {}, []
@@ -124,10 +126,16 @@ class Encoded:
     """Everything that needs the images and the encoder; every rank computes it together and gets all of it."""
 
     def __init__(
-        self, run: Run, encoder: nn.Module, splits: Mapping[str, ImageSet], device: torch.device, bar: Bars
+        self,
+        run: Run,
+        encoder: nn.Module,
+        augment: Augment,
+        splits: Mapping[str, ImageSet],
+        device: torch.device,
+        bar: Bars,
     ) -> None:
         self._run, self._encoder, self._device, self._bar = run, encoder, device, bar
-        self.augment = Augment(run.augment, *models.normalisation(run.model, splits["train"].channels))
+        self.augment = augment
         self.by_split = {split: self._split_features(images, split) for split, images in splits.items()}
         train, most = splits["train"], run.evaluate.max_images
         few = spread(len(train), min(COPIES, most or COPIES))
@@ -216,7 +224,9 @@ def _run(folder: Path, overrides: Sequence[str]) -> Run:
     config = folder / "config.yaml"
     if not is_file(config):
         raise ConfigError(f"{folder} holds no config.yaml: is it a run's folder?")
-    fixed = [o for o in overrides if o.split("=")[0].split(".")[0] in ("model", "method", "augment", "optim")]
+    fixed = [
+        o for o in overrides if o.split("=")[0].split(".")[0] in ("model", "method", "augment", "standardise", "optim")
+    ]
     if fixed:
         raise ConfigError(
             f"{', '.join(fixed)}: the encoder is already trained; only data.*, evaluate.*, train.* and seed can change"

@@ -2,13 +2,13 @@
 
 import torch
 
-from sslcells import learner, models, optim
-from sslcells.augment import Augment
+from sslcells import inputs, learner, models, optim
 from sslcells.config import ConfigError, Run, check_tracker
 from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.describe import describe
 from sslcells.data.holdout import hold_out, summary
 from sslcells.data.subset import labelled_part
+from sslcells.standardise import standard_of
 
 
 def open_run(run: Run) -> dict[str, ImageSet]:
@@ -81,12 +81,13 @@ def consequences(run: Run, world: int) -> str:
     plan = Plan(run, len(images), world)
     sampling = sampler.build(run.sampler, images, plan.global_batch, run.seed)
     optim.check(run.optim)
+    standard = standard_of(inputs.measured(run, images))
     model, train = run.model.model_copy(update={"pretrained": False}), run.train.model_copy(update={"compile": False})
     net = learner.build(run.model_copy(update={"model": model, "train": train}), images, sync_batchnorm=False)
     encoder, method = net.backbone, net.method
     features = models.width(encoder, images.channels, run.augment.size, config=run.model)
     if method.local:
-        augment = Augment(run.augment, *models.normalisation(run.model, images.channels))
+        augment = inputs.augment(run, images, standard)
         augment.local(method.local.size, method.local.scale)  # which not every recipe has
     learner.check_rows(encoder, method, run, images.channels, plan.micro_batch, world)
     anchors, references = plan.batch * method.views, plan.global_batch * method.views
@@ -105,6 +106,7 @@ def consequences(run: Run, world: int) -> str:
     return "\n".join(
         [
             describe(splits),
+            *([inputs.summary(standard)] if standard is not None else []),
             f"images: {', '.join(f'{name} {len(s)}' for name, s in splits.items())}; "
             + (f"{len(images.classes)} classes" if images.classes else "no labels"),
             summary(splits, run.evaluate.holdout),

@@ -13,8 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sslcells import __version__, commandline, launcher, learner, micro_batch, models, optim, ranks
-from sslcells.augment import Augment
+from sslcells import __version__, commandline, inputs, launcher, learner, micro_batch, optim, ranks
 from sslcells.commandline import one_process
 from sslcells.config import Run, dump, load
 from sslcells.data import Batch, ImageSet, holdout, reading, sampler
@@ -33,6 +32,7 @@ from sslcells.run.meter import Meter, Start
 from sslcells.run.metrics import read_metrics
 from sslcells.run.state import State
 from sslcells.run.tracking import Log
+from sslcells.standardise import Standard
 
 T = TypeVar("T")
 Watch = Callable[[str, Tensor], None]
@@ -82,7 +82,8 @@ def _steps(
     learner.check_rows(net.backbone, method, run, images.channels, plan.micro_batch, world)
     network, optimizer = accelerator.prepare(net, optim.build(run.optim, net, net.backbone))
     method.repeated = sampling.repeats
-    augment = Augment(run.augment, *models.normalisation(run.model, images.channels))
+    standard = inputs.prepared(run, images, resumes=claim.checkpoint is not None)
+    augment = inputs.augment(run, images, standard)
     augment_local = augment.local(method.local.size, method.local.scale) if method.local else None
     evaluation = Evaluation(run, splits, augment, device)
     state = State(net, optimizer, accelerator.scaler, Meter(run, plan, device, scaled=accelerator.scaler is not None))
@@ -93,7 +94,7 @@ def _steps(
         state.load(claim.checkpoint)
     log = Log(run, plan.steps, state.step, accelerator)
     writer = checkpoint.Writer(run.folder / "checkpoints", run.checkpoint.keep, log.say)
-    _introduce(log, run, plan, splits, state, accelerator)
+    _introduce(log, run, plan, splits, state, accelerator, standard)
     start.lap("checkpoint" if state.step else "building")
     if state.step == 0:
         log.metrics(0, 0.0, _measured(state, lambda: evaluation.first_figures(net)))
@@ -158,11 +159,17 @@ def _steps(
                 state.save(writer)
         if state.step < plan.steps:
             _stop(run, state, writer, log, interrupt.received)
-        _finish(run, splits, state, writer, log, evaluation)
+        _finish(run, splits, state, writer, log, evaluation, standard)
 
 
 def _introduce(
-    log: Log, run: Run, plan: Plan, splits: Mapping[str, ImageSet], state: State, accelerator: Accelerator
+    log: Log,
+    run: Run,
+    plan: Plan,
+    splits: Mapping[str, ImageSet],
+    state: State,
+    accelerator: Accelerator,
+    standard: Standard | None,
 ) -> None:
     """The first lines of the log: ranks, device, folder and data."""
     negatives = state.learner.method.negatives(plan.global_batch)
@@ -172,6 +179,8 @@ def _introduce(
         log.say(warning)
     log.say(f"{run.folder}: {f'resuming after step {state.step}' if state.step else f'{plan.steps} steps'}")
     log.say(brief(splits))
+    if standard is not None:
+        log.say(inputs.summary(standard))
 
 
 def _measured(state: State, compute: Callable[[], T]) -> T:
@@ -198,7 +207,13 @@ def _stop(run: Run, state: State, writer: checkpoint.Writer, log: Log, number: i
 
 
 def _finish(
-    run: Run, splits: Mapping[str, ImageSet], state: State, writer: checkpoint.Writer, log: Log, evaluation: Evaluation
+    run: Run,
+    splits: Mapping[str, ImageSet],
+    state: State,
+    writer: checkpoint.Writer,
+    log: Log,
+    evaluation: Evaluation,
+    standard: Standard | None,
 ) -> None:
     """The last pictures, a classifier's predictions of val, and the encoder on its own."""
     net, main = state.learner, ranks.rank() == 0
@@ -211,7 +226,8 @@ def _finish(
         if predictions is not None:
             predictions.write(run.folder, "val")
         size, channels = run.augment.size, splits["train"].channels
-        files.export(net.encoder, run.model, channels, size, run.folder, reading(run.data, size))
+        spec = None if standard is None else standard.spec
+        files.export(net.encoder, run.model, channels, size, run.folder, reading(run.data, size), spec)
     log.pictures(state.step, drawn)
     log.say(f"{run.folder}: {files.WEIGHTS}, {files.SPEC}, metrics.jsonl, plots/")
     log.close()

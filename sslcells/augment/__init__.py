@@ -13,13 +13,16 @@ from torch.nn import functional as F
 from sslcells.augment._draws import Draws as Draws
 from sslcells.augment._stain import StainJitter as StainJitter
 from sslcells.config import ConfigError, Recipe
+from sslcells.standardise import Standard
 
 
 class Augment:
     """Applies a recipe: one call makes all views of a batch, with separate random numbers for every view and image."""
 
-    def __init__(self, config: Recipe, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.config = config
+    def __init__(
+        self, config: Recipe, mean: Sequence[float], std: Sequence[float], standard: Standard | None = None
+    ) -> None:
+        self.config, self._standard = config, standard
         self._views = importlib.import_module(f"sslcells.augment.{config.recipe}").views  # type: ignore[attr-defined]
         self.normalisation = tuple(mean), tuple(std)
         self._mean = torch.tensor(mean)[:, None, None]
@@ -43,7 +46,7 @@ class Augment:
         batch repeats it; never on the rank, the rank's batch, or earlier calls. View numbers start at `first`.
         """
         draws = Draws(seed, step, image, views, first, occurrence)
-        x = (pixels.float() / 255).repeat(views, 1, 1, 1)
+        x = self._standardised(pixels).repeat(views, 1, 1, 1)
         return self._normalised(self._views(self.config, x, draws))
 
     def local(self, size: int, scale: tuple[float, float]) -> "Augment":
@@ -55,12 +58,16 @@ class Augment:
         if "max_scale" not in type(self.config).model_fields:
             raise ConfigError(f"augment.recipe={self.config.recipe}: it has no crops, which local views need")  # type: ignore[attr-defined]
         changes = {"size": size, "min_scale": scale[0], "max_scale": scale[1]}
-        return Augment(self.config.model_copy(update=changes), *self.normalisation)
+        return Augment(self.config.model_copy(update=changes), *self.normalisation, self._standard)
 
     @torch.no_grad()
     def plain(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 → (B, C, S, S) float32: resized and normalised, without augmentation."""
-        return self._normalised(resized(pixels.float() / 255, self.config.size))
+        """(B, C, H, W) uint8 → (B, C, S, S) float32: standardised, resized and normalised, without augmentation."""
+        return self._normalised(resized(self._standardised(pixels), self.config.size))
+
+    def _standardised(self, pixels: Tensor) -> Tensor:
+        x = pixels.float() / 255
+        return x if self._standard is None else self._standard(x)
 
     def _normalised(self, x: Tensor) -> Tensor:
         self._mean, self._std = self._mean.to(x.device), self._std.to(x.device)

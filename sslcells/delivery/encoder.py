@@ -18,6 +18,7 @@ from sslcells.data.folder import expanded, list_images, nearest_folder
 from sslcells.data.loader import Readable
 from sslcells.evaluation.encode import check_finite, encode_batches, eval_mode
 from sslcells.models import files, width
+from sslcells.standardise import standard_of
 from sslcells.storage import is_file, is_folder
 from sslcells.values import place
 
@@ -27,7 +28,7 @@ Pictures = Picture | Sequence[Picture]
 
 
 class Encoder(nn.Module):
-    """Images of any size → features (N, F) float32; images are resized and normalised as in training.
+    """Images of any size → features (N, F) float32; images are standardised, resized and normalised as in training.
 
     `backbone` is the bare network, which takes what `prepare` returns. Gradients flow; `sslcells.embed` computes none.
     """
@@ -48,6 +49,8 @@ class Encoder(nn.Module):
         """reads files and PIL images; None if the channels are neither grey nor RGB, nor those of a stack of files"""
         self.digest = digest
         """equal for equal weights and preprocessing"""
+        self.standard = standard_of(spec.get("standardise"))
+        """brings images to what the encoder learned with; None if it takes them as they are"""
         self.register_buffer("mean", torch.tensor(spec["mean"])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(spec["std"])[:, None, None], persistent=False)
 
@@ -61,7 +64,7 @@ class Encoder(nn.Module):
         return features
 
     def prepare(self, images: Pictures) -> Tensor:
-        """Images → (N, C, S, S) float32, resized and normalised, on the encoder's device.
+        """Images → (N, C, S, S) float32, standardised, resized and normalised, on the encoder's device.
 
         Raises:
             ValueError: as `forward`.
@@ -127,6 +130,8 @@ class Encoder(nn.Module):
                 )
         else:
             raise ValueError(f"images are uint8 or float in 0..1, not {pixels.dtype}")
+        if self.standard is not None:
+            x = self.standard(x)
         return (resized(x, self.size) - self.mean) / self.std
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sslcells import models
 from sslcells.augment import resized
@@ -21,6 +22,7 @@ from sslcells.delivery import DeliveryError, standalone
 from sslcells.delivery.card import card
 from sslcells.delivery.encoder import Encoder, find_run, load_encoder
 from sslcells.models import files
+from sslcells.standardise import cell, standard
 from sslcells.storage import json_text
 from sslcells.values import place
 
@@ -47,29 +49,36 @@ class Check(NamedTuple):
 
 
 class FromPixels(nn.Module):
-    """(N, C, S, S) uint8 → (N, F) float32: the normalisation is part of the network, so that nobody can forget it."""
+    """(N, C, H, W) uint8 → (N, F) float32: the preparation is part of the network, so that nobody can forget it.
+
+    H and W are S, the encoder's size; where it standardises, the size that files are read at: see `sides`.
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.backbone = encoder.backbone
+        self.backbone, self.standard, self.size = encoder.backbone, encoder.standard, encoder.size
         self.register_buffer("mean", encoder.mean.clone())
         self.register_buffer("std", encoder.std.clone())
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, C, S, S) uint8 → (N, F)."""
-        out: Tensor = self.backbone((pixels.float() / 255 - self.mean) / self.std)
+        """(N, C, H, W) uint8 → (N, F)."""
+        x = pixels.float() / 255
+        if self.standard is not None:
+            x = resized(self.standard(x), self.size)
+        out: Tensor = self.backbone((x - self.mean) / self.std)
         return out
 
 
 def export(run: str, to: str | None = None, onnx: bool | None = None, say: Callable[[str], None] = print) -> Path:
     """Write a run's encoder to a folder to share, RUN/export unless `to` names another, and return the folder.
 
-    encoder.safetensors and encoder.json (timm), load.py (what timm has no argument for), encoder.pt2 (torch.export),
-    encoder.onnx, README.md (the model card). Files are written atomically. A form that cannot be made is left
-    out with a message that says what would help. ONNX is required if `onnx` is true, and left out if it is false.
+    encoder.safetensors and encoder.json (timm), load.py (what timm has no argument for), standard.py and cell.py if
+    images are standardised, encoder.pt2 (torch.export), encoder.onnx, README.md (the model card). Files are written
+    atomically. A form that cannot be made is left out with a message that says what would help. ONNX is required if
+    `onnx` is true, and left out if it is false.
 
     Raises:
         ConfigError: if there is no such run.
@@ -117,6 +126,8 @@ def _write(
     (out / files.SPEC).write_text(json_text(spec, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(folder / files.WEIGHTS, out / files.WEIGHTS)
     shutil.copyfile(standalone.__file__, out / "load.py")
+    if encoder.standard is not None:
+        _write_standard(out)
     if spec["timm"]["model_name"] == "small_cnn":
         (out / "small_cnn.py").write_text(inspect.getsource(models.small_cnn), encoding="utf-8")
     network = FromPixels(encoder).eval()
@@ -140,21 +151,37 @@ def _write(
     return left_out
 
 
+def _write_standard(out: Path) -> None:
+    """The two modules that standardise images, to be imported without sslcells."""
+    for module in (cell, standard):
+        text = inspect.getsource(module).replace("from sslcells.standardise.cell import", "from cell import")
+        (out / f"{module.__name__.rpartition('.')[2]}.py").write_text(text, encoding="utf-8")
+
+
+def sides(encoder: Encoder) -> tuple[int, int]:
+    """Height and width of the pixels that the exported programs take."""
+    if encoder.standard is None or encoder.reading["size"] is None:
+        return encoder.size, encoder.size
+    height, width = encoder.reading["size"]
+    return int(height), int(width)
+
+
 def noise(encoder: Encoder, count: int) -> Tensor:
-    """(count, C, S, S) uint8."""
-    shape = count, encoder.channels, encoder.size, encoder.size
+    """(count, C, H, W) uint8, of the size that the exported programs take."""
+    shape = count, encoder.channels, *sides(encoder)
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def drawn(encoder: Encoder, count: int) -> Tensor:
-    """(count, C, S, S) uint8: drawn cells at the encoder's size, in grey if it does not take RGB."""
+    """(count, C, H, W) uint8: drawn cells, in grey if the encoder does not take RGB."""
     side = min(max(encoder.size, 16), 1024)
     cells = synthetic.open_split(synthetic.Config(size=side, train=count), "train")
     assert cells is not None
     x = torch.stack([cells.pixels(i) for i in range(count)]).float() / 255
     if encoder.channels != 3:
         x = x.mean(1, keepdim=True).expand(-1, encoder.channels, -1, -1)
-    return (resized(x, encoder.size) * 255).round().clamp(0, 255).to(torch.uint8)
+    x = F.interpolate(x, sides(encoder), mode="bilinear", antialias=True, align_corners=False)
+    return (x * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()

@@ -43,9 +43,12 @@ def load(folder: Path = HERE) -> nn.Module:
 
 
 def prepare(pixels: Tensor, folder: Path = HERE) -> Tensor:
-    """(N, C, H, W) uint8 → (N, C, size, size) float32: resized and normalised, as in training."""
+    """(N, C, H, W) uint8 → (N, C, size, size) float32: standardised, resized and normalised, as in training."""
     spec = specification(folder)
     x, size = pixels.float() / 255, spec["size"]
+    if spec.get("standardise") is not None:
+        sys.path.insert(0, str(folder))
+        x = importlib.import_module("standard").Standard(spec["standardise"])(x)
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
     mean, std = (torch.tensor(spec[key], device=x.device)[:, None, None] for key in ("mean", "std"))

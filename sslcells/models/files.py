@@ -27,10 +27,12 @@ def export(
     size: int,
     folder: Path,
     reading: Mapping[str, Any] | None = None,
+    standardise: Mapping[str, Any] | None = None,
 ) -> None:
     """Write encoder.safetensors and encoder.json: what images it takes, and how to make it again.
 
     `reading` says how files became the pixels it learned from: a decoder's fields without `channels`.
+    `standardise` is the `spec` of a Standard; None if images are taken as they are.
 
     `timm.create_model(**spec["timm"], checkpoint_path="encoder.safetensors")` loads it; with stem "small", which timm
     has no argument for, the stem is replaced first, as `load` does.
@@ -47,6 +49,7 @@ def export(
         "mean": mean,
         "std": std,
         "reading": reading,
+        "standardise": standardise,
         "timm_version": timm.__version__,
     }
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}

@@ -1,0 +1,248 @@
+"""Standardised input: each image's colours, and its cell's size and place, brought to a reference. Needs torch alone.
+
+What is measured in an image is a row of numbers. With `by: lab` the median row of a laboratory stands for each of its
+images. The reference is the median row of the training images. `sslcells export` writes this file beside load.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sslcells.standardise.cell import Cell, at_rank, background_of, density, find, reduced
+
+ZOOM = 2.5
+"""a cell is magnified or shrunk by at most this factor"""
+GAIN = 4.0
+"""a density is multiplied or divided by at most this factor"""
+RUDERMAN = ((0.3811, 0.5783, 0.0402), (0.1967, 0.7244, 0.0782), (0.0241, 0.1288, 0.8444))
+"""RGB → LMS, as in Reinhard et al. 2001, eq. 4"""
+OPPONENT = ((3**-0.5, 3**-0.5, 3**-0.5), (6**-0.5, 6**-0.5, -2 * 6**-0.5), (2**-0.5, -(2**-0.5), 0.0))
+"""log LMS → lαβ, eq. 6"""
+
+
+class Found(NamedTuple):
+    """N standardised images and where their cells are."""
+
+    x: Tensor
+    """(N, C, H, W) float in 0..1"""
+    cell: Tensor | None
+    """(N, 1, H, W) float in 0..1: 1 inside the cell; None if nothing asked for it"""
+    failed: Tensor
+    """(N,) bool: no nucleus was found, or no two dyes: size, place and density were left as they were"""
+
+
+class Standard(nn.Module):
+    """Images (N, C, H, W) float in 0..1 → the same, standardised as `spec` says, each image by itself.
+
+    `spec` has the fields of the section `standardise`, and what `fit` measured: `reference`, and `labs`.
+    """
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.spec = dict(spec)
+        self.colour: str = spec["colour"]
+        self.stain: str = spec["stain"]
+        self._moves = spec["scale"] == "nucleus" or spec["centre"]
+        self._blank = spec["outside"] == "blank"
+        self.needs_cell = self._moves or self._blank or self.colour == "two_point"
+        self.does_something = self.needs_cell or self.colour != "none"
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) → the same; with `rows` (N, P), as `measure` gives them, in place of each image's own."""
+        return self.found(x, rows).x
+
+    def found(self, x: Tensor, rows: Tensor | None = None, cell: bool = False) -> Found:
+        """The images, with the outlines of their cells if `cell` is true or the standardisation needs them."""
+        if not (self.does_something or cell):
+            return Found(x, None, torch.zeros(x.shape[0], dtype=torch.bool, device=x.device))
+        own, at, failed = self._measured(x, cell)
+        row = own if rows is None else rows.to(x.device, x.dtype)
+        out = self._coloured(x, row)
+        if self.colour == "macenko" and rows is None:
+            out = torch.where(failed[:, None, None, None], x, out)
+        mask = None if at is None else _enlarged(at.cell, x)
+        if self._blank and at is not None and mask is not None:
+            out = blanked(out, mask, self.background(out))
+        if self._moves and at is not None and mask is not None:
+            zoom = row[:, -1] if self.spec["scale"] == "nucleus" else torch.ones_like(row[:, -1])
+            centre = at.centre.to(x.dtype) * self.spec["centre"]
+            out, mask = _moved(torch.cat([out, mask], 1), zoom, centre).split([x.shape[1], 1], 1)
+        return Found(out, mask, failed)
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, C, H, W) → what is measured of each image, (N, P) float32, and whether it failed, (N,) bool."""
+        row, _, failed = self._measured(x, cell=False)
+        return row, failed
+
+    def background(self, x: Tensor) -> Tensor:
+        """The colour of the background of images (N, C, H, W): (N, C)."""
+        return background_of(reduced(x), self.stain)
+
+    def _measured(self, x: Tensor, cell: bool) -> tuple[Tensor, Cell | None, Tensor]:
+        small = reduced(x)
+        background = background_of(small, self.stain)
+        at = find(small, background, self.stain) if self.needs_cell or cell else None
+        failed = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+        if at is not None and self.needs_cell:
+            failed = ~at.found
+        row = torch.zeros(x.shape[0], 0, device=x.device)
+        if self.colour == "background":
+            row = background
+        elif self.colour == "two_point":
+            assert at is not None
+            row = torch.cat([background, self._nuclear(small, background, at)], 1)
+        elif self.colour == "reinhard":
+            row = torch.cat(moments(opponent(small)), 1)
+        elif self.colour == "macenko":
+            row, kept = macenko(small)
+            failed = failed | ~kept
+        elif self.colour == "percentiles":
+            row = torch.cat([at_rank(x.flatten(2), 0.001), at_rank(x.flatten(2), 0.999)], 1)
+        diameter = torch.zeros(x.shape[0], device=x.device) if at is None else at.diameter.to(x.dtype)
+        zoom = (diameter / self.spec["diameter"]).clamp(1 / ZOOM, ZOOM)
+        zoom = torch.where(diameter > 0, zoom, 1.0)
+        return torch.cat([row, zoom[:, None]], 1), at, failed
+
+    def _nuclear(self, small: Tensor, background: Tensor, at: Cell) -> Tensor:
+        """(N, 1): mean optical density of the nucleus above the background; in fluorescence its mean brightness."""
+        above = self._above(small, background)
+        weight = at.nucleus[:, None].to(small.dtype)
+        return (above.mean(1, keepdim=True) * weight).flatten(2).sum(2) / weight.flatten(2).sum(2).clamp_min(1)
+
+    def _above(self, x: Tensor, background: Tensor) -> Tensor:
+        empty = background[:, :, None, None]
+        return x - empty if self.stain == "bright" else density(x) - density(empty)
+
+    def _coloured(self, x: Tensor, row: Tensor) -> Tensor:
+        row = row[:, :-1]
+        if self.colour == "none":
+            return x
+        parts = row.chunk(2, 1)
+        if self.colour == "background":
+            return self._shown(self._above(x, row))
+        if self.colour == "percentiles":
+            low, high = (part[:, :, None, None] for part in parts)
+            return ((x - low) / (high - low).clamp_min(1 / 255)).clamp(0, 1)
+        reference = torch.tensor(self.spec["reference"], device=x.device, dtype=x.dtype)[:-1]
+        if self.colour == "two_point":
+            background, nucleus = row[:, :-1], row[:, -1:]
+            gain = (reference[-1] / nucleus.clamp_min(1e-3)).clamp(1 / GAIN, GAIN)
+            gain = torch.where(nucleus > 1e-3, gain, 1.0)  # 0 where no nucleus was found
+            return self._shown(self._above(x, background) * gain[:, :, None, None])
+        if self.colour == "reinhard":
+            return transferred(x, *parts, *(part[None] for part in reference.chunk(2)))
+        return restained(x, row, reference)
+
+    def _shown(self, above: Tensor) -> Tensor:
+        return (above if self.stain == "bright" else (-above).exp()).clamp(0, 1)
+
+
+def blanked(x: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
+    """Images whose pixels outside of the mask (N, 1, H, W) are of one colour (N, C)."""
+    empty = colour[:, :, None, None]
+    return empty + (x - empty) * mask
+
+
+def _enlarged(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask (N, h, w) of reduced images, at the size of the images: (N, 1, H, W), soft at its edge."""
+    k = -(-max(x.shape[-2:]) // mask.shape[-1]) if mask.shape[-1] < x.shape[-1] else 1
+    large = mask[:, None].to(x.dtype)
+    if k > 1:
+        large = F.interpolate(large, scale_factor=float(k), mode="bilinear", align_corners=False)
+    return large[:, :, : x.shape[-2], : x.shape[-1]]
+
+
+def _moved(x: Tensor, zoom: Tensor, centre: Tensor) -> Tensor:
+    """Images around a new centre (N, 2), showing `zoom` (N,) times as much to each side; reflected at their edges."""
+    zero = torch.zeros_like(zoom)
+    theta = torch.stack([zoom, zero, centre[:, 0], zero, zoom, centre[:, 1]], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def opponent(x: Tensor) -> Tensor:
+    """RGB (N, 3, H, W) in 0..1 → Ruderman's lαβ."""
+    lms = torch.einsum("kc,nchw->nkhw", torch.tensor(RUDERMAN, device=x.device), x.clamp(1 / 255, 1))
+    return torch.einsum("kc,nchw->nkhw", torch.tensor(OPPONENT, device=x.device), lms.log10())
+
+
+def colours(lab: Tensor) -> Tensor:
+    """The inverse of `opponent`, in 0..1."""
+    lms = torch.einsum("kc,nchw->nkhw", torch.tensor(OPPONENT, device=lab.device).inverse(), lab)
+    to_rgb = torch.tensor(RUDERMAN, device=lab.device).inverse()
+    return torch.einsum("kc,nchw->nkhw", to_rgb, (lms * 2.302585092994046).exp()).clamp(0, 1)
+
+
+def moments(lab: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over an image: (N, C, H, W) → (N, C) each."""
+    flat = lab.flatten(2)
+    mean = flat.mean(2)
+    return mean, (flat - mean[:, :, None]).square().mean(2).sqrt()
+
+
+def transferred(x: Tensor, mean: Tensor, deviation: Tensor, to_mean: Tensor, to_deviation: Tensor) -> Tensor:
+    """Reinhard et al. 2001, eq. 10 and 11: give images (N, 3, H, W) other means and deviations (N, 3) in lαβ."""
+    ratio = (to_deviation / deviation.clamp_min(1e-4)).clamp(1 / GAIN, GAIN)
+    lab = (opponent(x) - mean[:, :, None, None]) * ratio[:, :, None, None] + to_mean[:, :, None, None]
+    return colours(lab)
+
+
+BETA, ALPHA = 0.15, 0.01
+"""Macenko et al. 2009: pixels of a lower density are no tissue; the share of pixels beyond each dye's direction"""
+
+
+def macenko(small: Tensor) -> tuple[Tensor, Tensor]:
+    """The two dyes of images (N, 3, h, w), Macenko et al. 2009: (N, 8), and whether there are two, (N,) bool.
+
+    A row has two unit vectors of optical density in red, green and blue, the redder-absorbing one first, and the 99th
+    percentiles of their amounts.
+    """
+    od = density(small).flatten(2)  # (N, 3, M)
+    kept = (od >= BETA).all(1)  # (N, M)
+    count = kept.sum(1)
+    weight = kept[:, None].to(od.dtype)
+    mean = (od * weight).sum(2) / count.clamp_min(1)[:, None]
+    apart = (od - mean[:, :, None]) * weight
+    covariance = apart @ apart.mT / count.clamp_min(1)[:, None, None]
+    plane = torch.linalg.eigh(covariance).eigenvectors[:, :, 1:]  # (N, 3, 2)
+    plane = plane * torch.where(plane.sum(1, keepdim=True) < 0, -1.0, 1.0)
+    along = plane.mT @ od
+    angle = torch.atan2(along[:, 0], along[:, 1]).masked_fill(~kept, torch.inf).sort(1).values
+    last = (count - 1).clamp_min(0)
+    ends = [angle.gather(1, (share * last).round().long()[:, None]) for share in (ALPHA, 1 - ALPHA)]
+    good = (count >= 16) & torch.stack([end.isfinite()[:, 0] for end in ends]).all(0)
+    ends = [end.masked_fill(~end.isfinite(), 0.0) for end in ends]
+    dyes = [(plane @ torch.stack([end.sin(), end.cos()], 1))[..., 0] for end in ends]  # (N, 3) each
+    dyes = [dye * torch.where(dye.sum(1, keepdim=True) < 0, -1.0, 1.0) for dye in dyes]
+    first = (dyes[0][:, :1] > dyes[1][:, :1]).to(od.dtype)
+    dyes = [first * dyes[0] + (1 - first) * dyes[1], first * dyes[1] + (1 - first) * dyes[0]]
+    amount = _amounts(torch.stack(dyes, 1), od)
+    most = at_rank(amount, 0.99)
+    return torch.cat([*dyes, most], 1), good & (most > 0.01).all(1)
+
+
+def _amounts(dyes: Tensor, od: Tensor) -> Tensor:
+    """Least squares: dyes (N, 2, 3) and densities (N, 3, M) → amounts (N, 2, M)."""
+    gram = dyes @ dyes.mT
+    a, b, d = gram[:, 0, 0], gram[:, 0, 1], gram[:, 1, 1]
+    one_over = 1 / (a * d - b * b).clamp_min(1e-4)
+    inverse = torch.stack([d, -b, -b, a], 1).view(-1, 2, 2) * one_over[:, None, None]
+    return inverse @ (dyes @ od)
+
+
+def restained(x: Tensor, row: Tensor, reference: Tensor) -> Tensor:
+    """Images (N, 3, H, W) with the dyes of rows (N, 8), in those of a reference (8,)."""
+    amount = _amounts(row[:, :6].view(-1, 2, 3), density(x).flatten(2))
+    amount = amount * (reference[6:] / row[:, 6:].clamp_min(1e-3)).clamp(1 / GAIN, GAIN)[:, :, None]
+    od = reference[:6].view(2, 3).T @ amount
+    return (-od).exp().view_as(x).clamp(0, 1)
+
+
+def medians(rows: Tensor, failed: Tensor) -> Sequence[float]:
+    """The median of each column of the rows that did not fail: (N, P), (N,) → P numbers."""
+    good = rows[~failed]
+    found: list[float] = (good if len(good) else rows).double().quantile(0.5, dim=0).tolist()
+    return found
