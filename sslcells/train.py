@@ -38,10 +38,11 @@ T = TypeVar("T")
 Watch = Callable[[str, Tensor], None]
 
 
-def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
+def train(run: Run, watch: Watch = lambda station, tensor: None, start: Start | None = None) -> Path:
     """Train the run to its end, from its start or from its newest checkpoint; returns its folder.
 
-    `watch` is shown the tensor at each station of every step: `--debug` prints their shapes.
+    `watch` is shown the tensor at each station of every step: `--debug` prints their shapes. The time to the first step
+    counts from `start`, else from this call.
 
     Raises:
         ConfigError: if the configuration does not fit the data, the launch or the folder.
@@ -52,7 +53,7 @@ def train(run: Run, watch: Watch = lambda station, tensor: None) -> Path:
         Lost: if another rank is gone.
     """
     with Interrupt() as interrupt:
-        start = Start()
+        start = start or Start()
         run = resolve_auto(run, launcher.device_for(run))
         accelerator = launcher.accelerator(run)
         start.lap("imports and devices")
@@ -291,7 +292,7 @@ def command(args: argparse.Namespace) -> None:
     elif args.debug:
         _debug(run)
     else:
-        train(run)
+        train(run, start=Start(of_process=True))
 
 
 def _debug(run: Run) -> None:

@@ -1,6 +1,8 @@
 """A training of many images begins soon, and says what the time went into."""
 
 import json
+import re
+import time
 import os
 
 import pytest
@@ -35,8 +37,12 @@ def test_the_first_figures_are_of_few_images_and_the_log_says_where_the_time_wen
             "train.global_batch=8",
         ]
         given += ["train.workers=0", "evaluate.pictures=false", "evaluate.k=2", f"evaluate.max_images={most}"]
+        began = time.monotonic()
         train(load(None, [*given, f"out={tmp_path}", f"name={name}"]))
         out[name] = capsys.readouterr().out
+        said = re.search(r"first step after ([\d.]+) s", out[name])
+        assert said is not None
+        assert float(said[1]) <= time.monotonic() - began + 0.1  # not since this process began
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         rows[name] = [json.loads(line) for line in lines]
     first, last = rows["one"][0], rows["one"][-1]

@@ -21,11 +21,11 @@ SKIPPED = 40
 
 
 class Start:
-    """Seconds of each part of the time between the start of the process and its first step."""
+    """Seconds of each part of the time from its making, or the start of the process, to the first step."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_process: bool = False) -> None:
         self._laps: dict[str, float] = {}
-        self._began = self._last = psutil.Process().create_time()
+        self._began = self._last = psutil.Process().create_time() if of_process else time.time()
 
     def lap(self, name: str) -> None:
         """Add the time since the last lap to the part `name`."""
