@@ -31,6 +31,7 @@ RUN/report.html. It uses the test split, which training never reads; use evaluat
 
   sslcells evaluate runs/my_cells
   sslcells evaluate runs/my_cells data.sources=sources.csv evaluate.split=val
+  sslcells evaluate runs/my_cells --lab clinic=path/to/clinic --lab other=cells.csv
   accelerate launch --config_file launch/gpu8.yaml -m sslcells.evaluate runs/my_cells
 """
 
@@ -161,6 +162,8 @@ def _evaluate(commands: _Commands) -> None:
     sub = _command(commands, "evaluate", "evaluate a finished run", _EVALUATE)
     sub.add_argument("run", metavar="RUN", type=place, help="the run's folder")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to data, evaluate or train")
+    words = "images of a laboratory that training never saw, classes as sub-folders, or a table; may be repeated"
+    sub.add_argument("--lab", action="append", default=[], metavar="NAME=FOLDER", help=words)
     words = "first fine-tune the encoder on fractions of the labels (set by compare.*): minutes to hours"
     sub.add_argument("--fine-tune", action="store_true", help=words)
 

@@ -17,6 +17,8 @@ from sslcells import __version__, commandline, inputs, launcher, methods, ranks
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, installed, load
 from sslcells.data import ImageSet, holdout, open_splits
+from sslcells.evaluation import lab_pictures, new_labs
+from sslcells.evaluation.across import Across
 from sslcells.evaluation.classifier import Predictions, predict
 from sslcells.evaluation.during_training import VIEWED
 from sslcells.evaluation.encode import Prepare, encode, spread
@@ -38,10 +40,13 @@ from sslcells.storage import is_file, json_text
 RESULTS, REPORT = "evaluation.json", "report.html"
 
 
-def evaluate(folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+def evaluate(
+    folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[str, Any]] = (), labs: Sequence[str] = ()
+) -> dict[str, Any]:
     """Evaluate a finished run, print the results and write them to the run's folder; returns them on rank 0.
 
-    `also` holds rows for the table of classifiers that were measured before, by fine-tuning.
+    `also` holds rows for the table of classifiers that were measured before, by fine-tuning; `labs` are laboratories
+    that training never saw, NAME=FOLDER each.
 
     Every rank encodes its part of each split once; rank 0 does the rest. The figures are the same to the last digit on
     any number of ranks.
@@ -52,7 +57,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[st
     """
     began = time.perf_counter()
     run = _run(folder, overrides)
-    result, pictures = measured(run, folder, launcher.accelerator(run).device, also)
+    result, pictures = measured(run, folder, launcher.accelerator(run).device, also, labs)
     if result:
         seconds = round(time.perf_counter() - began, 1)
         result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": ranks.world()}
@@ -64,7 +69,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[st
 
 
 def measured(
-    run: Run, folder: Path, device: torch.device, also: Sequence[dict[str, Any]] = ()
+    run: Run, folder: Path, device: torch.device, also: Sequence[dict[str, Any]] = (), labs: Sequence[str] = ()
 ) -> tuple[dict[str, Any], list[Picture]]:
     """Compute, print and draw the results of `evaluate`; returned on rank 0, empty on the others."""
     if run.evaluate.umap:
@@ -72,10 +77,12 @@ def measured(
     names = ranks.from_main(lambda: holdout.held_out_by(folder))
     splits = holdout.hold_out_named(open_splits(run.data), names)
     encoder, spec = ranks.together(lambda: _encoder(folder, run, splits["train"].channels))
+    outside = ranks.together(lambda: new_labs.opened(labs, run.data, splits["train"], run.augment.size))
     console = Console(highlight=False, quiet=ranks.rank() > 0)
     with bars(console) as bar:
         augment = inputs.augment(run, splits["train"], standard_of(spec.get("standardise")))
         encoded = Encoded(run, encoder.to(device), augment, splits, device, bar)
+        new = {lab.name: encoded.lab_features(lab) for lab in outside}
         predictions, why_not = _predictions(run, folder, splits, encoded.augment, device, bar)
     if ranks.rank() > 0:
         return {}, []
@@ -86,8 +93,11 @@ def measured(
         found = leaks(encoded.by_split, query_split or "train", classes, encoded.near, run.seed)
         say_leaks(console, found)
         figures = Figures(run, encoded.by_split, query_split, classes)
+        lab_names = splits["train"].lab_names
+        across = Across(encoded.by_split, query_split, lab_names, new, classes, run.evaluate, run.seed)
     figures.health["train"]["alignment"] = alignment(*encoded.views)
     figures.notes += [*_of_val(splits, names), *why_not]
+    figures.notes += [lab.about() for lab in outside]
     figures.notes += _colour_is_better(found["shortcut"].get(query_split), figures.rows)
     result: dict[str, Any] = {
         "run": run.name,
@@ -100,6 +110,7 @@ def measured(
         "leaks": found,
         "figures": [*figures.rows, *_of_classifier(predictions, run), *also],
         "by class": figures.by_class,
+        "labs": across.result,
         "health": figures.health,
         "notes": figures.notes,
     }
@@ -119,6 +130,8 @@ def measured(
             run.seed,
             run.evaluate.umap,
         )
+        if across.result is not None:
+            pictures += lab_pictures.draw(across, classes, folder / "plots", run.seed)
     return result, pictures
 
 
@@ -155,6 +168,12 @@ class Encoded:
         index = spread(len(images), self._run.evaluate.max_images)
         return lambda i: images.pixels(index[i]).permute(1, 2, 0).numpy()
 
+    def lab_features(self, lab: new_labs.NewLab) -> SplitFeatures:
+        """Features of all images of a laboratory that training never saw."""
+        parts = [self._split_features(images, lab.name) for images in lab.parts]
+        digest, histogram, z, labels, sources = (torch.cat(columns) for columns in list(zip(*parts, strict=True))[:5])
+        return SplitFeatures(digest, histogram, z, labels, sources, [name for part in parts for name in part.names])
+
     def _split_features(self, images: ImageSet, split: str) -> SplitFeatures:
         index, evaluate = spread(len(images), self._run.evaluate.max_images), self._run.evaluate
         found = encode(
@@ -170,7 +189,8 @@ class Encoded:
             progress=self._bar(f"images of {split}", len(index)),
         )
         digest, histogram = found.of_pixels
-        return SplitFeatures(digest, histogram, found.z, found.labels, found.sources, found.names)
+        labs = None if images.labs is None else images.labs[index]
+        return SplitFeatures(digest, histogram, found.z, found.labels, found.sources, found.names, labs)
 
     def _z(self, images: ImageSet, index: Sequence[int], prepare: Prepare, what: str) -> Tensor:
         batch, workers, progress = self._run.evaluate.batch, self._run.train.workers, self._bar(what, len(index))
@@ -343,7 +363,7 @@ def command(args: argparse.Namespace) -> None:
         from sslcells.compare import fine_tuned
 
         also = fine_tuned(args.run, args.overrides)
-    evaluate(args.run, args.overrides, also)
+    evaluate(args.run, args.overrides, also, args.lab)
 
 
 if __name__ == "__main__":

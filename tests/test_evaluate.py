@@ -56,6 +56,7 @@ def test_what_it_prints_and_leaves(run, capsys):
         for score in r["scores"].values():
             assert score["low"] <= score["high"]
     assert result["asked"] == "test"
+    assert result["labs"] is None  # the data names no laboratories
     assert {"effective rank", "row std", "uniformity", "alignment"} == set(result["health"]["train"])
     assert any("chosen on the validation split" in note for note in result["notes"])
     assert not list(run.glob("*.partial"))

@@ -9,6 +9,8 @@ from sslcells import __version__, values
 from sslcells.config import Run, load
 from sslcells.data.holdout import held_out_by
 from sslcells.delivery.encoder import Encoder
+from sslcells.evaluation.lab_tables import lab_tables
+from sslcells.evaluation.tables import Table
 from sslcells.run.metrics import METRICS, read_metrics
 
 EVALUATION = "evaluation.json"
@@ -80,11 +82,24 @@ def _figures(folder: Path, run: Run | None) -> str:
                 f"neighbours in what was trained on; `knn_loo`: train in itself. `evaluation/test`: the test split."
             )
     if (folder / EVALUATION).is_file():
-        found = list(_flat(json.loads((folder / EVALUATION).read_text(encoding="utf-8"))))
+        result = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+        across = result.pop("labs", None)
+        found = list(_flat(result))
         lines = [f"| {key} | {_number(value)} |" for key, value in found[:_MOST]]
         more = f"\n\n{len(found) - _MOST} more are in {EVALUATION}." if len(found) > _MOST else ""
         parts.append(f"From {EVALUATION}:\n\n| figure | value |\n|---|---|\n" + "\n".join(lines) + more)
+        if across:
+            said = "\n".join(f"- {finding['text']}" for finding in across["findings"])
+            tables = [_table(table) for table in lab_tables(across)]
+            parts.append("\n\n".join(["### Across laboratories", said, *tables]))
     return "\n\n".join(parts) or "No figures were found beside the encoder: its quality is not known."
+
+
+def _table(table: Table) -> str:
+    """A table in Markdown, with its title and caption."""
+    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+    body = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return f"{table.title}:\n\n{body}\n\n{table.caption}."
 
 
 def _limits(encoder: Encoder, run: Run | None) -> str:

@@ -45,6 +45,8 @@ class SplitFeatures(NamedTuple):
     """(N,) int64"""
     names: Sequence[str]
     """what a person calls each image"""
+    labs: Tensor | None = None
+    """(N,) int64 laboratory; 0 where unknown; None if the data set does not say"""
 
 
 def digests(pixels: Tensor) -> Tensor:

@@ -246,7 +246,7 @@ def coloured_map(
     """A map coloured by group: (N,) int64 for all rows, indices of `names`; grey if below 0."""
     figure = Figure(layout="constrained")
     ax = figure.subplots()
-    columns = _scatter(ax, drawn.place, groups.cpu()[drawn.chosen].numpy(), names, others)
+    columns = scatter(ax, drawn.place, groups.cpu()[drawn.chosen].numpy(), names, others)
     figure.set_size_inches(6.2 + 2.6 * columns, 6.6)
     ax.set(xlabel=f"{drawn.name} 1 (no unit)", ylabel=f"{drawn.name} 2 (no unit)", xticks=[], yticks=[])
     ax.set_aspect("equal", adjustable="datalim")
@@ -278,7 +278,7 @@ def similarity_histogram(kinds: Mapping[str, Tensor], out: Path) -> Path | None:
     return save(figure, out)
 
 
-def _scatter(ax: Axes, place: Floats, labels: NDArray[np.int64], classes: Sequence[str], others: str) -> int:
+def scatter(ax: Axes, place: Floats, labels: NDArray[np.int64], classes: Sequence[str], others: str) -> int:
     """Points (N, 2) with a legend of classes and how many points each has; returns the legend's columns."""
     images = np.bincount(labels[labels >= 0], minlength=len(classes))
     styles = [(color, marker) for marker in MARKERS for color in OKABE_ITO]

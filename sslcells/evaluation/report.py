@@ -4,25 +4,19 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from sslcells.config import ConfigError
 from sslcells.evaluation.gallery import Picture
+from sslcells.evaluation.lab_tables import lab_tables
+from sslcells.evaluation.tables import Table as Table
+from sslcells.evaluation.tables import shown as shown
 from sslcells.storage import write_atomically
 
 CLASSIFIERS = ("the run's classifier", "kNN", "linear probe", "fine-tuning", "few-shot")
-
-
-class Table(NamedTuple):
-    """A table of text."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
@@ -91,23 +85,18 @@ def _health(health: Mapping[str, Mapping[str, float | None]]) -> Table:
     return Table("Without labels", ["split", *keys], lines, caption)
 
 
-def shown(score: Mapping[str, float | None] | None, percent: bool = True) -> str:
-    """`82.0 [80.1, 83.8]`, or a dash if the score is undefined."""
-    if score is None or score["value"] is None:
-        return "–"
-    scale, digits = (100, 1) if percent else (1, 3)
-    value, low, high = (None if v is None else f"{scale * v:.{digits}f}" for v in (score[k] for k in score))
-    return f"{value}" if low is None else f"{value} [{low}, {high}]"
-
-
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
 def say_leaks(console: Console, found: Mapping[str, Any]) -> None:
     """Print the leaks, before any figure."""
-    console.print("Leaks", style="bold")
-    for finding in found["findings"]:
+    _say_findings(console, "Leaks", found["findings"])
+
+
+def _say_findings(console: Console, title: str, findings: Sequence[Mapping[str, Any]]) -> None:
+    console.print(title, style="bold")
+    for finding in findings:
         mark = "!" if finding["warning"] else "·"
         console.print(f"  {mark} {finding['text']}", markup=False, soft_wrap=True)
 
@@ -127,6 +116,10 @@ def say_figures(console: Console, result: Mapping[str, Any]) -> None:
     """Print the tables and notes."""
     for table in tables(result):
         say_table(console, table)
+    if result.get("labs"):
+        for table in lab_tables(result["labs"]):
+            say_table(console, table)
+        _say_findings(console, "Across laboratories", result["labs"]["findings"])
     for note in result["notes"]:
         console.print(f"  · {note}", markup=False, soft_wrap=True)
 
@@ -156,15 +149,20 @@ def page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     """One HTML page with leaks, figures and pictures, which needs no other file or network."""
     encoder = result["encoder"]
     about = f"sslcells {result['sslcells']}, {encoder['model']}, weights sha256 {encoder['sha256'][:16]}…"
-    body = ["<h2>Leaks</h2>", "<ul>"]
-    for finding in result["leaks"]["findings"]:
-        kind = ' class="warning"' if finding["warning"] else ""
-        body.append(f"<li{kind}>{escape(finding['text'])}</li>")
-    body += ["</ul>", *section_of("Figures", tables(result), ())]
+    body = ["<h2>Leaks</h2>", *_list(result["leaks"]["findings"]), *section_of("Figures", tables(result), ())]
+    if result.get("labs"):
+        body += section_of("Across laboratories", lab_tables(result["labs"]), ())
+        body += _list(result["labs"]["findings"])
     if result["notes"]:
         body += ["<h3>Notes</h3>", "<ul>", *(f"<li>{escape(note)}</li>" for note in result["notes"]), "</ul>"]
     body += section_of("Pictures", (), pictures)
     return document(f"{result['run']}: what was learned", about, body)
+
+
+def _list(findings: Sequence[Mapping[str, Any]]) -> list[str]:
+    kinds = [' class="warning"' if finding["warning"] else "" for finding in findings]
+    lines = [f"<li{kind}>{escape(of['text'])}</li>" for kind, of in zip(kinds, findings, strict=True)]
+    return ["<ul>", *lines, "</ul>"]
 
 
 def section_of(title: str, found: Sequence[Table], pictures: Sequence[Picture]) -> list[str]:

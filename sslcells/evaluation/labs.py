@@ -1,0 +1,191 @@
+"""Across laboratories: what an encoder is worth in a laboratory whose labels were not used, and which it tells apart.
+
+Every laboratory is left out in turn: its images are classified by labels of the others, beside what its own labels
+would reach. Every two laboratories are compared on samples that have as many images of each class from both.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslcells.config import Evaluate
+from sslcells.evaluation.knn import knn_predictions, knn_scores
+from sslcells.evaluation.probe import Labelled, linear_probe
+from sslcells.evaluation.robustness import (
+    FEW,
+    KS,
+    Predictability,
+    Rows,
+    best_k,
+    index_score,
+    matched,
+    near,
+    neighbour_counts,
+    predictability,
+)
+from sslcells.evaluation.scores import Units, of_classes, rounded, unit_rows
+
+MOST = 10_000
+"""Labelled images of the other laboratories that classify those of one; of more, so many are drawn at random."""
+_LABS = 12
+"""Laboratories that are compared in pairs; of more, the largest."""
+
+
+class Lab(NamedTuple):
+    """A laboratory that is asked about."""
+
+    name: str
+    bank: Rows
+    """labelled images of the others"""
+    val: Rows | None
+    """labelled images of the others that were not trained on, to choose the probe's C"""
+    asked: Rows
+    """labelled images of this laboratory"""
+
+
+def left_out(lab: Lab, classes: Sequence[str], config: Evaluate, seed: int) -> dict[str, Any]:
+    """What the others' labels reach in a laboratory, and the ceiling from its own labels, for evaluation.json.
+
+    Scores are of the classes with at least FEW images there; the others are named under `few`.
+    """
+    counts = torch.bincount(lab.asked.labels, minlength=len(classes))
+    enough = (counts >= FEW).nonzero()[:, 0]
+    unknown = [c for c in enough.tolist() if not bool((lab.bank.labels == c).any())]
+    counted = torch.isin(lab.asked.labels, enough)
+    asked, bank = lab.asked.at(counted), drawn(lab.bank, seed)
+    out: dict[str, Any] = {
+        "lab": lab.name,
+        "images": len(lab.asked.labels),
+        "sources": len(lab.asked.sources.unique()),  # type: ignore[no-untyped-call]
+        "by class": {classes[c]: int(n) for c, n in enumerate(counts) if n},
+        "few": [classes[c] for c in range(len(classes)) if 0 < int(counts[c]) < FEW],
+        "without others' labels": [classes[c] for c in unknown],
+        "classes counted": [classes[int(c)] for c in enough],
+        "others' images": len(lab.bank.labels),
+        "figures": [],
+    }
+    if not len(asked.labels):
+        return out
+    units = Units(asked.sources, seed, config.bootstrap)
+
+    def add(method: str, labels_of: str, among: str, predicted: Tensor) -> None:
+        for unit in units.names:
+            scores = units.scored(of_classes(asked.labels, predicted, len(classes)), unit)
+            row = {"method": method, "labels of": labels_of, "among": among, "unit": unit, "images": len(asked.labels)}
+            out["figures"].append(row | {"scores": {key: rounded(score) for key, score in scores.items()}})
+
+    if len(bank.labels):
+        for among, chosen in _choices(bank, enough):
+            for method, predicted in _by_others(chosen, lab.val, asked, enough, len(classes), config, seed):
+                add(method, "the others", among, predicted)
+                if method == "linear probe" and among == "all classes":
+                    out["confusion"] = confusion_counts(asked.labels, predicted, classes)
+    for method, predicted in _by_its_own(asked, len(classes), config, seed):
+        add(method, "its own", "all classes", predicted)
+    return out
+
+
+def drawn(rows: Rows, seed: int) -> Rows:
+    """At most MOST of the rows, at random."""
+    if len(rows.labels) <= MOST:
+        return rows
+    return rows.at(torch.randperm(len(rows.labels), generator=torch.Generator().manual_seed(seed))[:MOST])
+
+
+def _choices(bank: Rows, enough: Tensor) -> Iterator[tuple[str, Rows]]:
+    """The bank, and where it has more classes than are counted in the laboratory, only these."""
+    yield "all classes", bank
+    own = torch.isin(bank.labels, enough)
+    if not own.all() and own.any():
+        yield "its classes", bank.at(own)
+
+
+def _by_others(
+    bank: Rows, val: Rows | None, asked: Rows, enough: Tensor, classes: int, config: Evaluate, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Predictions (M,) of each method that is trained on the bank."""
+    near_ones = (config.k, config.temperature, asked.sources, bank.sources)
+    scores = knn_scores(asked.z, bank.z, bank.labels, classes, *near_ones)
+    yield f"kNN, k = {config.k}", knn_predictions(scores)
+    yield "prototypes", _prototypes(bank, asked)
+    chosen_on = None
+    if val is not None:
+        present = torch.isin(val.labels, bank.labels.unique())  # type: ignore[no-untyped-call]
+        chosen_on = _labelled(val.at(present)) if present.any() else None
+    probed = linear_probe(_labelled(bank), _labelled(asked), chosen_on, classes, seed)
+    if probed is not None:
+        yield "linear probe", probed.scores.argmax(1)
+
+
+def _by_its_own(asked: Rows, classes: int, config: Evaluate, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Predictions (M,) from the laboratory's own labels, never from an image of the same source."""
+    own = (asked.sources, asked.sources)
+    scores = knn_scores(asked.z, asked.z, asked.labels, classes, config.k, config.temperature, *own)
+    yield f"kNN, k = {config.k}", knn_predictions(scores)
+    probed = linear_probe(_labelled(asked), None, None, classes, seed)
+    if probed is not None:
+        answered = probed.scores.sum(1) > 0
+        yield "linear probe", probed.scores.argmax(1).where(answered, -1)
+
+
+def _prototypes(bank: Rows, asked: Rows) -> Tensor:
+    """(M,) class of the nearest mean of unit rows, by cosine (arXiv 1703.05175)."""
+    rows, present = unit_rows(bank.z), bank.labels.unique()  # type: ignore[no-untyped-call]
+    means = unit_rows(torch.stack([rows[bank.labels == c].mean(0) for c in present]))
+    nearest: Tensor = present[(unit_rows(asked.z) @ means.T).argmax(1)]
+    return nearest
+
+
+def _labelled(rows: Rows) -> Labelled:
+    return Labelled(rows.z, rows.labels, rows.sources)
+
+
+def confusion_counts(labels: Tensor, predicted: Tensor, classes: Sequence[str]) -> dict[str, dict[str, int]]:
+    """True class → predicted class → images; pairs that do not occur are left out."""
+    pairs, count = torch.unique(torch.stack([labels, predicted], 1), dim=0, return_counts=True)
+    out: dict[str, dict[str, int]] = {}
+    for (true, guess), images in zip(pairs.tolist(), count.tolist(), strict=True):
+        out.setdefault(classes[true], {})[classes[guess] if guess >= 0 else "none"] = images
+    return out
+
+
+def pair(pool: Rows, names: Mapping[int, str], one: int, other: int, classes: Sequence[str], seed: int) -> Any:
+    """Two laboratories on a sample with as many images of each class from both, for evaluation.json.
+
+    With fewer than two such classes, only these are given.
+    """
+    chosen, shared = matched(pool, one, other, seed)
+    out: dict[str, Any] = {"labs": [names[one], names[other]], "classes": [classes[c] for c in shared]}
+    if len(shared) < 2:
+        return out
+    rows = pool.at(chosen)
+    found = near(rows, max(KS))
+    k = best_k(rows, found)
+    out |= {"images of each": len(chosen) // 2, "k": k}
+    told = predictability(rows, found, k or KS[2], seed)
+    out["lab predictability"] = _predictability(told)
+    if k is not None:
+        units = Units(rows.sources, seed)
+        out["robustness index"] = rounded(index_score(rows, found, k, units))
+        so, os = neighbour_counts(rows, found, k)
+        out["neighbours"] = {
+            "same class, other laboratory": int(so.sum()),
+            "other class, same laboratory": int(os.sum()),
+            "all": int(found.there[:, :k].sum()),
+        }
+    return out
+
+
+def _predictability(told: Predictability) -> dict[str, float | None]:
+    given = {"value": told.value, "null low": told.low, "null high": told.high, "p": told.p}
+    return {key: None if value != value else value for key, value in given.items()}
+
+
+def pairs(pool: Rows, names: Mapping[int, str], classes: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """Every two laboratories of the pool, which has known labels and laboratories; of more than 12, the largest."""
+    numbers, count = pool.labs.unique(return_counts=True)  # type: ignore[no-untyped-call]
+    largest = numbers[count.argsort(descending=True, stable=True)][:_LABS].sort().values.tolist()
+    return [pair(pool, names, one, other, classes, seed) for one, other in combinations(largest, 2)]

@@ -1,0 +1,109 @@
+"""`sslcells evaluate RUN --lab NAME=FOLDER`: what it prints and leaves, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from trained import SMALL, make_run
+
+from sslcells.cli import main
+from sslcells.data import folder, synthetic
+from sslcells.data._smear import CLASSES, draw_smear
+from sslcells.evaluation.new_labs import opened
+
+QUICK = ["evaluate.bootstrap=100", "evaluate.batch=32", "train.workers=0"]
+
+
+def clinic(root: Path, classes: dict[str, int], each: int = 12, tint: float = 1.0) -> Path:
+    for name, drawn in classes.items():
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            pixels = (draw_smear(3, i, drawn, 40) * (1.0, tint, 1.0)).astype("uint8")
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run", *SMALL[1:3], "data.test=60")
+
+
+@pytest.mark.slow
+def test_a_laboratory_that_training_never_saw(run, tmp_path, capsys):
+    path = clinic(tmp_path / "clinic", {"Neutrophil": 0, "lymphocyte": 3, "blast": 4}, tint=0.5)
+    assert main(None, ["evaluate", str(run), "--lab", f"clinic={path}", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "Each laboratory by the labels of the others" in out
+    assert "clinic: 24 images of the run's classes; left out, as training has no such class: blast (12)" in out
+    result = json.loads((run / "evaluation.json").read_text())
+    labs = result["labs"]
+    assert labs["labs"][0]["by class"] == {"neutrophil": 12, "lymphocyte": 12}
+    assert labs["pairs"][0]["labs"] == ["training data", "clinic"]
+    assert labs["pairs"][0]["classes"] == ["neutrophil", "lymphocyte"]
+    page = (run / "report.html").read_text()
+    assert page.index("<h2>Figures") < page.index("<h2>Across laboratories") < page.index("<h2>Pictures")
+    assert "Map by class and by laboratory" in page
+    assert main(None, ["export", str(run), "--no-onnx"]) == 0
+    card = (run / "export" / "README.md").read_text()
+    assert "Across laboratories" in card
+    assert "clinic" in card
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("clinic", "--lab clinic: expected NAME=FOLDER"),
+        ("=x", "--lab =x: expected NAME=FOLDER"),
+        ("clinic={there}/none", "has no folder 'none'"),
+        ("clinic={there}/strange", "none of its classes, blast, is one of the run's: neutrophil, eosinophil"),
+    ],
+)
+def test_mistakes(run, tmp_path, capsys, argument, words):
+    clinic(tmp_path / "strange", {"blast": 4})
+    assert main(None, ["evaluate", str(run), "--lab", argument.format(there=tmp_path), *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_two_laboratories_of_one_name(run, tmp_path, capsys):
+    path = clinic(tmp_path / "clinic", {"monocyte": 4})
+    twice = ["--lab", f"clinic={path}", "--lab", f"clinic={path}"]
+    assert main(None, ["evaluate", str(run), *twice, *QUICK]) == 2
+    assert "there is a laboratory clinic already" in capsys.readouterr().err
+
+
+def images(path, config=None):
+    train = synthetic.open_split(synthetic.Config(size=32, train=10), "train")
+    return opened([f"x={path}"], config or synthetic.Config(size=32), train, 32)[0]
+
+
+def test_classes_are_matched_by_name_and_splits_are_joined(tmp_path):
+    for split in ("train", "test"):
+        clinic(tmp_path / split, {"MONOCYTE": 4, "neutro-phil": 0, "other": 1}, each=3)
+    lab = images(tmp_path)
+    assert [len(part) for part in lab.parts] == [6, 6]
+    assert lab.left_out == {"other": 6}
+    for part in lab.parts:
+        for i, label in enumerate(part.labels.tolist()):
+            assert part.name(i).split("/")[1].casefold().replace("-", "") == CLASSES[label]
+        assert part.pixels(0).shape == (3, 32, 32)
+
+
+def test_a_laboratory_is_read_as_the_runs_images_were(tmp_path):
+    clinic(tmp_path, {"monocyte": 4}, each=2)
+    config = folder.Config(path="elsewhere", size=24, fit="stretch", source_pattern="(nothing)")
+    assert images(tmp_path, config).parts[0].pixels(0).shape == (3, 24, 24)
+    whole = images(tmp_path, folder.Config(path="elsewhere"))  # of the size of the run's own images
+    assert whole.parts[0].pixels(0).shape == (3, 32, 32)
+
+
+def test_a_table_as_a_laboratory(tmp_path):
+    clinic(tmp_path, {"monocyte": 4, "basophil": 2}, each=2)
+    rows = [f"{c}/{i}.png,{c},donor{i}" for c in ("monocyte", "basophil") for i in range(2)]
+    (tmp_path / "cells.csv").write_text("\n".join(["path,label,donor", *rows]))
+    lab = images(tmp_path / "cells.csv")
+    assert len(lab.parts[0]) == 4
+    assert len(torch.unique(lab.parts[0].sources)) == 2
