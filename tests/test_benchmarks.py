@@ -164,3 +164,26 @@ def test_adapters_call_ours(monkeypatch):
     torch.testing.assert_close(loss, by_hand)
     torch.testing.assert_close(centre, 0.1 * torch.cat([a, b]).mean(0))
     assert {"NTXentLoss", "VICRegLoss", "SupConLoss"} <= adapters._called
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [(), ("--own",)])
+def test_every_way_finds_the_same_neighbours(own):
+    rows = table(printed("knn.py", "--bank", "3000", "--queries", "200", "--features", "32", "--k", "5", *own))
+    for way in ("sslcells", "FAISS", "scikit-learn"):
+        queries, seconds, mib, same = rows["3,000", way]
+        assert (queries, same) == ("200", "1.0000")
+        assert float(seconds) >= 0
+        assert float(mib) >= 0
+
+
+@pytest.mark.slow
+def test_a_start_to_the_end():
+    for files, _, first, after, whole, gib in (
+        row.split("|")[1:-1]
+        for row in printed("start.py", "--files", "300", "--to-end").splitlines()
+        if "| 300 |" in row
+    ):
+        assert files.strip() == "300"
+        assert float(first) + float(after) == pytest.approx(float(whole), abs=0.2)
+        assert float(gib) > 0.1

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from sslcells.losses import unit
 
-_TILE = 2**24
-"""Cosines in memory at a time: 64 MiB in float32, whatever the number of queries."""
+_QUERIES, _BANK = 1024, 16384
+"""Queries and rows of the bank compared at a time: 64 MiB of cosines, whatever the number of rows."""
+_GROUP = 64
+"""Rows of the bank of which only the nearest is looked at, unless it is among the k nearest."""
 
 
 @torch.no_grad()
@@ -18,6 +20,7 @@ def neighbours(
     k: int,
     query_source: Tensor | None = None,
     bank_source: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest bank rows of every query by cosine, nearest first.
 
@@ -25,8 +28,11 @@ def neighbours(
     source are left out: in leave-one-out the query itself, and all other images of the same cell, slide or
     donor, which would be recognised rather than classified.
 
+    The rows are compared in tiles, on `device` or where the queries are; the bank is never copied whole. So the memory
+    is that of a tile and of what is returned.
+
     Returns cosines (M, k) float32, −inf where fewer rows were left, and bank indices (M, k) int64, with
-    k = min(k, N). Among equal cosines the lowest index comes first.
+    k = min(k, N), where the queries are. Among equal cosines the lowest index comes first.
 
     Raises:
         ValueError: for k below 1, rows of two widths, sources for only one side, or not one a row.
@@ -40,17 +46,80 @@ def neighbours(
     for name, rows_of, ids in (("query_source", query, query_source), ("bank_source", bank, bank_source)):
         if ids is not None and ids.shape != rows_of.shape[:1]:
             raise ValueError(f"{name} must be ({len(rows_of)},), one a row; it is {(*ids.shape,)}")
-    query, bank = (unit(x).float() for x in (query, bank))
-    k, rows = min(k, len(bank)), max(1, _TILE // max(1, len(bank)))
-    nearest = []
-    for start in range(0, max(1, len(query)), rows):
-        part = slice(start, start + rows)
-        # NaN rows of a diverged encoder are no neighbours.
-        cosine = (query[part] @ bank.T).nan_to_num_(nan=-math.inf)  # (m, N)
-        if query_source is not None and bank_source is not None:
-            cosine.masked_fill_(query_source[part, None] == bank_source, -math.inf)
-        nearest.append(largest(cosine, k))
-    return torch.cat([c for c, _ in nearest]), torch.cat([i for _, i in nearest])
+    device, k = device or query.device, min(k, len(bank))
+    best = torch.full((len(query), k), -math.inf, device=device)
+    index = torch.zeros(len(query), k, dtype=torch.int64, device=device)
+    # Where no query has the source of any row, as between train and val, there is nothing to leave out.
+    apart = query_source is None or bank_source is None or not torch.isin(bank_source, query_source).any()
+    for first in range(0, len(query) if k else 0, _BANK):
+        rows = query[first : first + _BANK]
+        queries = [_Rows(rows[i : i + _QUERIES], device) for i in range(0, len(rows), _QUERIES)]
+        for start in range(0, len(bank), _BANK):
+            tile = _Rows(bank[start : start + _BANK], device)
+            for i, block in enumerate(queries):
+                part = slice(first + i * _QUERIES, first + i * _QUERIES + len(block.z))
+                cosine = block.cosines(tile)  # (m, n)
+                if not apart and query_source is not None and bank_source is not None:
+                    own = bank_source[start : start + _BANK].to(device)
+                    _leave_out(cosine, query_source[part].to(device), own)
+                _merge(best[part], index[part], cosine, start)
+    return best.to(query.device), index.to(query.device)
+
+
+class _Rows:
+    """Some rows with norm 1 on the device, (n, F) float32; those that are not finite are marked."""
+
+    def __init__(self, rows: Tensor, device: torch.device) -> None:
+        self.z = unit(rows.to(device)).float()
+        self._bad = (~self.z.isfinite().all(1)).nonzero()[:, 0]
+        if len(self._bad):
+            self.z[self._bad] = 0
+
+    def cosines(self, others: "_Rows") -> Tensor:
+        """Cosines with other rows, −inf for rows that are not finite, as a diverged encoder's: they are near none."""
+        cosine = self.z @ others.z.T
+        if len(self._bad):
+            cosine[self._bad] = -math.inf
+        if len(others._bad):
+            cosine[:, others._bad] = -math.inf
+        return cosine
+
+
+def _leave_out(cosine: Tensor, query_source: Tensor, bank_source: Tensor) -> None:
+    """Set the cosines (m, n) of rows of the query's own source to −inf."""
+    columns = torch.isin(bank_source, query_source).nonzero()[:, 0]
+    if len(columns):
+        own = query_source[:, None] == bank_source[columns]
+        cosine[:, columns] = cosine[:, columns].masked_fill(own, -math.inf)
+
+
+def _merge(best: Tensor, index: Tensor, cosine: Tensor, start: int) -> None:
+    """Put the nearest rows of a tile, cosines (m, n), among the k nearest so far, (m, k) each, in place.
+
+    The tile begins at row `start` of the bank. The k nearest of a tile lie in the k groups of rows whose nearest rows
+    are nearest; groups without one nearer than the k-th so far are not looked at. A tie goes to the lower index: so far
+    are lower ones, and the groups stand in their order.
+    """
+    k, (m, n) = best.shape[1], cosine.shape
+    if n < 2 * k * _GROUP or n % _GROUP:
+        numbers = torch.arange(start, start + n, device=cosine.device).expand(m, -1)
+        _keep(best, index, slice(None), cosine, numbers)
+        return
+    groups = cosine.view(m, -1, _GROUP)
+    nearest = groups.amax(2)  # (m, n / group)
+    hits = (nearest > best[:, -1:]).sum(1)
+    rows, most = hits.nonzero()[:, 0], min(k, int(hits.max()))
+    if not most:
+        return
+    chosen = largest(nearest[rows], most)[1].sort(1).values  # (r, most)
+    numbers = start + chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=cosine.device)
+    _keep(best, index, rows, groups[rows[:, None], chosen].flatten(1), numbers.flatten(1))
+
+
+def _keep(best: Tensor, index: Tensor, rows: Tensor | slice, cosine: Tensor, numbers: Tensor) -> None:
+    """Of these rows of `best` and `index` and of more cosines with their numbers, (r, c) each, keep the largest."""
+    value, order = largest(torch.cat([best[rows], cosine], 1), best.shape[1])
+    best[rows], index[rows] = value, torch.cat([index[rows], numbers], 1).gather(1, order)
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -83,6 +152,7 @@ def knn_scores(
     temperature: float | None,
     query_source: Tensor | None = None,
     bank_source: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Votes of the k nearest labelled bank rows for each class: (M, K) float32.
 
@@ -103,9 +173,11 @@ def knn_scores(
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature={temperature} is not above 0; none weighs all neighbours the same")
     known = bank_labels >= 0
-    source = None if bank_source is None else bank_source[known]
-    cosine, index = neighbours(query, bank[known], k, query_source, source)
-    return votes(cosine, bank_labels[known][index], classes, temperature)
+    if not known.all():  # otherwise the bank would be copied
+        bank, bank_labels = bank[known], bank_labels[known]
+        bank_source = None if bank_source is None else bank_source[known]
+    cosine, index = neighbours(query, bank, k, query_source, bank_source, device)
+    return votes(cosine, bank_labels[index], classes, temperature)
 
 
 def votes(cosine: Tensor, label: Tensor, classes: int, temperature: float | None) -> Tensor:

@@ -8,6 +8,8 @@ from torch import Tensor
 from sslcells.evaluation import knn
 
 RECALL_AT = (1, 5, 10)
+_TILE = 2**24
+"""Pairs looked at at a time: 64 MiB of cosines."""
 
 
 @torch.no_grad()
@@ -31,7 +33,7 @@ def retrieval(z: Tensor, labels: Tensor, sources: Tensor) -> dict[str, Tensor]:
     out = {name: torch.full((len(z),), math.nan, dtype=torch.float64) for name in names}
     known = (labels >= 0).nonzero()[:, 0]
     z, labels, sources = z[known], labels[known], sources[known]
-    rows = max(1, knn._TILE // max(1, len(z)))
+    rows = max(1, _TILE // max(1, len(z)))
     for start in range(0, len(z), rows):
         part = slice(start, start + rows)
         own = sources[part, None] == sources  # (m, N)

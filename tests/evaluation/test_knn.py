@@ -67,17 +67,56 @@ def test_one_kind_of_sources_is_refused():
         neighbours(rows(3), rows(3), 1, query_source=torch.arange(3))
 
 
-def test_tiles_do_not_change_anything(monkeypatch):
-    z, source = rows(101), torch.arange(101) // 2
-    whole = neighbours(z, z, 9, source, source)
-    monkeypatch.setattr(knn, "_TILE", 101 * 7)
-    seen = []
-    largest = knn.largest
-    monkeypatch.setattr(knn, "largest", lambda x, k: seen.append(len(x)) or largest(x, k))
-    tiled = neighbours(z, z, 9, source, source)
-    assert max(seen) == 7
-    assert sum(seen) == 101
-    torch.testing.assert_close(tiled, whole)
+@pytest.mark.parametrize(("queries", "bank", "group"), [(7, 40, 1), (7, 40, 4), (101, 16, 2), (3, 101, 64), (5, 6, 2)])
+@pytest.mark.parametrize("k", [1, 3, 30])
+def test_tiles_and_groups_do_not_change_anything(monkeypatch, queries, bank, group, k):
+    """Against a stable sort of whole rows: many ties, rows that are not finite, and own sources left out."""
+    z = torch.randint(-1, 2, (101, 3), generator=torch.Generator().manual_seed(k)).float()
+    z[::17] = torch.nan
+    source = torch.arange(101) // 2 % 30
+    whole = torch.nn.functional.normalize(z.double(), dim=1) @ torch.nn.functional.normalize(z.double(), dim=1).T
+    whole = whole.mul(2**20).round().div(2**20).nan_to_num(nan=-math.inf)  # products of thirds tie as numbers do
+    whole[source[:, None] == source] = -math.inf
+    expected = whole.sort(dim=1, descending=True, stable=True)
+    for name, size in (("_QUERIES", queries), ("_BANK", bank), ("_GROUP", group)):
+        monkeypatch.setattr(knn, name, size)
+    cosine, index = neighbours(z, z, k, source, source)
+    torch.testing.assert_close(cosine.double(), expected.values[:, :k], rtol=0, atol=2e-6)
+    found = cosine.isfinite()
+    order = whole.gather(1, index)
+    assert (source[index] != source[:, None])[found].all()
+    torch.testing.assert_close(order[found], expected.values[:, :k][found], rtol=0, atol=0)
+    assert all(len(set(row[kept].tolist())) == kept.sum() for row, kept in zip(index, found, strict=True))
+
+
+def test_equal_rows_come_in_their_order_across_tiles(monkeypatch):
+    for name, size in (("_QUERIES", 2), ("_BANK", 32), ("_GROUP", 2)):
+        monkeypatch.setattr(knn, name, size)
+    bank = torch.eye(4).repeat(25, 1)  # row i is axis i % 4
+    cosine, index = neighbours(torch.eye(4)[:3], bank, 5)
+    assert index.tolist() == [[a, a + 4, a + 8, a + 12, a + 16] for a in range(3)]
+    assert (cosine == 1).all()
+
+
+def test_the_bank_is_not_copied(monkeypatch):
+    """Nothing as large as the bank is made, and few rows of it are looked at more closely than by their group."""
+    made, looked = [], []
+    kept = knn.largest
+    monkeypatch.setattr(knn, "largest", lambda x, k: looked.append(x.numel()) or kept(x, k))
+
+    class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not out._is_view():
+                made.append(out.numel())
+            return out
+
+    monkeypatch.setattr(knn, "_BANK", 2048)
+    query, bank = rows(64), rows(40_000, seed=1)
+    with Watched():
+        neighbours(query, bank, 5, torch.arange(64), torch.arange(64, 40_064))
+    assert max(made) <= 64 * 2048 < bank.numel()
+    assert sum(looked) < 0.3 * len(query) * len(bank)
 
 
 def test_equal_cosines_go_to_the_lowest_index():

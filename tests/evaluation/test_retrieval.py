@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sslcells.evaluation import knn
+from sslcells.evaluation import retrieval as retrieval_module
 from sslcells.evaluation.retrieval import retrieval
 
 
@@ -27,7 +27,7 @@ class Exact:
 @pytest.mark.parametrize("tile", [2**24, 150 * 7])
 def test_it_is_pytorch_metric_learnings(monkeypatch, tile):
     peers = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator", reason="the peer is not installed")
-    monkeypatch.setattr(knn, "_TILE", tile)
+    monkeypatch.setattr(retrieval_module, "_TILE", tile)
     z, labels = rows(150)
     names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
     peer = peers.AccuracyCalculator(include=names, k="max_bin_count", knn_func=Exact(), device=torch.device("cpu"))
