@@ -13,6 +13,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +40,34 @@ def _ours(data: list[str], batch: int, workers: int, passes: int) -> Iterator[in
             yield len(read_batch.image)
 
 
+@contextmanager
+def _classes_alone(folder: str) -> Iterator[str]:
+    """A folder of links to the classes: torchvision takes a hidden folder for a class without images."""
+    with tempfile.TemporaryDirectory() as links:
+        for each in Path(folder).resolve().iterdir():
+            if each.is_dir() and not each.name.startswith("."):
+                (Path(links) / each.name).symlink_to(each)
+        yield links
+
+
 def _theirs(row: str, folder: str, size: int | None, batch: int, workers: int, passes: int) -> Iterator[int]:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
     change: Any = v2.Compose([*([v2.Resize((size, size))] if size else []), v2.PILToTensor()])
-    if row == "lightly":
-        from lightly.data import LightlyDataset
+    with _classes_alone(folder) as classes:
+        if row == "lightly":
+            from lightly.data import LightlyDataset
 
-        images: Any = LightlyDataset(folder, transform=change)
-    else:
-        images = ImageFolder(folder, transform=change)
-    options: dict[str, Any] = {"shuffle": True, "drop_last": True, "num_workers": workers}
-    loader: Any = DataLoader(images, batch, persistent_workers=workers > 0, **options)
-    for _ in range(passes):
-        for pixels, *_ in loader:
-            assert pixels.dtype == torch.uint8
-            yield len(pixels)
+            images: Any = LightlyDataset(classes, transform=change)
+        else:
+            images = ImageFolder(classes, transform=change)
+        options: dict[str, Any] = {"shuffle": True, "drop_last": True, "num_workers": workers}
+        loader: Any = DataLoader(images, batch, persistent_workers=workers > 0, **options)
+        for _ in range(passes):
+            for pixels, *_ in loader:
+                assert pixels.dtype == torch.uint8
+                yield len(pixels)
 
 
 def measure(row: str, folder: str, pack: str, size: int | None, batch: int, workers: int, passes: int) -> list[float]:

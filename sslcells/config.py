@@ -247,6 +247,9 @@ class Sampler(Section):
     """`shuffle`: every image once an epoch; `balanced`: every class equally often; `classes`: `per_class` images of
     each of several classes; `sources`: `per_source` images of each of several sources; `labs`: images of every
     laboratory, as `labs` says."""
+    block: int | None = Field(None, ge=1)
+    """With kind=shuffle: the number of images that follow each other in the data set and are drawn at about the same
+    time, where reading far apart is slow. 16 such blocks or more are mixed at a time; none mixes all images."""
     per_class: int = Field(4, ge=1)
     """With kind=classes: different images of a class in a global batch, from global_batch / per_class classes."""
     per_source: int = Field(1, ge=1)
@@ -254,6 +257,12 @@ class Sampler(Section):
     labs: Literal["equal", "natural"] = "equal"
     """With kind=labs: as many images of each laboratory in a global batch (`equal`), or every image once an epoch, and
     of each laboratory its share of the images in every batch (`natural`)."""
+
+    @model_validator(mode="after")
+    def _block_is_of_shuffle(self) -> Self:
+        if self.block is not None and self.kind != "shuffle":
+            raise ValueError(f"block={self.block} is for kind=shuffle, not for kind={self.kind}")
+        return self
 
 
 class Checkpoint(Section):

@@ -26,6 +26,8 @@ from sslcells.data._sources import source_ids as source_ids
 from sslcells.errors import UserError
 
 SPLITS = ("train", "val", "test")
+FILES = ("folder", "table", "webdataset", "parquet")
+"""Kinds of data sets whose images are decoded from files"""
 
 
 class Batch(NamedTuple):
@@ -186,14 +188,14 @@ def open_split(config: Section, split: str) -> ImageSet | None:
 def reading(config: Section | None, size: int) -> dict[str, Any]:
     """How an encoder trained on this data set reads image files: the fields of a Decoder except the channels.
 
-    For a folder or a table, the settings of its training; for a pack, those of the data set that was packed; for other
+    For images in files, the settings of its training; for a pack, those of the data set that was packed; for other
     data sets, images are cropped to squares of `size` px.
     """
     if getattr(config, "kind", None) == "pack":
         how: dict[str, Any] | None = importlib.import_module("sslcells.data.pack").reading_of(config)
         if how is not None:
             return how
-    if getattr(config, "kind", None) in ("folder", "table") and config is not None:
+    if getattr(config, "kind", None) in FILES and config is not None:
         said = {"size", "fit", "intensity", "stack", "percentiles", "range", "z", "level"}
         scaled = config.um_per_pixel is not None  # type: ignore[attr-defined]
         return config.model_dump(

@@ -27,12 +27,67 @@ class _Run(NamedTuple):
     pieces: list[memoryview]
 
 
+class Files:
+    """Files that are open for reading while a process needs them, at most `_OPEN` at a time."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._opened: dict[int, int] = {}
+
+    def __getitem__(self, number: int) -> int:
+        """The descriptor of a file; the one opened first is closed when there are too many."""
+        if number not in self._opened:
+            if len(self._opened) >= _OPEN:
+                os.close(self._opened.pop(next(iter(self._opened))))
+            self._opened[number] = os.open(self.names[number], os.O_RDONLY | os.O_CLOEXEC)
+        return self._opened[number]
+
+    def read(self, number: int, at: int, size: int) -> bytes:
+        """A part of a file.
+
+        Raises:
+            OSError: with its name, if it cannot be read; the next call opens it again.
+            EOFError: with its name, if it is too short.
+        """
+        data = bytearray(size)
+        self.read_into(number, at, [memoryview(data)])
+        return bytes(data)
+
+    def read_into(self, number: int, at: int, pieces: Sequence[memoryview]) -> None:
+        """Like `read`, into pieces of memory that follow each other in the file."""
+        left = list(pieces)
+        try:
+            while left:
+                got = os.preadv(self[number], left, at)
+                if got == 0:
+                    size = os.fstat(self[number]).st_size
+                    raise EOFError(f"{self.names[number]} ends at byte {size:,}, within an image")
+                at += got
+                while left and got >= len(left[0]):
+                    got -= len(left.pop(0))
+                if left and got:
+                    left[0] = left[0][got:]
+        except OSError as error:
+            self.close()
+            raise OSError(error.errno, error.strerror, self.names[number]) from None
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        while self._opened:
+            os.close(self._opened.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": {}}
+
+
 class Rows:
     """Rows of `size` bytes in files: row i of file f starts at byte `starts[f]` + i · `size`."""
 
     def __init__(self, files: Sequence[str], starts: Sequence[int], size: int) -> None:
-        self.files, self._starts, self._size = list(files), list(starts), size
-        self._opened: dict[int, int] = {}
+        self.files, self._starts, self._size = Files(files), list(starts), size
 
     def read(self, file: Sequence[int], row: Sequence[int], out: Tensor, places: Sequence[int] | None = None) -> None:
         """Fill `out[i]`, or `out[places[i]]`, with row `row[i]` of file `file[i]`; `out` is (B, …) uint8, contiguous.
@@ -49,13 +104,10 @@ class Rows:
         runs = self._runs([(file[i], self._starts[file[i]] + row[i] * self._size, to[i]) for i in order], flat)
         if len(runs) > 1 and hasattr(os, "posix_fadvise"):  # slow storage then works on all of them at once
             for run in runs:
-                os.posix_fadvise(self._open(run.file), run.at, sum(map(len, run.pieces)), os.POSIX_FADV_WILLNEED)
+                size = sum(map(len, run.pieces))
+                os.posix_fadvise(self.files[run.file], run.at, size, os.POSIX_FADV_WILLNEED)
         for run in runs:
-            try:
-                _read(self._open(run.file), run, self.files[run.file])
-            except OSError as error:
-                self.close()
-                raise OSError(error.errno, error.strerror, self.files[run.file]) from None
+            self.files.read_into(run.file, run.at, run.pieces)
 
     def _runs(self, rows: Sequence[tuple[int, int, int]], flat: memoryview) -> list[_Run]:
         """Rows as (file, byte, place in `flat`), sorted, joined where one begins where another ends or soon after."""
@@ -70,35 +122,3 @@ class Rows:
                 runs.append(_Run(number, at, [piece]))
             end = at + self._size
         return runs
-
-    def _open(self, number: int) -> int:
-        """The descriptor of a file; the one opened first is closed when there are too many."""
-        if number not in self._opened:
-            if len(self._opened) >= _OPEN:
-                os.close(self._opened.pop(next(iter(self._opened))))
-            self._opened[number] = os.open(self.files[number], os.O_RDONLY | os.O_CLOEXEC)
-        return self._opened[number]
-
-    def close(self) -> None:
-        """Close the files; reading opens them again."""
-        while self._opened:
-            os.close(self._opened.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": {}}
-
-
-def _read(descriptor: int, run: _Run, name: str) -> None:
-    pieces, at = list(run.pieces), run.at
-    while pieces:
-        got = os.preadv(descriptor, pieces, at)
-        if got == 0:
-            raise EOFError(f"{name} ends at byte {at:,}, within an image")
-        at += got
-        while pieces and got >= len(pieces[0]):
-            got -= len(pieces.pop(0))
-        if pieces and got:
-            pieces[0] = pieces[0][got:]

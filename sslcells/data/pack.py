@@ -167,7 +167,7 @@ class PackImages(ImageSet):
         shard, row = np.divmod(np.asarray(indices, np.int64), self._shard)
         rows = self._rows
         try:
-            patiently(lambda: rows.read(shard.tolist(), row.tolist(), out), rows.files[int(shard[0])])
+            patiently(lambda: rows.read(shard.tolist(), row.tolist(), out), rows.files.names[int(shard[0])])
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}") from None
         except EOFError as error:

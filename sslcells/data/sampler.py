@@ -36,7 +36,7 @@ def build(config: Sampler, images: ImageSet, global_batch: int, seed: int) -> Sa
         ConfigError: if the images or the size of the global batch do not allow it.
     """
     if config.kind == "shuffle":
-        return Shuffle(len(images), global_batch, seed)
+        return Shuffle(len(images), global_batch, seed, config.block)
     if config.kind == "sources":
         return Groups(images.sources, "source", config.per_source, global_batch, seed)
     if config.kind == "labs":
@@ -61,22 +61,39 @@ def _of_labs(config: Sampler, images: ImageSet, global_batch: int, seed: int) ->
 
 
 class Shuffle(Sampling):
-    """Each epoch is a permutation of the images; its last images are dropped if they do not fill a batch."""
+    """Each epoch is a permutation of the images; its last images are dropped if they do not fill a batch.
 
-    def __init__(self, images: int, global_batch: int, seed: int) -> None:
-        self._images, self._global_batch, self._seed = images, global_batch, seed
+    With `block`, the epoch is a permutation of blocks of images that follow each other; `together` blocks at a time are
+    mixed image by image, and a batch has images of so many, or of twice as many.
+    """
+
+    def __init__(self, images: int, global_batch: int, seed: int, block: int | None = None) -> None:
+        self._images, self._global_batch, self._seed, self._block = images, global_batch, seed, block
+        self.together = max(_TOGETHER, -(-2 * global_batch // block)) if block is not None else 0
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def batch(self, step: int) -> Tensor:
         """The next G images of the epoch's permutation."""
         epoch, at = divmod(step, self._images // self._global_batch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self._images, self._seed, epoch)
+            self._epoch, self._order = epoch, self._permuted(epoch)
         return self._order[at * self._global_batch : (at + 1) * self._global_batch]
 
+    def _permuted(self, epoch: int) -> Tensor:
+        if self._block is None:
+            return permutation(self._images, self._seed, epoch)
+        turn = permutation(-(-self._images // self._block), self._seed, epoch, 1).argsort()  # of each block
+        group = (turn // self.together).repeat_interleave(self._block)[: self._images]
+        return (group * self._images + permutation(self._images, self._seed, epoch)).argsort()
+
     def describe(self) -> str:
-        """How many images an epoch leaves out."""
-        return f"every image once per epoch, except {self._images % self._global_batch} that do not fill a batch"
+        """How many images an epoch leaves out, and what is mixed."""
+        text = f"every image once per epoch, except {self._images % self._global_batch} that do not fill a batch"
+        return text + (f"; {self.together} blocks of {self._block} images are mixed" if self._block is not None else "")
+
+
+_TOGETHER = 16
+"""blocks that are mixed at least"""
 
 
 class NaturalParts(Sampling):

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from sslcells import __version__, launcher
 from sslcells.config import ConfigError, Section, load
-from sslcells.data import Batch, DataError, ImageSet, open_splits, reading
+from sslcells.data import FILES, Batch, DataError, ImageSet, open_splits, reading
 from sslcells.data._checksums import wrong
 from sslcells.data.listing import PATHS
 from sslcells.data.loader import InOrder, read, with_workers
@@ -140,7 +140,7 @@ def _fresh(
         )
         for name, images in splits.items()
     }
-    of_files = getattr(data, "kind", "") in ("folder", "table")
+    of_files = getattr(data, "kind", "") in FILES
     return Manifest(
         source=data.model_dump(mode="json"),
         reading=reading(data, height) if of_files else None,

@@ -264,7 +264,7 @@ def test_rows_are_read_in_few_pieces_and_end_with_the_process_that_opened_them(t
     rows.read(file.tolist(), row.tolist(), out)
     assert np.array_equal(out.numpy(), arrays[file, row])
     assert len(reads) < 40
-    assert len(rows._opened) == 2
+    assert len(rows.files._opened) == 2
     again = pickle.loads(pickle.dumps(rows))
     again.read([3], [29], out[:1])
     assert np.array_equal(out[0].numpy(), arrays[3, 29])

@@ -220,3 +220,37 @@ def test_no_labels_no_figure():
     none = torch.full((4,), -1)
     batch = Batch(torch.zeros(4, 1, 1, 1), none, torch.arange(4), torch.arange(4), none * 0, none * 0)
     assert composition(batch, torch.device("cpu")) == {"batch/same_source": 0}
+
+
+BLOCKED = {"images": 1000, "global_batch": 12, "seed": 1, "block": 7}
+
+
+def test_blocks_are_drawn_together_and_mixed():
+    sampling = Shuffle(**BLOCKED)
+    assert sampling.together == 16
+    epochs = [torch.cat([sampling.batch(83 * epoch + i) for i in range(83)]) for epoch in range(2)]
+    for epoch in epochs:
+        assert len(epoch.unique()) == 996
+        first = epoch[: 16 * 7]
+        assert len((first // 7).unique()) <= 17  # the last block is a short one
+        assert len((epoch[:12] // 7).unique()) > 6
+        assert not torch.equal(first.sort().values, first)
+    assert not torch.equal(*epochs)
+    assert not torch.equal(epochs[0][:112].sort().values, epochs[1][:112].sort().values)
+    assert Shuffle(**BLOCKED | {"global_batch": 600}).together == 172
+    assert "16 blocks of 7 images are mixed" in sampling.describe()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_blocks_are_the_same_for_any_world_and_start(world):
+    def of(rank, world, start):
+        return [[pick.image for pick in picks] for picks in Steps(Shuffle(**BLOCKED), rank, world, start, 200)]
+
+    whole = [Shuffle(**BLOCKED).batch(step).tolist() for step in range(200)]
+    parts = zip(*[of(rank, world, 90) for rank in range(world)], strict=True)
+    assert [list(chain.from_iterable(part)) for part in parts] == whole[90:]
+
+
+def test_blocks_are_of_shuffle_alone():
+    with pytest.raises(ValueError, match="block=8 is for kind=shuffle, not for kind=balanced"):
+        Sampler(kind="balanced", block=8)
