@@ -1,6 +1,7 @@
 """Images as uint8, with their labels and sources; one file per kind of data set.
 
-A kind is a module with a `Config` and `open_split(config, split) -> ImageSet | None`.
+A kind is a module with a `Config` and `open_split(config, split) -> ImageSet | None`; where the splits have something
+in common that is read once, also with `open_splits(config) -> dict[str, ImageSet]`.
 """
 
 import importlib
@@ -164,7 +165,11 @@ def open_splits(config: Section) -> dict[str, ImageSet]:
 
 
 def _open_splits(config: Section) -> dict[str, ImageSet]:
-    splits = {name: images for name in SPLITS if (images := open_split(config, name)) is not None}
+    module = _module(config)
+    if hasattr(module, "open_splits"):
+        splits: dict[str, ImageSet] = module.open_splits(config)
+    else:
+        splits = {name: images for name in SPLITS if (images := open_split(config, name)) is not None}
     if "train" not in splits:
         raise ConfigError(f"data: there is no train split, only {', '.join(splits) or 'nothing'}")
     channels = {name: images.channels for name, images in splits.items()}
@@ -180,9 +185,12 @@ def open_split(config: Section, split: str) -> ImageSet | None:
     Raises:
         ConfigError: if the data set is missing, or contradicts the configuration.
     """
-    module = importlib.import_module(f"sslcells.data.{config.kind}")  # type: ignore[attr-defined]
-    images: ImageSet | None = module.open_split(config, split)
+    images: ImageSet | None = _module(config).open_split(config, split)
     return images
+
+
+def _module(config: Section) -> Any:
+    return importlib.import_module(f"sslcells.data.{config.kind}")  # type: ignore[attr-defined]
 
 
 def reading(config: Section | None, size: int) -> dict[str, Any]:

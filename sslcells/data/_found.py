@@ -32,6 +32,8 @@ class Found:
     """which images are kept in memory; empty if none are"""
     columns: Sequence[str] = ()
     """lines that say how the columns of a table were understood"""
+    notes: Sequence[str] = ()
+    """what else a person should know, also in the log"""
     scales: Sequence[str] = ()
     """lines that say how large a pixel is, and what says so"""
     seconds: Mapping[str, float] = field(default_factory=dict)

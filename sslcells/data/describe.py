@@ -44,6 +44,7 @@ def brief(splits: Mapping[str, ImageSet]) -> str:
             parts += [images.found.cache] if images.found.cache else []
             if ignored:
                 parts.append("left out " + ", ".join(f"{n:,} × {kind}" for kind, n in ignored.items()))
+            parts += images.found.notes
         out.append(", ".join(parts))
     where = next((images.found.where for images in splits.values() if images.found is not None), "")
     return f"data: {'; '.join(out)}" + f" ({where.partition(',')[0]})" * bool(where)
@@ -72,8 +73,8 @@ def _split(name: str, images: ImageSet) -> list[str]:
     channels, height, width = images.pixels(0).shape
     read = f"read as: {_plural(channels, 'channel')} of {height}×{width} px"
     columns = found.columns if found is not None else []
-    scales = found.scales if found is not None else []
-    known = [_labels(images), _sources(images), _sites(images), *scales]
+    more = [*found.scales, *found.notes] if found is not None else []
+    known = [_labels(images), _sources(images), _sites(images), *more]
     cache = f"cache: {found.cache}" if found is not None and found.cache else ""
     lines = [*columns, *known, *_files(images, found), _values(images), read, cache, *_left_out(found)]
     where = f" of {found.where}" if found is not None else f", such as {images.name(0)}"

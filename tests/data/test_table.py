@@ -8,12 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from pydantic import ValidationError
 
 from sslcells.config import ConfigError, dump, load
-from sslcells.data import DataError, folder, holdout, open_split, open_splits, reading, table
+from sslcells.data import DataError, _table, folder, holdout, open_split, open_splits, reading, table
+from sslcells.data._columns import read
 from sslcells.data._sources import source_id
 from sslcells.data.describe import brief, describe
 from sslcells.data.subset import Subset
@@ -139,7 +141,7 @@ def test_files_are_found_however_they_are_spelt(tmp_path):
     (tmp_path / "a/1.png").rename(tmp_path / nfd / "1.png")
     assert names(opened(file)) == [f"{nfd}/1.png", "a/2.png", "a/3.png"]
     (tmp_path / "a/2.Png").write_bytes((tmp_path / "a/2.png").read_bytes())
-    assert "row 3: A/2.PNG" in mistake(file)
+    assert "row 3: ./A//2.PNG" in mistake(file)
 
 
 def test_absolute_paths_alone_need_no_folder(tmp_path):
@@ -168,13 +170,107 @@ def test_boxes_are_cut_from_the_image(tmp_path):
     again = pickle.loads(pickle.dumps(images))
     assert torch.equal(again.pixels(2), images.pixels(2))
     assert "data.size is needed" in mistake(tmp_path / "t.csv")
-    as_size = "path,x,y,w,h\nfield.png,2,3,8,8\nfield.png,40,3,8,8\n"
+    as_size = "path,x,y,w,h\nfield.png,2,3,8,8\nfield.png,9,3,8,8\n"
     (tmp_path / "s.csv").write_text(as_size)
     sized = opened(tmp_path / "s.csv", size=8, box=["x", "y", "w", "h"], box_as="size")
     assert torch.equal(sized.pixels(0), images.pixels(0))
-    with pytest.raises(DataError, match=r"field.png#40,3,48,11: its box .* outside of the image of 20×30 px"):
-        sized.pixels(1)
     assert "box_as=size" in mistake(tmp_path / "s.csv", size=8, box=["y", "x", "h", "w"])
+
+
+@pytest.fixture
+def field(tmp_path):
+    """A field of 20×30 px and the boxes of its cells: one inside, two at its border, one outside, one that is none."""
+    pixels = (np.arange(20 * 30 * 3, dtype=np.uint32).reshape(20, 30, 3) % 251).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "field.png")
+    rows = ["2,3,10,11,in", "-4,15,4,23,low", "26,0,34,8,right", "40,3,48,11,out", "5,5,5,9,none"]
+    text = "\n".join(["path,x_min,y_min,x_max,y_max,cell_id", *(f"field.png,{row}" for row in rows)])
+    (tmp_path / "t.csv").write_text(text)
+    (tmp_path / "border.csv").write_text("\n".join(text.splitlines()[:4]))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("verify", ["full", "header"])
+def test_boxes_beyond_their_image_are_counted_and_named(tmp_path, field, verify):
+    kept = opened(tmp_path / "border.csv", size=8, verify=verify)
+    assert names(kept) == ["field.png#in", "field.png#low", "field.png#right"]
+    said = "2 of 3 boxes reach beyond their image, such as row 3 (field.png), and "
+    for rule, words in (("clip", "are cut off there"), ("pad", "its border pixels are repeated")):
+        images = opened(tmp_path / "border.csv", size=8, verify=verify, box_outside=rule)
+        assert said + words in describe({"train": images})
+        assert said + words in brief({"train": images})
+        assert torch.equal(images.pixels(0), field[:, 3:11, 2:10])
+    padded = torch.nn.functional.pad(field[None].float(), (0, 4, 0, 0), mode="replicate")[0].byte()
+    assert torch.equal(images.pixels(2), padded[:, 0:8, 26:34])
+    dropped = opened(tmp_path / "border.csv", size=8, verify=verify, box_outside="drop")
+    assert names(dropped) == ["field.png#in"]
+    assert said + "are left out" in brief({"train": dropped})
+    message = mistake(tmp_path / "border.csv", size=8, verify=verify, box_outside="stop")
+    assert "2 of 3 rows have a box that reaches beyond its image; data.on_error=skip leaves them out:" in message
+    assert "row 3: field.png of 20×30 px, box [-4, 15, 4, 23]" in message
+
+
+def test_boxes_that_are_none_or_outside_stop_or_are_left_out(tmp_path, field):
+    message = mistake(tmp_path / "t.csv", size=8)
+    assert "1 of 5 rows have no box of at least 1×1 px" in message
+    assert "row 6: x_min, y_min, x_max, y_max = 5, 5, 5, 9" in message
+    (tmp_path / "o.csv").write_text((tmp_path / "t.csv").read_text().replace("5,5,5,9", "5,5,6,9"))
+    message = mistake(tmp_path / "o.csv", size=8)
+    assert "1 of 5 rows have a box outside of their image; data.on_error=skip leaves them out:" in message
+    assert "row 5: field.png of 20×30 px, box [40, 3, 48, 11]" in message
+    images = opened(tmp_path / "t.csv", size=8, on_error="skip")
+    assert names(images) == ["field.png#in", "field.png#low", "field.png#right"]
+    text = describe({"train": images})
+    assert "broken, left out: 2 images: row 6: have no box of at least 1×1 px: " in text
+    assert "left out 2 × broken" in brief({"train": images})
+    unseen = opened(tmp_path / "o.csv", size=8, verify="none")
+    assert "5 boxes not compared with their image, as data.verify=none" in brief({"train": unseen})
+    with pytest.raises(DataError, match=r"field.png#out: its box .* lies outside of the image of 20×30 px"):
+        unseen.pixels(3)
+
+
+def test_the_values_of_a_box_are_its_own(tmp_path, field):
+    images = opened(tmp_path / "border.csv", size=8)
+    assert np.array_equal(images.values(1), field[:, 15:20, 0:4].permute(1, 2, 0).numpy())
+    turned = Image.fromarray(np.ascontiguousarray(np.rot90(field.permute(1, 2, 0).numpy())))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # lies on its side: a viewer turns it by 90° to the right
+    turned.save(tmp_path / "field.png", exif=exif)
+    assert np.array_equal(opened(tmp_path / "border.csv", size=8).values(0), images.pixels(0).permute(1, 2, 0).numpy())
+    stack = np.arange(4 * 20 * 30, dtype=np.uint16).reshape(4, 20, 30)
+    tifffile.imwrite(tmp_path / "field.tif", stack, photometric="minisblack")
+    (tmp_path / "s.csv").write_text((tmp_path / "border.csv").read_text().replace(".png", ".tif"))
+    images = opened(tmp_path / "s.csv", size=8, channels=4, stack="first")
+    assert np.array_equal(images.values(2), stack[:, 0:8, 26:30])
+
+
+def test_rows_without_a_file_are_left_out_on_request(tmp_path):
+    file = write(tmp_path, ["a/1.png,x", "a/9.png,y", ",x", "b/4.png,y"], "path,label")
+    assert "2 of 4 rows name no file below" in mistake(file)
+    images = opened(file, on_error="skip")
+    assert (names(images), images.labels.tolist()) == (["a/1.png", "b/4.png"], [0, 1])
+    text = describe({"train": images})
+    assert "broken, left out: 2 images: row 3: name no file below" in text
+    assert "a/9.png; row 4: " in text
+    none = write(tmp_path, ["a/9.png"], "path")
+    assert "1 of 1 rows name no file" in mistake(none, on_error="skip")
+
+
+def test_absolute_paths_of_all_splits_start_from_one_folder(tmp_path):
+    for name in ("x/a", "x/b"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 6)).save(tmp_path / name / "1.png")
+    (tmp_path / "t.csv").write_text(f"path,split\n{tmp_path}/x/a/1.png,train\n{tmp_path}/x/b/1.png,test\n/y/z.png,\n")
+    splits = open_splits(table.Config(table=str(tmp_path / "t.csv")))
+    assert {name: names(images) for name, images in splits.items()} == {"train": ["a/1.png"], "test": ["b/1.png"]}
+    assert splits["train"].sources[0] != splits["test"].sources[0]
+    assert names(opened(tmp_path / "t.csv", "test")) == ["b/1.png"]
+
+
+def test_a_table_is_read_once(tmp_path, monkeypatch):
+    file, times = write(tmp_path), []
+    monkeypatch.setattr(_table, "read", lambda *a: times.append(a) or read(*a))
+    assert len(open_splits(table.Config(table=str(file)))) == 3
+    assert len(times) == 1
 
 
 def test_scales_are_said(tmp_path):
@@ -197,14 +293,19 @@ def test_scales_are_said(tmp_path):
         (["a/1.png,x"], "path,path", {}, "two columns called 'path'"),
         (["a/9.png", "a/1.png"], "path", {}, r"1 of 2 rows name no file below .*\n  row 2: a/9.png"),
         (["a/1.png,x", "a\\1.png,y"], "path,label", {}, "row 2 and row 3 are the same image, a/1.png"),
-        ([",x"], "path,label", {}, "1 rows have no path, such as row 2"),
+        ([",x"], "path,label", {}, r"1 of 1 rows name no file below .*\n  row 2: no path"),
         (["a/1.png,Mono", "a/2.png,mono"], "path,label", {}, "'Mono' and 'mono' differ only in spelling"),
         (["a/1.png,held", "a/2.png,train"], "path,split", {}, r"none of train, val, test: held \(1 rows\)"),
         (["a/1.png,1"], "path,split", {"train": "2"}, "data.train='2': column split .* has no such value"),
         (["a/1.png"], "path", {"train": "2"}, "no column of splits"),
         (["a/1.png,x,y"], "path,label", {}, "cannot be read as a table: .*Expected 2 columns, got 3"),
         (["a/1.png"], "path", {"path": "nowhere"}, "data.path='nowhere': no such folder"),
-        (["a/1.png,5,5,5,9"], "path,x_min,y_min,x_max,y_max", {"size": 8}, "no box of at least 1×1 px, such as row 2"),
+        (
+            ["a/1.png,5,5,5,9"],
+            "path,x_min,y_min,x_max,y_max",
+            {"size": 8},
+            r"1 of 1 rows have no box of at least 1×1 px; .*box_as=size.*\n  row 2: x_min, .* = 5, 5, 5, 9",
+        ),
     ],
 )
 def test_mistakes(tmp_path, rows, columns, fields, expected):

@@ -119,7 +119,7 @@ class Decoder:
             raise Unreadable(_reason(error, file)) from error
 
     def values(self, file: str) -> NDArray[Any]:
-        """The raw values in the file: (H, W), (H, W, C), or (C, H, W) for a stack.
+        """The raw values in the file, upright: (H, W), (H, W, C), or (C, H, W) for a stack.
 
         Raises:
             Unreadable: as `__call__`.
@@ -129,11 +129,14 @@ class Decoder:
             opened = self._opened(file)
             if opened is None:
                 with Image.open(file, formats=pillow.FORMATS) as image:
-                    return pillow.deep_values(image, file) if pillow.deep_png(image) else np.array(image)
+                    return pillow.upright_values(image, file)
             with opened as source:
                 layout = self._layout(source, plane)
-                values = _samples_at(loaded(source, layout), layout, 0 if self.stack is not None else -1)
-                return values if self.stack is not None or values.shape[-1] > 1 else values[..., 0]
+                orientation = source.meaning(self.stack is not None).orientation
+                values = turned(_samples_at(loaded(source, layout), layout, -1), orientation)
+                if self.stack is not None:
+                    return np.moveaxis(values, -1, 0)
+                return values if values.shape[-1] > 1 else values[..., 0]
         except Exception as error:  # as above
             raise Unreadable(_reason(error, file)) from error
 

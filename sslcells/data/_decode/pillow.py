@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from sslcells.data._decode.axes import MOST
 from sslcells.data._decode.meaning import Meaning, Scaling, picture
+from sslcells.data._decode.meaning import upright as turned
 
 # Listed, as Pillow would otherwise try every format, including PostScript, which runs an interpreter.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")
@@ -44,11 +45,18 @@ def deep_values(image: Image.Image, file: str) -> NDArray[Any]:
     return values
 
 
+def upright_values(image: Image.Image, file: str) -> NDArray[Any]:
+    """The samples of an opened picture, upright: (H, W) or (H, W, S)."""
+    if not deep_png(image):
+        return np.array(ImageOps.exif_transpose(image))
+    return turned(deep_values(image, file), _orientation(image, file))
+
+
 def deep_picture(image: Image.Image, file: str, how: Scaling) -> Image.Image:
     """An opened PNG of 16 bits → an upright picture of 8."""
     values = deep_values(image, file)
     samples = values if values.ndim == 3 else values[..., None]
-    orientation = image.getexif().get(ORIENTATION, 1) if _may_be_turned(file) else 1
+    orientation = _orientation(image, file)
     count = samples.shape[2]
     clear = _clear(image, samples)
     if clear is not None:
@@ -57,6 +65,10 @@ def deep_picture(image: Image.Image, file: str, how: Scaling) -> Image.Image:
     colours = 3 if count >= 3 else 1
     alpha = "straight" if count in (2, 4) else "none"
     return picture(samples, Meaning(colours, alpha, orientation=orientation), how)  # type: ignore[arg-type]
+
+
+def _orientation(image: Image.Image, file: str) -> int:
+    return int(image.getexif().get(ORIENTATION, 1)) if _may_be_turned(file) else 1
 
 
 def _may_be_turned(file: str) -> bool:
