@@ -118,6 +118,16 @@ def gather_rows(z: Tensor) -> Gathered:
     return Gathered(ranks.gather(z), ranks.rank() * len(z), len(z))
 
 
+def gather_codes(ids: Tensor | None, count: int, name: str) -> Tensor | None:
+    """Codes of the ids of all ranks' rows: (A,) integers on every rank → (R,) int32; None for none.
+
+    Raises:
+        ValueError: if ids are not (count,) integers; the message calls them `name`.
+    """
+    check_ids(ids, count, name)
+    return None if ids is None else codes(ranks.gather(ids))
+
+
 def gather_groups(z: Tensor, positive: Tensor, source: Tensor | None) -> tuple[Tensor, Gathered, Tensor, Tensor | None]:
     """This rank's unit rows (A, D), the rows of all ranks, and their positive and source codes, (R,) int32 each.
 
@@ -130,5 +140,4 @@ def gather_groups(z: Tensor, positive: Tensor, source: Tensor | None) -> tuple[T
     check_ids(source, len(z), "source")
     rows = unit(z)
     batch = gather_rows(rows)
-    sources = None if source is None else codes(ranks.gather(source))
-    return rows, batch, codes(ranks.gather(positive)), sources
+    return rows, batch, codes(ranks.gather(positive)), gather_codes(source, len(z), "source")

@@ -15,6 +15,7 @@ from sslcells.losses._rows import (
     check_ids,
     check_views,
     codes,
+    gather_codes,
     gather_groups,
     gather_rows,
     log1p_exp,
@@ -70,23 +71,30 @@ class ContrastiveLoss(nn.Module, ABC):
     def forward(self, a: Tensor, b: Tensor, source: Tensor | None = None) -> Tensor:
         """The loss, a scalar, of two views, or of rows and their positive ids."""
 
-    def _of_views(self, z0: Tensor, z1: Tensor, source: Tensor | None, objective: Objective) -> Tensor:
+    def _of_views(
+        self, z0: Tensor, z1: Tensor, source: Tensor | None, objective: Objective, lab: Tensor | None = None
+    ) -> Tensor:
         check_views(z0, z1)
         images = len(z0)
         check_ids(source, images, "source")
+        check_ids(lab, images, "lab")
         rows = unit(torch.cat([z0, z1]))
         batch = gather_rows(rows)
         row = torch.arange(len(batch.refs), device=z0.device)
         partner = torch.where(row % (2 * images) < images, row + images, row - images)
         exclude = Exclude(partner)
-        if source is not None:
+        if source is not None or lab is not None:
             image = row % images + row // (2 * images) * images
-            exclude = Exclude(partner, image.int(), codes(ranks.gather(source.repeat(2))))
+            by_row = (None if ids is None else codes(ranks.gather(ids.repeat(2))) for ids in (source, lab))
+            exclude = Exclude(partner, image.int(), *by_row)
         return self._contrast(rows, batch, Pairs(partner), exclude, objective)
 
-    def _of_groups(self, z: Tensor, positive: Tensor, source: Tensor | None, objective: Objective) -> Tensor:
+    def _of_groups(
+        self, z: Tensor, positive: Tensor, source: Tensor | None, lab: Tensor | None, objective: Objective
+    ) -> Tensor:
         rows, batch, group, sources = gather_groups(z, positive, source)
-        exclude = Exclude(None, group, sources) if sources is not None else Exclude()
+        labs = gather_codes(lab, len(z), "lab")
+        exclude = Exclude() if sources is None and labs is None else Exclude(None, group, sources, labs)
         return self._contrast(rows, batch, Groups(group), exclude, objective)
 
     def _contrast(
@@ -119,18 +127,19 @@ class NTXentLoss(ContrastiveLoss):
         1.0
     """
 
-    def forward(self, z0: Tensor, z1: Tensor, source: Tensor | None = None) -> Tensor:
+    def forward(self, z0: Tensor, z1: Tensor, source: Tensor | None = None, lab: Tensor | None = None) -> Tensor:
         """Loss of two views.
 
         Args:
             z0: (B, D) rows of the first view, of any norm.
             z1: (B, D) rows of the second view; z1[b] shows the same image as z0[b].
             source: (B,) int64; rows of equal source that are not the two views of one image are not negatives.
+            lab: (B,) int64; if given, only rows of equal lab are negatives; a negative id equals no other.
 
         Raises:
             ValueError: for shapes that do not fit, no rows, or numbers of rows that differ between ranks.
         """
-        return self._of_views(z0, z1, source, Objective(_nt_xent))
+        return self._of_views(z0, z1, source, Objective(_nt_xent), lab)
 
 
 @final
@@ -145,9 +154,9 @@ class DCLLoss(ContrastiveLoss):
         -0.614
     """
 
-    def forward(self, z0: Tensor, z1: Tensor, source: Tensor | None = None) -> Tensor:
+    def forward(self, z0: Tensor, z1: Tensor, source: Tensor | None = None, lab: Tensor | None = None) -> Tensor:
         """Loss of two views; arguments and errors as in NTXentLoss."""
-        return self._of_views(z0, z1, source, Objective(_log_ratio, needs_negatives=True))
+        return self._of_views(z0, z1, source, Objective(_log_ratio, needs_negatives=True), lab)
 
 
 @final
@@ -216,18 +225,19 @@ class SupConLoss(ContrastiveLoss):
         0.240
     """
 
-    def forward(self, z: Tensor, positive: Tensor, source: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, positive: Tensor, source: Tensor | None = None, lab: Tensor | None = None) -> Tensor:
         """Loss of rows with ids.
 
         Args:
             z: (A, D) rows of any norm.
             positive: (A,) int64 ids; a row with a negative id has no positives and is a negative of every other row.
             source: (A,) int64; rows of equal source that are not positives are not negatives either.
+            lab: (A,) int64; if given, only rows of equal lab are negatives; a negative id equals no other.
 
         Raises:
             ValueError: for shapes that do not fit, no rows, or numbers of rows that differ between ranks.
         """
-        return self._of_groups(z, positive, source, Objective(_log_ratio))
+        return self._of_groups(z, positive, source, lab, Objective(_log_ratio))
 
 
 def _nt_xent(logs: Sequence[Tensor], positive: Tensor) -> Tensor:

@@ -53,12 +53,13 @@ def hardest(
     positive: Tensor,
     source: Tensor | None,
     precision: MiningPrecision,
+    lab: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Least similar positive and most similar negative of each anchor, (A,) int64 twice; -1 where there is none."""
     if (fused := _fused(refs)) is not None:
-        far, near = fused.hardest(refs, offset, count, positive, source, precision=precision)
+        far, near = fused.hardest(refs, offset, count, positive, source, lab, precision=precision)
         return far, near
-    return torch_engine.hardest(refs, offset, count, positive, source)
+    return torch_engine.hardest(refs, offset, count, positive, source, lab)
 
 
 def _fused(refs: Tensor) -> Any:

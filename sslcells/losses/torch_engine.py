@@ -21,9 +21,11 @@ class Exclude(NamedTuple):
     partner: Tensor | None = None
     """(R,) int64 global index of the one row that is left out for each row (symmetric), or None"""
     positive: Tensor | None = None
-    """(R,) int32 codes; needed with `source`"""
+    """(R,) int32 codes; needed with `source` and `lab`"""
     source: Tensor | None = None
     """(R,) int32 codes: pairs of equal source and different positive code are left out, or None"""
+    lab: Tensor | None = None
+    """(R,) int32 codes: pairs of different laboratory and different positive code are left out, or None"""
 
 
 class _Tile(NamedTuple):
@@ -75,11 +77,14 @@ def weighted_rows(refs: Tensor, offset: int, count: int, inv_t: float, weight: T
     return out
 
 
-def hardest(refs: Tensor, offset: int, count: int, positive: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
+def hardest(
+    refs: Tensor, offset: int, count: int, positive: Tensor, source: Tensor | None, lab: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Index of each anchor's least similar positive and most similar negative, -1 where there is none.
 
-    Positives have the anchor's code, negatives another code (and another source, where sources are given); the lowest
-    index wins ties. refs (R, D), positive and source (R,) int32 codes → two (A,) int64.
+    Positives have the anchor's code, negatives another code (and another source, where sources are given, and the same
+    laboratory, where these are); the lowest index wins ties. refs (R, D), positive, source and lab (R,) int32 codes →
+    two (A,) int64.
     """
     far = torch.full((refs.shape[0],), torch.inf, dtype=refs.dtype, device=refs.device)
     near = -far
@@ -91,6 +96,8 @@ def hardest(refs: Tensor, offset: int, count: int, positive: Tensor, source: Ten
         other = ~same
         if source is not None:
             other &= source[tile.rows, None] != source[tile.columns]
+        if lab is not None:
+            other &= lab[tile.rows, None] == lab[tile.columns]
         if tile.rows.start == tile.columns.start:
             same.fill_diagonal_(False)
         negatives = s.masked_fill(~other, -torch.inf)
@@ -111,6 +118,7 @@ def ranked_negative(
     source: Tensor | None,
     bound: Tensor | None = None,
     rank: int = 1,
+    lab: Tensor | None = None,
 ) -> Tensor:
     """Index of each anchor's rank-th most similar negative, of those less similar than its `bound` where one is given.
 
@@ -129,6 +137,8 @@ def ranked_negative(
             left_out = positive[rows, None] == positive[columns]
             if source is not None:
                 left_out |= source[rows, None] == source[columns]
+            if lab is not None:
+                left_out |= lab[rows, None] != lab[columns]
             if bound is not None:
                 left_out |= s >= bound[start - offset : rows.stop - offset, None]
             s.masked_fill_(left_out, -torch.inf)
@@ -175,11 +185,16 @@ def _exclude(e: Tensor, tile: _Tile, exclude: Exclude) -> None:
         inside = (column >= 0) & (column < e.shape[1])
         column = column.clamp(0, e.shape[1] - 1)
         e.scatter_(1, column, e.gather(1, column).masked_fill_(inside, 0.0))
-    if exclude.source is not None:
+    rows, columns = tile.rows, tile.columns
+    if exclude.source is not None or exclude.lab is not None:
         assert exclude.positive is not None
-        same_source = exclude.source[tile.rows, None] == exclude.source[tile.columns]
-        same_source &= exclude.positive[tile.rows, None] != exclude.positive[tile.columns]
-        e.masked_fill_(same_source, 0.0)
+        left_out = torch.zeros_like(e, dtype=torch.bool)
+        if exclude.source is not None:
+            left_out |= exclude.source[rows, None] == exclude.source[columns]
+        if exclude.lab is not None:
+            left_out |= exclude.lab[rows, None] != exclude.lab[columns]
+        left_out &= exclude.positive[rows, None] != exclude.positive[columns]
+        e.masked_fill_(left_out, 0.0)
 
 
 def _tiles(offset: int, count: int, total: int, size: int) -> Iterator[_Tile]:

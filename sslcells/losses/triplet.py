@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sslcells import ranks
-from sslcells.losses._rows import Gathered, gather_groups, log1p_exp, sound
+from sslcells.losses._rows import Gathered, gather_codes, gather_groups, log1p_exp, sound
 from sslcells.losses.distances import Distance, check_distance, row_distances
 from sslcells.losses.engine import MiningPrecision, hardest
 from sslcells.losses.torch_engine import ranked_negative
@@ -70,23 +70,25 @@ class BatchHardTripletLoss(nn.Module):
         self.precision: MiningPrecision = precision
         self.stats: dict[str, Tensor] = {}
 
-    def forward(self, z: Tensor, positive: Tensor, source: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, positive: Tensor, source: Tensor | None = None, lab: Tensor | None = None) -> Tensor:
         """Loss of rows with ids.
 
         Args:
             z: (A, D) rows of any norm.
             positive: (A,) int64 ids; a row with a negative id has no positives and is a negative of every other row.
             source: (A,) int64; rows of equal source that are not positives are not negatives either.
+            lab: (A,) int64; if given, only rows of equal lab are negatives; a negative id equals no other.
 
         Raises:
             ValueError: for shapes that do not fit, no rows, or numbers of rows that differ between ranks.
         """
         rows, batch, group, sources = gather_groups(z, positive, source)
+        labs = gather_codes(lab, len(z), "lab")
         with torch.autocast(rows.device.type, enabled=False):
-            far, near = hardest(batch.refs, batch.offset, batch.rows, group, sources, self.precision)
+            far, near = hardest(batch.refs, batch.offset, batch.rows, group, sources, self.precision, labs)
             if self.semi_hard or self.rank > 1:
                 bound = (batch.refs[batch.own] * batch.refs[far]).sum(1) if self.semi_hard else None
-                near = ranked_negative(batch.refs, batch.offset, batch.rows, group, sources, bound, self.rank)
+                near = ranked_negative(batch.refs, batch.offset, batch.rows, group, sources, bound, self.rank, labs)
             chosen = ranks.gather(torch.stack([far, near], 1))
             loss: Tensor
             loss, active, to_positive, to_negative = _Triplets.apply(rows, batch, chosen, self._anchor_loss)

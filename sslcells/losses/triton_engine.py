@@ -111,15 +111,16 @@ def hardest(
     count: int,
     positive: Tensor,
     source: Tensor | None,
+    lab: Tensor | None = None,
     *,
     precision: Precision | Literal["exact"] = "exact",
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Index of each anchor's least similar positive and most similar negative, -1 where there is none.
 
-    Positives have the anchor's code, negatives another code (and another source, where sources are given); a code below
-    zero has no positives and is everyone's negative; the lowest index wins ties. refs (R, D), positive and source (R,)
-    int32 codes → two (A,) int64.
+    Positives have the anchor's code, negatives another code (and another source, where sources are given, and the same
+    laboratory, where these are); a code below zero has no positives and is everyone's negative; the lowest index wins
+    ties. refs (R, D), positive, source and lab (R,) int32 codes → two (A,) int64.
 
     "exact" stands for float32 rows by a high and a low float16 half and three products of them, 22 bits: as good as
     float32's own rounding at several times its speed, where bf16 alone picks another row for a third of the anchors
@@ -136,7 +137,7 @@ def hardest(
     splits = splits or _splits(refs, count, tiling, bytes_per_anchor=16)
     value = refs.new_empty(2, splits, count, dtype=torch.float32)
     index = torch.empty_like(value, dtype=torch.int32)
-    arrays = (highs, lows, positive, source, value, index)
+    arrays = (highs, lows, positive, source, lab, value, index)
     _launch(_hardest_kernel, tiling, precision, refs, splits, arrays, offset, count)
     nowhere = _NOWHERE.value
     best = index.masked_fill(value != value.amax(1, keepdim=True), nowhere).amin(1).long()
@@ -210,12 +211,12 @@ def _operand(refs: Tensor, tiling: _Tiling, precision: Precision) -> Tensor:
     return rows
 
 
-def _codes(exclude: Exclude) -> tuple[Tensor | None, Tensor | None]:
-    """Positive and source codes where sources are to be left out, else none of them."""
-    if exclude.source is None:
-        return None, None
+def _codes(exclude: Exclude) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Positive, source and laboratory codes where any pairs are left out by them, else none of them."""
+    if exclude.source is None and exclude.lab is None:
+        return None, None, None
     assert exclude.positive is not None
-    return exclude.positive, exclude.source
+    return exclude.positive, exclude.source, exclude.lab
 
 
 def _splits(refs: Tensor, count: int, tiling: _Tiling, bytes_per_anchor: int) -> int:
@@ -315,7 +316,21 @@ def _on_diagonal(start, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _tile_exponentials(
-    q, k, start, anchor, mate, own_positive, own_source, positive, source, offset, total, scale, DOT: tl.constexpr
+    q,
+    k,
+    start,
+    anchor,
+    mate,
+    own_positive,
+    own_source,
+    own_lab,
+    positive,
+    source,
+    lab,
+    offset,
+    total,
+    scale,
+    DOT: tl.constexpr,
 ):
     """exp(inv_t · (q·k − 1)), (ROWS, COLUMNS), zero where excluded; scale is log2(e) · inv_t.
 
@@ -324,8 +339,12 @@ def _tile_exponentials(
     """
     ROWS: tl.constexpr = q.shape[0]
     COLUMNS: tl.constexpr = k.shape[0]
-    if source is not None:
-        left_out = own_source[:, None] == _load_column(source, start, total, COLUMNS)[None, :]
+    if positive is not None:
+        left_out = tl.zeros([ROWS, COLUMNS], tl.int1)
+        if source is not None:
+            left_out |= own_source[:, None] == _load_column(source, start, total, COLUMNS)[None, :]
+        if lab is not None:
+            left_out |= own_lab[:, None] != _load_column(lab, start, total, COLUMNS)[None, :]
         left_out &= own_positive[:, None] != _load_column(positive, start, total, COLUMNS)[None, :]
     s = tl.dot(q, tl.trans(k), input_precision=DOT)
     e = tl.exp2(s * scale - scale)
@@ -338,7 +357,7 @@ def _tile_exponentials(
         if mate is not None:
             kept &= column[None, :] != mate[:, None]
         e = tl.where(kept, e, 0.0)
-    if source is not None:
+    if positive is not None:
         e = tl.where(left_out, 0.0, e)
     return e
 
@@ -349,6 +368,7 @@ def _row_sums_kernel(
     partner,
     positive,
     source,
+    lab,
     group,
     out,
     out_largest,
@@ -365,8 +385,9 @@ def _row_sums_kernel(
 ):
     row, anchor = _anchors(offset, count, ROWS)
     mate = None if partner is None else tl.load(partner + anchor).to(tl.int32)
-    own_positive = None if source is None else tl.load(positive + anchor)
+    own_positive = None if positive is None else tl.load(positive + anchor)
     own_source = None if source is None else tl.load(source + anchor)
+    own_lab = None if lab is None else tl.load(lab + anchor)
     q = _load_anchors(rows, anchor, WIDTH)
     begin = tl.program_id(1) * span
     sums = tl.zeros([ROWS], tl.float32)
@@ -379,7 +400,21 @@ def _row_sums_kernel(
         if group is not None:
             same = own_group[:, None] == _load_column(group, start, total, COLUMNS)[None, :]
         e = _tile_exponentials(
-            q, k, start, anchor, mate, own_positive, own_source, positive, source, offset, total, scale, DOT
+            q,
+            k,
+            start,
+            anchor,
+            mate,
+            own_positive,
+            own_source,
+            own_lab,
+            positive,
+            source,
+            lab,
+            offset,
+            total,
+            scale,
+            DOT,
         )
         sums += tl.sum(e, 1)
         largest = tl.maximum(largest, tl.max(e, 1))
@@ -399,6 +434,7 @@ def _weighted_rows_kernel(
     partner,
     positive,
     source,
+    lab,
     out,
     offset,
     count,
@@ -412,8 +448,9 @@ def _weighted_rows_kernel(
 ):
     row, anchor = _anchors(offset, count, ROWS)
     mate = None if partner is None else tl.load(partner + anchor).to(tl.int32)
-    own_positive = None if source is None else tl.load(positive + anchor)
+    own_positive = None if positive is None else tl.load(positive + anchor)
     own_source = None if source is None else tl.load(source + anchor)
+    own_lab = None if lab is None else tl.load(lab + anchor)
     own_weight = tl.load(weight + anchor)
     q = _load_anchors(rows, anchor, WIDTH)
     begin = tl.program_id(1) * span
@@ -422,7 +459,21 @@ def _weighted_rows_kernel(
         k = _load_tile(rows, start, WIDTH, COLUMNS)
         w = _load_column(weight, start, total, COLUMNS)
         e = _tile_exponentials(
-            q, k, start, anchor, mate, own_positive, own_source, positive, source, offset, total, scale, DOT
+            q,
+            k,
+            start,
+            anchor,
+            mate,
+            own_positive,
+            own_source,
+            own_lab,
+            positive,
+            source,
+            lab,
+            offset,
+            total,
+            scale,
+            DOT,
         )
         p = e * (own_weight[:, None] + w[None, :])
         sums = tl.dot(p.to(k.dtype), k, sums, input_precision=DOT)
@@ -436,6 +487,7 @@ def _hardest_kernel(
     lows,
     positive,
     source,
+    lab,
     value,
     index,
     offset,
@@ -456,6 +508,8 @@ def _hardest_kernel(
     own_positive = tl.where(own_positive < 0, _NOWHERE, own_positive)  # unknown: no code equals it
     if source is not None:
         own_source = tl.load(source + anchor)
+    if lab is not None:
+        own_lab = tl.load(lab + anchor)
     q = _load_anchors(highs, anchor, WIDTH)
     if lows is not None:
         q_low = _load_anchors(lows, anchor, WIDTH)
@@ -469,6 +523,8 @@ def _hardest_kernel(
         ignored = same
         if source is not None:
             ignored |= own_source[:, None] == _load_column(source, start, total, COLUMNS)[None, :]
+        if lab is not None:
+            ignored |= own_lab[:, None] != _load_column(lab, start, total, COLUMNS)[None, :]
         k = _load_tile(highs, start, WIDTH, COLUMNS)
         if lows is None:
             s = tl.dot(q, tl.trans(k), input_precision=DOT)

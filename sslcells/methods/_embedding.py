@@ -12,6 +12,8 @@ from sslcells.data import Batch, ImageSet
 from sslcells.models.heads import Norm, projection
 
 Positive = Literal["view", "label", "source"]
+SameLab = Literal["any", "only"]
+"""Negatives of any laboratory, or only of the anchor's own."""
 
 
 class Head(Section):
@@ -73,6 +75,25 @@ def check_labels(images: ImageSet, what: str) -> None:
             f"{what} needs labels of at least two classes; the train split has {len(images)} images without; "
             f"method.name=simclr needs none"
         )
+
+
+def check_labs(same_lab: SameLab, images: ImageSet) -> None:
+    """Raise a ConfigError if negatives are to be of the same laboratory and an image has none."""
+    if same_lab == "any":
+        return
+    unknown = torch.ones(len(images)) if images.labs is None else images.labs == 0
+    without = unknown.nonzero()[:, 0]
+    if len(without):
+        raise ConfigError(
+            f"method.same_lab=only needs the laboratory of every image of train; {len(without):,} of {len(images):,} "
+            f"have none, such as {images.name(int(without[0]))}: give it by a table's column (data.site_column), "
+            f"data.lab_pattern or data.lab_folder"
+        )
+
+
+def labs(same_lab: SameLab, batch: Batch, views: int = 1) -> Tensor | None:
+    """(V·B,) laboratories of the rows where negatives are of the same one; None where they are of any."""
+    return batch.lab.repeat(views) if same_lab == "only" else None
 
 
 def positives(kind: Positive, batch: Batch, views: int) -> Tensor:

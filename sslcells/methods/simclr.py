@@ -8,7 +8,7 @@ from torch import Tensor
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
 from sslcells.methods import Outputs
-from sslcells.methods._embedding import Embedding, Head
+from sslcells.methods._embedding import Embedding, Head, SameLab, check_labs, labs
 
 
 class Config(Head):
@@ -27,6 +27,8 @@ class Config(Head):
     """With hard_negative: how much more weight a similar negative gets; 0 for the debiased loss without weights."""
     same_source: Literal["negative", "ignore", "positive"] = "negative"
     """Other images of the same source: negatives, left out, or positives."""
+    same_lab: SameLab = "any"
+    """Negatives are images of any laboratory, or `only` of the anchor's own, so that they do not teach the laboratory."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -36,6 +38,8 @@ class Config(Head):
             )
         if self.learn_temperature and self.loss == "hard_negative":
             raise ValueError("learn_temperature goes with nt_xent and decoupled, not with hard_negative")
+        if self.same_lab == "only" and self.loss == "hard_negative":
+            raise ValueError("same_lab=only goes with nt_xent and decoupled, not with hard_negative")
         return self
 
 
@@ -45,7 +49,8 @@ class Method(Embedding):
 
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__(config, features, views=2)
-        self._same_source = config.same_source
+        check_labs(config.same_lab, images)
+        self._same_source, self._same_lab = config.same_source, config.same_lab
         self._loss = _loss(config)
 
     def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -55,11 +60,15 @@ class Method(Embedding):
         """
         rows = outputs.rows
         if self._same_source == "positive":
-            loss: Tensor = self._loss(rows, batch.source.repeat(2))
+            loss: Tensor = self._loss(rows, batch.source.repeat(2), **self._labs(batch, 2))
         else:
             left_out = batch.source if self._same_source == "ignore" else batch.image if self.repeated else None
-            loss = self._loss(*rows.chunk(2), left_out)
+            loss = self._loss(*rows.chunk(2), left_out, **self._labs(batch, 1))
         return loss, self._loss.stats
+
+    def _labs(self, batch: Batch, views: int) -> dict[str, Tensor | None]:
+        """The laboratories, for the losses that take them."""
+        return {} if self._same_lab == "any" else {"lab": labs(self._same_lab, batch, views)}
 
 
 def _loss(config: Config) -> NTXentLoss | DCLLoss | HardNegativeLoss | SupConLoss:

@@ -8,7 +8,7 @@ from torch import Tensor
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import SupConLoss
 from sslcells.methods import Outputs
-from sslcells.methods._embedding import Embedding, Head, check_positives, positives
+from sslcells.methods._embedding import Embedding, Head, SameLab, check_labs, check_positives, labs, positives
 
 
 class Config(Head):
@@ -23,6 +23,8 @@ class Config(Head):
     """Positives: images of the same class (without a label, only the other view), or of the same source."""
     same_source: Literal["negative", "ignore"] = "negative"
     """Images of the same source that are not positives: negatives, or left out."""
+    same_lab: SameLab = "any"
+    """Negatives are images of any laboratory, or `only` of the anchor's own, so that they do not teach the laboratory."""
 
 
 @final
@@ -32,11 +34,13 @@ class Method(Embedding):
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__(config, features, views=2)
         check_positives(config.positive, images, self.views)
+        check_labs(config.same_lab, images)
         self._config = config
         self._loss = SupConLoss(config.temperature, learnable=config.learn_temperature)
 
     def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """L_out, equation 2: the mean over the positives is outside the logarithm."""
         source = batch.source.repeat(self.views) if self._config.same_source == "ignore" else None
-        loss: Tensor = self._loss(outputs.rows, positives(self._config.positive, batch, self.views), source)
+        ids = positives(self._config.positive, batch, self.views)
+        loss: Tensor = self._loss(outputs.rows, ids, source, labs(self._config.same_lab, batch, self.views))
         return loss, self._loss.stats

@@ -8,7 +8,7 @@ from torch import Tensor
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import BatchAllTripletLoss, BatchHardTripletLoss
 from sslcells.methods import Outputs
-from sslcells.methods._embedding import Embedding, Head, Positive, check_positives, positives
+from sslcells.methods._embedding import Embedding, Head, Positive, SameLab, check_labs, check_positives, labs, positives
 
 
 class Config(Head):
@@ -19,6 +19,8 @@ class Config(Head):
     """Positives: the other view of the image (no labels needed), images of its class, or images of its source."""
     same_source: Literal["negative", "ignore"] = "negative"
     """Images of the same source that are not positives: negatives, or left out."""
+    same_lab: SameLab = "any"
+    """Negatives are images of any laboratory, or `only` of the anchor's own, so that they do not teach the laboratory."""
     margin: float = Field(0.2, ge=0)
     """How much farther than the positive the negative must be; rows have length 1."""
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
@@ -37,6 +39,8 @@ class Config(Head):
     def _fits(self) -> Self:
         if self.negative == "all" and (self.soft or self.rank > 1):
             raise ValueError("negative=all goes with a margin and all negatives: soft=false and rank=1")
+        if self.negative == "all" and self.same_lab == "only":
+            raise ValueError("same_lab=only goes with negative=hardest and semi-hard, not with all")
         return self
 
 
@@ -47,13 +51,15 @@ class Method(Embedding):
     def __init__(self, config: Config, features: int, images: ImageSet) -> None:
         super().__init__(config, features, views=2 if config.positive == "view" else config.views)
         check_positives(config.positive, images, self.views)
+        check_labs(config.same_lab, images)
         self._config = config
         self._triplets = _loss(config)
 
     def loss(self, outputs: Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The triplet loss over the global batch."""
         source = batch.source.repeat(self.views) if self._config.same_source == "ignore" else None
-        loss: Tensor = self._triplets(outputs.rows, positives(self._config.positive, batch, self.views), source)
+        lab = {} if self._config.same_lab == "any" else {"lab": labs(self._config.same_lab, batch, self.views)}
+        loss: Tensor = self._triplets(outputs.rows, positives(self._config.positive, batch, self.views), source, **lab)
         return loss, self._triplets.stats
 
 

@@ -10,13 +10,24 @@ def unit(z: Tensor) -> Tensor:
     return z / z.norm(dim=1, keepdim=True)
 
 
-def contrastive(z: Tensor, positive: list[int], temperature: float, source: list[int] | None = None) -> Tensor:
+def negative(i: int, j: int, source: list[int] | None, lab: list[int] | None) -> bool:
+    """True if a row that is no positive counts as a negative: of another source, and of the same laboratory."""
+    return (source is None or source[j] != source[i]) and (lab is None or lab[j] == lab[i] >= 0)
+
+
+def contrastive(
+    z: Tensor,
+    positive: list[int],
+    temperature: float,
+    source: list[int] | None = None,
+    lab: list[int] | None = None,
+) -> Tensor:
     """SupCon's L_out, arXiv 2004.11362 eq. 2; with two views an image and its index as id it is NT-Xent."""
     z = unit(z)
     losses = []
     for i in range(len(z)):
         same = [j for j in range(len(z)) if j != i and positive[j] == positive[i] >= 0]
-        counted = [j for j in range(len(z)) if j != i and (j in same or source is None or source[j] != source[i])]
+        counted = [j for j in range(len(z)) if j != i and (j in same or negative(i, j, source, lab))]
         if not same:
             continue
         logits = {j: z[i] @ z[j] / temperature for j in counted}
@@ -34,6 +45,7 @@ def batch_hard(
     source: list[int] | None = None,
     semi_hard: bool = False,
     rank: int = 1,
+    lab: list[int] | None = None,
 ) -> Tensor:
     """arXiv 1703.07737 eq. 5, the mean over the valid anchors instead of the sum."""
     z = unit(z)
@@ -41,9 +53,7 @@ def batch_hard(
     for i in range(len(z)):
         same = [j for j in range(len(z)) if j != i and positive[j] == positive[i] >= 0]
         other = [
-            j
-            for j in range(len(z))
-            if j != i and not (positive[j] == positive[i] >= 0) and (source is None or source[j] != source[i])
+            j for j in range(len(z)) if j != i and not (positive[j] == positive[i] >= 0) and negative(i, j, source, lab)
         ]
         if not same or not other:
             continue
@@ -65,9 +75,11 @@ def apart(a: Tensor, b: Tensor, distance: str) -> Tensor:
     return squared if distance == "sqeuclidean" or squared.item() == 0 else squared**0.5
 
 
-def nt_xent(z0: Tensor, z1: Tensor, temperature: float, source: list[int] | None = None) -> Tensor:
+def nt_xent(
+    z0: Tensor, z1: Tensor, temperature: float, source: list[int] | None = None, lab: list[int] | None = None
+) -> Tensor:
     images = list(range(len(z0)))
-    return contrastive(torch.cat([z0, z1]), images * 2, temperature, source and source * 2)
+    return contrastive(torch.cat([z0, z1]), images * 2, temperature, source and source * 2, lab and lab * 2)
 
 
 def pairwise(z0: Tensor, z1: Tensor, temperature: float, kind: str, prior: float = 0.0, beta: float = 0.0) -> Tensor:

@@ -12,6 +12,7 @@ from sslcells.losses import torch_engine as engine
 
 LABELS = [0, 1, 2, 0, 1, 2, 2, 2, 5, -1, -1, 0]
 SOURCES = [0, 0, 1, 1, 2, 2, 3, 3, 3, 0, 4, 5]
+LABS = [1, 2, 1, 1, 2, 2, 1, 2, 1, 2, 1, 3]
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,54 @@ def test_batch_hard_is_the_papers(distance, soft, source):
     loss = BatchHardTripletLoss(0.3, distance, soft)
     ids = None if source is None else torch.tensor(source)
     agree(loss(z, torch.tensor(LABELS), ids), batch_hard(z, LABELS, 0.3, distance, soft, source), z)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("source", [None, [0, 0, 1, 2, 2, 2, 3]])
+@pytest.mark.parametrize("lab", [[1, 1, 2, 2, 1, 3, 2], [0] * 7, [-1, -1, 2, 2, 2, 1, 1]])
+def test_nt_xent_with_negatives_of_the_same_lab(temperature, source, lab):
+    z0, z1 = rows(7, seed=1), rows(7, seed=2)
+    ids = None if source is None else torch.tensor(source)
+    want = nt_xent(z0, z1, temperature, source, lab)
+    agree(NTXentLoss(temperature)(z0, z1, ids, torch.tensor(lab)), want, z0, z1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.07, 0.02])
+@pytest.mark.parametrize("source", [None, SOURCES])
+def test_supcon_with_negatives_of_the_same_lab(temperature, source):
+    z = rows(12)
+    ids = None if source is None else torch.tensor(source)
+    want = contrastive(z, LABELS, temperature, source, LABS)
+    agree(SupConLoss(temperature)(z, torch.tensor(LABELS), ids, torch.tensor(LABS)), want, z)
+
+
+@pytest.mark.parametrize("source", [None, SOURCES])
+@pytest.mark.parametrize(("semi_hard", "rank"), [(False, 1), (True, 1), (False, 2)])
+def test_batch_hard_with_negatives_of_the_same_lab(source, semi_hard, rank):
+    z = rows(12)
+    ids = None if source is None else torch.tensor(source)
+    loss = BatchHardTripletLoss(0.3, semi_hard=semi_hard, rank=rank)
+    want = batch_hard(z, LABELS, 0.3, "euclidean", source=source, semi_hard=semi_hard, rank=rank, lab=LABS)
+    agree(loss(z, torch.tensor(LABELS), ids, torch.tensor(LABS)), want, z)
+
+
+def test_one_lab_is_no_lab_to_the_last_bit():
+    z0, z1, z, labels = rows(7, seed=1), rows(7, seed=2), rows(12), torch.tensor(LABELS)
+    for loss, arguments in (
+        (NTXentLoss(0.1), (z0, z1)),
+        (DCLLoss(0.1), (z0, z1)),
+        (SupConLoss(0.1), (z, labels)),
+        (BatchHardTripletLoss(), (z, labels)),
+    ):
+        one = torch.full((len(arguments[0]),), 4)
+        assert torch.equal(loss(*arguments), loss(*arguments, lab=one))
+
+
+def test_labs_that_are_not_one_a_row_are_refused():
+    z = rows(12)
+    for loss in (SupConLoss(), BatchHardTripletLoss()):
+        with pytest.raises(ValueError, match=r"lab must be \(12,\) integers; it is \(11,\)"):
+            loss(z, torch.tensor(LABELS), lab=torch.tensor(LABS[1:]))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.1, 0.02])

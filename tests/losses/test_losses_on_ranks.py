@@ -17,6 +17,7 @@ from sslcells.losses import torch_engine as engine
 IMAGES, D = 6, 5
 LABELS = torch.tensor([0, 1, 0, 2, 1, 3, 0, 1, 2, 2, 4, 0, 1, -1, 0, 5, 2, 1, 0, 3, 1, 2, 0, -1])
 SOURCES = torch.arange(24) // 2 % 7
+LABS = torch.arange(24) * 7 % 5 // 2
 
 
 def network():
@@ -34,6 +35,9 @@ def ours(name, net, x, rows):
     return {
         "nt_xent": lambda: NTXentLoss(0.2)(z0, z1),
         "nt_xent_sources": lambda: NTXentLoss(0.2)(z0, z1, SOURCES[rows]),
+        "nt_xent_labs": lambda: NTXentLoss(0.2)(z0, z1, lab=LABS[rows]),
+        "supcon_labs": lambda: SupConLoss(0.1)(z0, LABELS[rows], SOURCES[rows], LABS[rows]),
+        "batch_hard_labs": lambda: BatchHardTripletLoss(0.4)(z0, LABELS[rows], lab=LABS[rows]),
         "hard_negatives": lambda: HardNegativeLoss(0.3, prior=0.05, beta=0.5)(z0, z1),
         "supcon": lambda: SupConLoss(0.15)(z0, LABELS[rows]),
         "supcon_sources": lambda: SupConLoss(0.02)(z0, LABELS[rows], SOURCES[rows]),
@@ -45,10 +49,13 @@ def ours(name, net, x, rows):
 
 def oracle(name, net, x):
     z0, z1 = net(x.flatten(0, 1)).chunk(2)
-    labels, sources = LABELS[: len(z0)].tolist(), SOURCES[: len(z0)].tolist()
+    labels, sources, labs = (ids[: len(z0)].tolist() for ids in (LABELS, SOURCES, LABS))
     return {
         "nt_xent": lambda: nt_xent(z0, z1, 0.2),
         "nt_xent_sources": lambda: nt_xent(z0, z1, 0.2, sources),
+        "nt_xent_labs": lambda: nt_xent(z0, z1, 0.2, lab=labs),
+        "supcon_labs": lambda: contrastive(z0, labels, 0.1, sources, labs),
+        "batch_hard_labs": lambda: batch_hard(z0, labels, 0.4, "euclidean", lab=labs),
         "hard_negatives": lambda: pairwise(z0, z1, 0.3, "hard", 0.05, 0.5),
         "supcon": lambda: contrastive(z0, labels, 0.15),
         "supcon_sources": lambda: contrastive(z0, labels, 0.02, sources),
@@ -61,6 +68,9 @@ def oracle(name, net, x):
 LOSSES = [
     "nt_xent",
     "nt_xent_sources",
+    "nt_xent_labs",
+    "supcon_labs",
+    "batch_hard_labs",
     "hard_negatives",
     "supcon",
     "supcon_sources",

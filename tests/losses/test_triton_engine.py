@@ -29,6 +29,7 @@ class Case(NamedTuple):
     temperature: float = 0.1
     partner: bool = False
     source: bool = False
+    lab: bool = False
 
 
 CASES = [
@@ -39,6 +40,8 @@ CASES = [
     Case(90, 45, 45, 100, 0.05),
     Case(140, 70, 35, 128, 0.1, partner=True, source=True),
     Case(131, 130, 1, 5, 0.2, source=True),
+    Case(140, 70, 35, 64, 0.1, partner=True, lab=True),
+    Case(101, 40, 33, 16, 0.2, source=True, lab=True),
 ]
 
 
@@ -88,10 +91,10 @@ def test_weights_beyond_float16(run: Run, width: int) -> None:
     run(check_large_weights, width)
 
 
-@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize(("source", "lab"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("classes", ["some", "one", "singletons", "unknown"])
-def test_hardest(run: Run, classes: str, source: bool) -> None:
-    run(check_hardest, classes, source)
+def test_hardest(run: Run, classes: str, source: bool, lab: bool) -> None:
+    run(check_hardest, classes, source, lab)
 
 
 def test_hardest_of_tight_classes(run: Run) -> None:
@@ -167,7 +170,7 @@ def check_large_weights(device: str, width: int) -> None:
     _close(out, -2 * refs, 2e-3)
 
 
-def check_hardest(device: str, classes: str, source: bool) -> None:
+def check_hardest(device: str, classes: str, source: bool, lab: bool) -> None:
     case = Case(150, 50, 50, 40)
     refs, _ = _batch(case)
     positive = {
@@ -177,7 +180,8 @@ def check_hardest(device: str, classes: str, source: bool) -> None:
         "unknown": torch.arange(150) % 5 - 2,
     }[classes].int()
     sources = (torch.arange(150) // 3 % 9).int() if source else None
-    _check_chosen(device, case, refs, positive, sources)
+    labs = (torch.arange(150) % 4 // 2).int() if lab else None
+    _check_chosen(device, case, refs, positive, sources, labs)
 
 
 def check_tight_classes(device: str) -> None:
@@ -276,8 +280,9 @@ def _batch(case: Case) -> tuple[Tensor, Exclude]:
     index = torch.arange(case.refs)
     half = case.refs // 2
     partner = torch.where(index < 2 * half, (index + half) % (2 * half), -1)
-    image, source = (index // 2).int(), (index // 8 % 5).int()
-    return refs, Exclude(partner if case.partner else None, *((image, source) if case.source else ()))
+    image, source, lab = (index // 2).int(), (index // 8 % 5).int(), (index // 3 % 4).int()
+    by_id = (image if case.source or case.lab else None, source if case.source else None, lab if case.lab else None)
+    return refs, Exclude(partner if case.partner else None, *by_id)
 
 
 def _at(device: str, case: Case, refs: Tensor, exclude: Exclude) -> tuple[Tensor, int, int, float, Exclude]:
@@ -294,9 +299,12 @@ def _exponentials(refs: Tensor, exclude: Exclude, temperature: float) -> Tensor:
     e = ((z @ z.T - 1) / temperature).exp().fill_diagonal_(0)
     if exclude.partner is not None:
         e[torch.arange(len(z)) == exclude.partner[:, None]] = 0
-    if exclude.source is not None and exclude.positive is not None:
-        same_source = exclude.source[:, None] == exclude.source
-        e[same_source & (exclude.positive[:, None] != exclude.positive)] = 0
+    if exclude.positive is not None:
+        other = exclude.positive[:, None] != exclude.positive
+        if exclude.source is not None:
+            e[(exclude.source[:, None] == exclude.source) & other] = 0
+        if exclude.lab is not None:
+            e[(exclude.lab[:, None] != exclude.lab) & other] = 0
     return e
 
 
@@ -304,25 +312,30 @@ def _weighted(e: Tensor, weight: Tensor, refs: Tensor) -> Tensor:
     return (e * (weight.double()[:, None] + weight.double())) @ refs.double()
 
 
-def _relations(refs: Tensor, positive: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _relations(
+    refs: Tensor, positive: Tensor, source: Tensor | None, lab: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Products in float64, who is whose positive, who is whose negative, (R, R) each."""
     z = refs.double()
     same = (positive[:, None] == positive) & (positive >= 0)
     other = ~same & ~torch.eye(len(z), dtype=torch.bool)
     if source is not None:
         other &= source[:, None] != source
+    if lab is not None:
+        other &= lab[:, None] == lab
     return z @ z.T, same.fill_diagonal_(False), other
 
 
-def _check_chosen(device: str, case: Case, refs: Tensor, positive: Tensor, source: Tensor | None) -> None:
+def _check_chosen(
+    device: str, case: Case, refs: Tensor, positive: Tensor, source: Tensor | None, lab: Tensor | None = None
+) -> None:
     """The chosen rows are positives and negatives, and none is harder by more than float32's rounding."""
     from sslcells.losses import triton_engine
 
     own = slice(case.offset, case.offset + case.count)
-    s, same, other = (x[own] for x in _relations(refs, positive, source))
-    chosen = triton_engine.hardest(
-        refs.to(device), case.offset, case.count, positive.to(device), source if source is None else source.to(device)
-    )
+    s, same, other = (x[own] for x in _relations(refs, positive, source, lab))
+    ids = (None if x is None else x.to(device) for x in (source, lab))
+    chosen = triton_engine.hardest(refs.to(device), case.offset, case.count, positive.to(device), *ids)
     for index, allowed, sign in zip(chosen, (same, other), (-1, 1), strict=True):
         assert index.dtype == torch.int64
         index, some = index.cpu(), allowed.any(1)

@@ -25,6 +25,7 @@ VARIANTS = {
     "simclr": [
         {},
         {"same_source": "ignore"},
+        {"same_lab": "only"},
         {"same_source": "positive", "learn_temperature": True},
         {"learn_temperature": True},
         {"loss": "decoupled"},
@@ -35,10 +36,11 @@ VARIANTS = {
         {"positive": "label", "views": 1},
         {"positive": "source", "soft": True},
         {"same_source": "ignore", "rank": 2},
+        {"same_lab": "only", "positive": "label"},
         {"negative": "all", "positive": "label", "views": 1},
         {"negative": "all", "same_source": "ignore"},
     ],
-    "supcon": [{}, {"positive": "source"}, {"same_source": "ignore", "learn_temperature": True}],
+    "supcon": [{}, {"positive": "source"}, {"same_source": "ignore", "learn_temperature": True}, {"same_lab": "only"}],
     "pairs": [
         {},
         {"loss": "hinge", "positive": "label", "views": 1, "positive_margin": 0.1},
@@ -65,7 +67,7 @@ class Images(ImageSet):
 
     def __init__(self):
         image = torch.arange(IMAGES)
-        self.labels, self.sources = image % 3, image // 2
+        self.labels, self.sources, self.labs, self.lab_names = image % 3, image // 2, image // 4 + 1, ("x", "y")
 
     def pixels(self, index):
         raise NotImplementedError
@@ -88,7 +90,7 @@ def batch(rows=slice(None)):
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(2, IMAGES, 3, SIZE, SIZE, generator=generator)
     image = torch.arange(IMAGES)
-    return Batch(pixels[:, rows], *(ids[rows] for ids in (image % 3, image, image // 2, image * 0, image * 0)))
+    return Batch(pixels[:, rows], *(ids[rows] for ids in (image % 3, image, image // 2, image // 4 + 1, image * 0)))
 
 
 def crops(b, method):
