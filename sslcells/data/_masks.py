@@ -3,8 +3,9 @@
 import os
 import posixpath
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,23 +76,17 @@ def pair(fields: Sequence[str], root: Path, masks: Path | None, label: str | Non
     named = {name: _stems(name, apart) for name in candidates}
     inner = {name: found for name in fields if (found := _inside_zarr(name, root, where, label)) is not None}
     ours = [name for name in fields if name in inner or apart or not _is_mask(name, named, fields)]
-    by_place, by_name = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    of_stem = defaultdict[str, list[str]](list)
     for name, stems in named.items():
         for stem in stems:
-            by_place[posixpath.join(posixpath.dirname(name), stem)].append(name)
-            by_name[stem].append(name)
-    alike = defaultdict[str, int](int)
-    for name in ours:
-        alike[stem_of(name)] += 1
+            of_stem[stem].append(name)
+    alike = Counter(stem_of(name) for name in ours)
     of: dict[str, str] = dict(inner)
     used: set[str] = set()
     for name in ours:
-        if name in of:
-            continue
-        near = by_place[posixpath.join(posixpath.dirname(name), stem_of(name))]
-        if not near and alike[stem_of(name)] == 1:
-            near = by_name[stem_of(name)]
-        near = [mask for mask in near if apart or mask != name]
+        stem = stem_of(name)
+        others = [mask for mask in of_stem[stem] if apart or mask != name]
+        near = [] if name in of else _nearest(name, others, alike[stem] == 1)
         if len(near) > 1:
             raise ConfigError(f"{name} has several masks below {where}: {' and '.join(near[:3])}; leave one there")
         if near:
@@ -101,6 +96,21 @@ def pair(fields: Sequence[str], root: Path, masks: Path | None, label: str | Non
         raise ConfigError(_nothing(ours, candidates, root, where))
     rest = [name for name in candidates if name not in used and (apart or name not in ours) and not _in(name, inner)]
     return Pairs([n for n in ours if n in of], [of[n] for n in ours if n in of], [n for n in ours if n not in of], rest)
+
+
+def _nearest(field: str, masks: Sequence[str], alone: bool) -> list[str]:
+    """The masks whose folders end most like the field's; where other fields have its name, they must end so."""
+    folders = field.split("/")[-2::-1]
+    best, found = -1, list[str]()
+    for mask in masks:
+        theirs = mask.split("/")[-2::-1]
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(folders, theirs, strict=False)))
+        fits = folders == theirs or 0 < same == min(len(folders), len(theirs))
+        if same < best or not (alone or fits):
+            continue
+        found = [mask] if same > best else [*found, mask]
+        best = same
+    return found
 
 
 def stem_of(name: str) -> str:

@@ -251,6 +251,19 @@ def test_masks_in_a_folder_among_the_fields(tmp_path):
     assert [row["cell_id"] for row in rows] == [f"{site}/a:{n}" for site in ("s1", "s2") for n in IDS]
 
 
+def test_fields_of_one_name_have_the_mask_of_their_folder(tmp_path):
+    for site, number in (("s1", 1), ("s2", 2), ("s3", 3)):
+        tif(tmp_path / "fields" / site / "a.tif")
+        if number < 3:
+            tif(tmp_path / "masks" / site / "a_masks.tif", (MASK > 999) * np.uint8(number))
+    tif(tmp_path / "masks" / "a_masks.tif", MASK)
+    (tmp_path / "t.csv").write_text("path\n" + "\n".join(f"fields/s{n}/a.tif" for n in (1, 2, 3)))
+    rows, said = run(tmp_path, "t.csv")
+    assert [row["cell_id"] for row in rows] == ["fields/s1/a:1", "fields/s2/a:2"]
+    assert "left out: 1 fields without a mask: fields/s3/a.tif" in said
+    assert "left out: 1 masks without a field: a_masks.tif" in said
+
+
 def test_labels_of_ome_zarr(tmp_path):
     ngff(tmp_path / "x/a.zarr", np.moveaxis(COLOURS, 2, 0).copy(), "cyx", {"nuclei": MASK[None]})
     ngff(tmp_path / "x/b.zarr", FIELD, "yx", {"cells": MASK, "nuclei": MASK + (MASK > 0)}, version="0.5")

@@ -1,0 +1,105 @@
+"""From fields and masks to embeddings, by the lines of the README: 200 drawn fields of two magnifications."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from drawn_fields import SCALES, WIDTH, draw_fields
+
+from sslcells.data import open_split, table
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+LINES = re.findall(r"```bash\n(sslcells cells .*?)```", README, re.S)[0].strip().splitlines()
+SHORTER = [
+    "model.backbone=small_cnn",
+    "model.args={width: 16}",
+    "train.global_batch=64",
+    "train.total_epochs=6",
+    "train.workers=0",
+]
+"""what the test trains, in place of minutes on a GPU"""
+
+
+def run(line: str, folder: Path) -> str:
+    """Run a line of the README, and return what it printed."""
+    program, command, *words = shlex.split(line)
+    assert program == "sslcells"
+    more = SHORTER if command == "train" else []
+    call = [sys.executable, "-m", program, command, *words, *more]
+    done = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_readme_has_five_lines():
+    assert [line.split()[1] for line in LINES] == ["cells", "split", "train", "evaluate", "embed"]
+
+
+@pytest.mark.slow
+def test_from_the_microscope_to_embeddings(tmp_path):
+    fields = draw_fields(tmp_path)
+    for line in LINES:
+        run(line, tmp_path)
+
+    cells = pq.read_table(tmp_path / "cells/cells.parquet")
+    rows = cells.to_pylist()
+    of_field = {}
+    for row in rows:
+        of_field.setdefault(row["field"], []).append(row)
+    assert {*of_field} == {field.path for field in fields}
+    for field in fields:
+        found = of_field[field.path]
+        assert {(r["donor"], r["site"], r["label"], r["um_per_pixel"]) for r in found} == {
+            (field.donor, field.site, field.label, field.um)
+        }
+        assert len(found) == len(field.cells)
+        for row, cell in zip(found, field.cells, strict=True):
+            drawn = np.array([cell.x, cell.y])
+            assert np.abs(np.array([row["centroid_x"], row["centroid_y"]]) * field.um - drawn).max() < field.um / 2
+            assert row["area_um2"] == pytest.approx(np.pi * cell.radius**2, rel=0.1)
+
+    split = pq.read_table(tmp_path / "cells/cells_split.parquet").to_pydict()
+    of_donor = {}
+    for donor, part in zip(split["donor"], split["split"], strict=True):
+        of_donor.setdefault(donor, set()).add(part)
+    assert sorted(map(sorted, of_donor.values())) == [["test"], ["train"], ["val"]]
+
+    out = next((tmp_path / "runs").iterdir())
+    how = json.loads((out / "encoder.json").read_text())["reading"]
+    assert (how["um_per_pixel"], how["size"]) == (0.5, [32, 32])
+    figures = json.loads((out / "evaluation.json").read_text())
+    assert "knn/top1" in json.dumps(figures) or "knn" in json.dumps(figures)
+
+    embedded = pa.concat_tables(pq.read_table(f) for f in sorted((out / "embeddings").glob("*/*.parquet")))
+    assert embedded.num_rows == len(rows)
+
+
+def test_both_magnifications_show_the_same(tmp_path):
+    """A drawn cell has the same size in the images that are trained on, whichever objective it was drawn for."""
+    fields = draw_fields(tmp_path, 8)
+    run(LINES[0], tmp_path)
+    config = table.Config(table=str(tmp_path / "cells/cells.parquet"), channels=1, um_per_pixel=0.5, size=32)
+    images = open_split(config, "train")
+    radii = {row["cell_id"]: row for row in pq.read_table(tmp_path / "cells/cells.parquet").to_pylist()}
+    drawn = {f.path: f for f in fields}
+    gaps = {um: [] for um in SCALES}
+    for i in range(len(images)):
+        row = radii[images.name(i).partition("#")[2]]
+        field = drawn[row["field"]]
+        centre = row["centroid_y"] * field.um, row["centroid_x"] * field.um
+        cell = min(field.cells, key=lambda c, at=centre: np.hypot(c.y - at[0], c.x - at[1]))
+        y, x = (np.mgrid[:32, :32] + 0.5 - 16) * 0.5
+        near = images.pixels(i)[0].numpy().astype(float) * (np.hypot(y, x) < 6.5)
+        radius = np.sqrt((near > 60).sum() / np.pi) * 0.5
+        gaps[field.um].append(radius - cell.radius)
+    means = [np.mean(gap) for gap in gaps.values()]
+    assert all(len(gap) > 8 for gap in gaps.values())
+    assert abs(means[0] - means[1]) < 0.25  # half a pixel
+    assert WIDTH / SCALES[0] == 112
