@@ -97,7 +97,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     run, encoder = load(str(args.run / "config.yaml"), args.overrides), load_encoder(args.run)
     splits = open_run(run)
-    augment = Augment(run.augment, *models.normalisation(run.model, splits["train"].channels))
+    augment = Augment(run.augment, *models.preparation(run.model, splits["train"].channels))
     pixels = torch.stack([splits["test"].pixels(i) for i in range(min(args.queries, len(splits["test"])))])
     with torch.inference_mode():
         queries = encoder(pixels)

@@ -27,7 +27,7 @@ from sslcells.evaluation.scores import Units, of_classes, of_ranking
 from sslcells.evaluation.sheets import Image, prediction_sheet
 from sslcells.models import files
 from sslcells.plan import open_run
-from sslcells.run.folder import changed
+from sslcells.run.folder import OF_WEIGHTS, changed
 from sslcells.run.metrics import read_metrics
 from sslcells.run.state import trained
 from sslcells.standardise import standard_of
@@ -160,10 +160,19 @@ def plan(run: Run, splits: Mapping[str, ImageSet], models: Sequence[str] | Mappi
                 yield Part(model, fraction, seed, _run(run, model, fixed))
 
 
+_OF_THE_ENCODER: dict[str, Any] = {
+    "pretrained": False,
+    "weights": None,
+    "weights_key": None,
+    "allow_missing": (),
+    "allow_left_over": (),
+    **dict.fromkeys(OF_WEIGHTS),
+}
+"""A model that starts from an encoder reads no published weights, and prepares images as for the encoder."""
+
+
 def _start(run: Run, model: str) -> dict[str, Any]:
-    return (
-        {} if model == "supervised" else {"encoder": str(run.folder), "freeze": model == "probe", "pretrained": False}
-    )
+    return {} if model == "supervised" else {"encoder": str(run.folder), "freeze": model == "probe", **_OF_THE_ENCODER}
 
 
 def _run(run: Run, model: str, fixed: Mapping[str, Any]) -> Run:
@@ -201,7 +210,9 @@ def carry_out(
     out = []
     for part in parts:
         run, images = part.run, splits["train"]
-        augment = inputs.augment(run, images, standard_of(inputs.read(run.folder)))
+        model = load(str(run.folder / "config.yaml")).model  # which says how its images were prepared
+        standard = standard_of(inputs.read(run.folder))
+        augment = inputs.augment(run.model_copy(update={"model": model}), images, standard)
         found = predict(trained(run, run.folder, images, device), splits[split], run, augment, device)
         assert found is not None, "the split's labels were checked before"
         if ranks.rank() == 0:

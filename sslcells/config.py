@@ -166,21 +166,47 @@ class Model(Section):
     stem: Literal["timm", "small"] = "timm"
     """`small` replaces the stem of a ResNet with a 3×3 convolution, stride 1, no max-pool: for images under 64 px."""
     pretrained: bool = False
-    """Start from timm's published weights."""
+    """Start from the weights that timm publishes for the backbone; the same as weights= with the backbone's name."""
+    weights: str | None = None
+    """Start from published weights: a name of timm's with or without tag, `hf-hub:OWNER/NAME`, `local-dir:FOLDER`, or a
+    file (safetensors, pth, pt) in one of the known layouts. Every tensor must fit."""
+    weights_key: str | None = None
+    """Which network of a checkpoint that holds several: teacher, student, backbone, …"""
+    allow_missing: tuple[str, ...] = ()
+    """Tensors of the encoder that the weights may lack or have in another shape, by name or pattern (`blocks.*`); they
+    keep their random first values."""
+    allow_left_over: tuple[str, ...] = ()
+    """Published tensors that may be left over, by name or pattern; parts known to be heads or decoders are always."""
     encoder: str | None = None
     """Start from the encoder in this folder (a finished run, or an export), to fine-tune it."""
     freeze: bool = False
     """Train only the head; the encoder stays fixed, in eval mode: a linear probe."""
-    mean: tuple[float, ...] = (0.5,)
-    """Mean of each channel, for pixels in 0..1; a single value is used for all channels."""
-    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.25,)
-    """Standard deviation of each channel, for pixels in 0..1; a single value is used for all channels."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, for pixels in 0..1; a single value is used for all channels. none: the one of the weights
+    that training starts from, or 0.5."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """Standard deviation of each channel, likewise; none: that of the weights, or 0.25."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """How whole images are resized to augment.size, for evaluation and embedding; none: as for the weights, or
+    bilinear."""
+    crop: float | None = Field(None, gt=0, le=1)
+    """Central part of the height and width of whole images to keep, for evaluation and embedding; none: as for the
+    weights, or 1."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
-        if self.pretrained and self.encoder is not None:
-            raise ValueError("pretrained=true and encoder are both a starting point: set only one")
+        starts = ["pretrained=true"] * self.pretrained + ["weights"] * (self.weights is not None)
+        starts += ["encoder"] * (self.encoder is not None)
+        if len(starts) > 1:
+            raise ValueError(f"{' and '.join(starts)} are both a starting point: set only one")
+        if self.start is None and (self.weights_key or self.allow_missing or self.allow_left_over):
+            raise ValueError("weights_key, allow_missing and allow_left_over say how weights= is read: set weights")
         return self
+
+    @property
+    def start(self) -> str | None:
+        """The published weights to start from; None for none."""
+        return self.backbone if self.pretrained else self.weights
 
 
 class Optim(Section):

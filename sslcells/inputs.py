@@ -98,7 +98,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def augment(run: Run, images: ImageSet, standard: Standard | None) -> Augment:
     """The run's augmentation of images of this train split."""
-    return Augment(run.augment, *models.normalisation(run.model, images.channels), standard)
+    return Augment(run.augment, *models.preparation(run.model, images.channels), standard)
 
 
 def summary(standard: Standard | None) -> str:

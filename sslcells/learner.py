@@ -1,27 +1,38 @@
 """The network that a run trains: backbone, head and teacher as the configuration says, and the sizes they take."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from sslcells import methods, models, ranks
-from sslcells.config import ConfigError, Run
+from sslcells.config import ConfigError, Model, Run
 from sslcells.data import ImageSet
-from sslcells.models import files
+from sslcells.models import files, weights
 
 
-def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
-    """Build the learner, with the same first weights on every rank.
+def build(
+    run: Run,
+    images: ImageSet,
+    sync_batchnorm: bool,
+    resumes: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> methods.Learner:
+    """Build the learner, with the same first weights on every rank; all ranks must call it.
+
+    Where it `resumes`, the weights or the encoder that training started from are not read: a checkpoint has them all.
+    `say` is told what became of each tensor of published weights.
 
     Raises:
-        ConfigError: if backbone, method, image size and data do not fit each other.
+        ConfigError: if backbone, method, image size, weights and data do not fit each other.
     """
     torch.manual_seed(run.seed)
     encoder = models.build(run.model, images.channels)
     features = models.width(encoder, images.channels, run.augment.size, config=run.model)
-    if run.model.encoder is not None:
-        files.start_from(encoder, run.model, images.channels)
+    if not resumes:
+        for line in ranks.together(lambda: _start(encoder, run.model, images.channels)):
+            say(line)
     method = methods.build(run.method, features, images)
     if method.local:
         models.width(encoder, images.channels, method.local.size, "method.local_size", run.model)
@@ -35,6 +46,13 @@ def build(run: Run, images: ImageSet, sync_batchnorm: bool) -> methods.Learner:
         if learner.teacher is not None:
             learner.teacher.backbone.compile()
     return learner
+
+
+def _start(encoder: nn.Module, config: Model, channels: int) -> list[str]:
+    """Give the encoder the weights that the run starts from; returns what became of them."""
+    if config.encoder is not None:
+        files.start_from(encoder, config, channels)
+    return weights.load(encoder, config, channels) if config.start is not None else []
 
 
 def check_rows(

@@ -8,6 +8,7 @@ from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.describe import describe
 from sslcells.data.holdout import hold_out, summary
 from sslcells.data.subset import labelled_part
+from sslcells.models import weights
 from sslcells.standardise import standard_of
 
 
@@ -81,9 +82,11 @@ def consequences(run: Run, world: int) -> str:
     plan = Plan(run, len(images), world)
     sampling = sampler.build(run.sampler, images, plan.global_batch, run.seed)
     optim.check(run.optim)
-    standard = standard_of(inputs.measured(run, images))
-    model, train = run.model.model_copy(update={"pretrained": False}), run.train.model_copy(update={"compile": False})
-    net = learner.build(run.model_copy(update={"model": model, "train": train}), images, sync_batchnorm=False)
+    standard, started = standard_of(inputs.measured(run, images)), list[str]()
+    model, prepared = weights.resolved(run.model, images.channels)
+    train = run.train.model_copy(update={"compile": False})
+    run = run.model_copy(update={"model": model, "train": train})
+    net = learner.build(run, images, sync_batchnorm=False, say=started.append)
     encoder, method = net.backbone, net.method
     features = models.width(encoder, images.channels, run.augment.size, config=run.model)
     if method.local:
@@ -110,6 +113,8 @@ def consequences(run: Run, world: int) -> str:
             f"images: {', '.join(f'{name} {len(s)}' for name, s in splits.items())}; "
             + (f"{len(images.classes)} classes" if images.classes else "no labels"),
             summary(splits, run.evaluate.holdout),
+            *started,
+            prepared,
             f"encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, {features} features",
             f"ranks: {world}, {plan.batch} images and {anchors} anchors each",
             f"negatives per anchor: {negatives}, of {references + method.queued} rows in {where}"

@@ -23,7 +23,7 @@ from sslcells.data.loader import read_in_parts, with_workers
 from sslcells.evaluation.during_training import Evaluation
 from sslcells.evaluation.encode import NotFinite
 from sslcells.methods import Outputs
-from sslcells.models import files
+from sslcells.models import files, weights
 from sslcells.plan import Plan, consequences, open_run
 from sslcells.run import checkpoint
 from sslcells.run.folder import Claim, claimed, resolve_auto
@@ -59,10 +59,17 @@ def train(run: Run, watch: Watch = lambda station, tensor: None, start: Start | 
         start.lap("imports and devices")
         splits = open_run(run)
         start.lap("data")
+        run, prepared = _prepared(run, splits["train"].channels)
         plan = Plan(run, len(splits["train"]), ranks.world())
         with claimed(run, splits["train"]) as claim:
-            _steps(run, plan, splits, accelerator, claim, interrupt, start, watch)
+            _steps(run, plan, splits, accelerator, claim, interrupt, start, watch, prepared)
     return run.folder
+
+
+def _prepared(run: Run, channels: int) -> tuple[Run, str]:
+    """The run with values for how its images are prepared, and a line that says where they come from."""
+    model, said = ranks.from_main(lambda: weights.resolved(run.model, channels))
+    return run.model_copy(update={"model": model}), said
 
 
 def _steps(
@@ -74,11 +81,13 @@ def _steps(
     interrupt: Interrupt,
     start: Start,
     watch: Watch,
+    prepared: str,
 ) -> None:
     """Every step from the first batch to the last; then the last pictures and the export."""
     images, device, world = splits["train"], accelerator.device, ranks.world()
     sampling = sampler.build(run.sampler, images, plan.global_batch, run.seed)
-    net = learner.build(run, images, sync_batchnorm=world > 1 and device.type == "cuda")
+    sync, resumes, started = world > 1 and device.type == "cuda", claim.checkpoint is not None, list[str]()
+    net = learner.build(run, images, sync_batchnorm=sync, resumes=resumes, say=started.append)
     method = net.method
     learner.check_rows(net.backbone, method, run, images.channels, plan.micro_batch, world)
     network, optimizer = accelerator.prepare(net, optim.build(run.optim, net, net.backbone))
@@ -96,6 +105,8 @@ def _steps(
     log = Log(run, plan.steps, state.step, accelerator)
     writer = checkpoint.Writer(run.folder / "checkpoints", run.checkpoint.keep, log.say)
     _introduce(log, run, plan, splits, state, accelerator, standard)
+    for line in [*started, *([prepared] if run.model.start or run.model.encoder else [])]:
+        log.say(line)
     start.lap("checkpoint" if state.step else "building")
     if state.step == 0:
         log.metrics(0, 0.0, _measured(state, lambda: evaluation.first_figures(net)))

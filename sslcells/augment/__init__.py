@@ -20,11 +20,18 @@ class Augment:
     """Applies a recipe: one call makes all views of a batch, with separate random numbers for every view and image."""
 
     def __init__(
-        self, config: Recipe, mean: Sequence[float], std: Sequence[float], standard: Standard | None = None
+        self,
+        config: Recipe,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bilinear",
+        crop: float = 1.0,
+        standard: Standard | None = None,
     ) -> None:
         self.config, self._standard = config, standard
         self._views = importlib.import_module(f"sslcells.augment.{config.recipe}").views  # type: ignore[attr-defined]
         self.normalisation = tuple(mean), tuple(std)
+        self._whole = interpolation, crop
         self._mean = torch.tensor(mean)[:, None, None]
         self._std = torch.tensor(std)[:, None, None]
 
@@ -58,12 +65,12 @@ class Augment:
         if "max_scale" not in type(self.config).model_fields:
             raise ConfigError(f"augment.recipe={self.config.recipe}: it has no crops, which local views need")  # type: ignore[attr-defined]
         changes = {"size": size, "min_scale": scale[0], "max_scale": scale[1]}
-        return Augment(self.config.model_copy(update=changes), *self.normalisation, self._standard)
+        return Augment(self.config.model_copy(update=changes), *self.normalisation, *self._whole, self._standard)
 
     @torch.no_grad()
     def plain(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) uint8 → (B, C, S, S) float32: standardised, resized and normalised, without augmentation."""
-        return self._normalised(resized(self._standardised(pixels), self.config.size))
+        return self._normalised(resized(self._standardised(pixels), self.config.size, *self._whole))
 
     def _standardised(self, pixels: Tensor) -> Tensor:
         x = pixels.float() / 255
@@ -74,8 +81,14 @@ class Augment:
         return (x - self._mean) / self._std
 
 
-def resized(x: Tensor, size: int) -> Tensor:
-    """(N, C, H, W) → (N, C, size, size), with antialiasing when it shrinks."""
-    if x.shape[-2:] == (size, size):
-        return x
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+def resized(x: Tensor, size: int, interpolation: str = "bilinear", crop: float = 1.0) -> Tensor:
+    """(N, C, H, W) in 0..1 → (N, C, size, size), with antialiasing when it shrinks.
+
+    `crop` is the central part of height and width that is kept: what remains has `size` pixels.
+    """
+    whole = max(size, round(size / crop))
+    if x.shape[-2:] != (whole, whole):
+        x = F.interpolate(x, (whole, whole), mode=interpolation, antialias=True, align_corners=False)
+        x = x.clamp(0, 1) if interpolation == "bicubic" else x
+    first = (whole - size) // 2
+    return x if whole == size else x[..., first : first + size, first : first + size]

@@ -47,6 +47,7 @@ class Encoder(nn.Module):
         """how files become pixels: size, fit, intensity, stack, percentiles, range, z, level, um_per_pixel"""
         self.decoder = _decoder(self.channels, reading)
         """reads files and PIL images; None if the channels are neither grey nor RGB, nor those of a stack of files"""
+        self._whole: tuple[str, float] = spec.get("interpolation", "bilinear"), spec.get("crop", 1.0)
         self.digest = digest
         """equal for equal weights and preprocessing"""
         self.standard = standard_of(spec.get("standardise"))
@@ -132,7 +133,7 @@ class Encoder(nn.Module):
             raise ValueError(f"images are uint8 or float in 0..1, not {pixels.dtype}")
         if self.standard is not None:
             x = self.standard(x)
-        return (resized(x, self.size) - self.mean) / self.std
+        return (resized(x, self.size, *self._whole) - self.mean) / self.std
 
 
 def _decoder(channels: int, reading: dict[str, Any]) -> Decoder | None:

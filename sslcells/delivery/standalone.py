@@ -45,11 +45,15 @@ def load(folder: Path = HERE) -> nn.Module:
 def prepare(pixels: Tensor, folder: Path = HERE) -> Tensor:
     """(N, C, H, W) uint8 → (N, C, size, size) float32: standardised, resized and normalised, as in training."""
     spec = specification(folder)
-    x, size = pixels.float() / 255, spec["size"]
+    x, size, mode = pixels.float() / 255, spec["size"], spec.get("interpolation", "bilinear")
     if spec.get("standardise") is not None:
         sys.path.insert(0, str(folder))
         x = importlib.import_module("standard").Standard(spec["standardise"])(x)
-    if x.shape[-2:] != (size, size):
-        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    whole = max(size, round(size / spec.get("crop", 1.0)))  # of which the central part is kept
+    if x.shape[-2:] != (whole, whole):
+        x = F.interpolate(x, (whole, whole), mode=mode, antialias=True, align_corners=False)
+        x = x.clamp(0, 1) if mode == "bicubic" else x
+    first = (whole - size) // 2
+    x = x[..., first : first + size, first : first + size]
     mean, std = (torch.tensor(spec[key], device=x.device)[:, None, None] for key in ("mean", "std"))
     return (x - mean) / std

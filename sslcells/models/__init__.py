@@ -17,7 +17,7 @@ def check(config: Model, channels: int) -> None:
         near = nearest(config.backbone, timm.list_models())
         raise ConfigError(f"model.backbone={config.backbone!r}: timm has no such model{near}")
     for key, values in (("mean", config.mean), ("std", config.std)):
-        if len(values) not in (1, channels):
+        if values is not None and len(values) not in (1, channels):
             raise ConfigError(f"model.{key} has {len(values)} values; the images have {channels} channels")
     for key, value in config.args.items():
         if key in _FIXED and not (key in _HARMLESS and value == _HARMLESS[key]):
@@ -34,43 +34,51 @@ _FIXED = {
     "in_chans": "the images say how many channels there are",
     "model_name": "model.backbone names it",
     "pretrained": "model.pretrained=true asks for timm's published weights",
-    "checkpoint_path": "model.encoder=FOLDER starts from an encoder",
+    "checkpoint_path": "model.weights=FILE starts from published weights, model.encoder=FOLDER from an encoder",
 }
 """Arguments of timm.create_model that are not the user's to give, and why."""
 _HARMLESS: dict[str, Any] = {"num_classes": 0, "features_only": False}
 """Values of these that change nothing."""
 
 
+MEAN, STD, INTERPOLATION, CROP = (0.5,), (0.25,), "bilinear", 1.0
+"""How images are prepared where training starts from no weights and the run does not say otherwise."""
+
+
 def normalisation(config: Model, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std with one value for each channel; a single one of the configuration stands for all."""
-    mean, std = (tuple(v) * (channels // len(v)) for v in (config.mean, config.std))
+    given = MEAN if config.mean is None else config.mean, STD if config.std is None else config.std
+    mean, std = (tuple(v) * (channels // len(v)) for v in given)
     return mean, std
 
 
+def preparation(config: Model, channels: int) -> tuple[tuple[float, ...], tuple[float, ...], str, float]:
+    """`normalisation`, how whole images are resized, and the central part of them that is kept."""
+    crop = CROP if config.crop is None else config.crop
+    return *normalisation(config, channels), config.interpolation or INTERPOLATION, crop
+
+
 def build(config: Model, channels: int) -> nn.Module:
-    """The backbone without a classifier: (N, C, H, W) → (N, F).
+    """The backbone without a classifier and with random weights: (N, C, H, W) → (N, F).
 
     Raises:
-        ConfigError: for a name or argument that timm does not know, weights that cannot be had, or a stem that the
-            backbone has not.
+        ConfigError: for a name or argument that timm does not know, or a stem that the backbone has not.
     """
     check(config, channels)
     try:
-        encoder = create(config.backbone, channels, config.args, pretrained=config.pretrained)
-    except Exception as error:  # timm and its hub raise many kinds; each is a mistake in this section or no network
+        encoder = create(config.backbone, channels, config.args)
+    except Exception as error:  # timm raises many kinds; each is a mistake in this section
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = "its published weights cannot be had" if config.pretrained else "it cannot be made"
-        raise ConfigError(f"model.backbone={config.backbone!r} with args={config.args}: {what}: {first}") from error
+        what = f"model.backbone={config.backbone!r} with args={config.args}"
+        raise ConfigError(f"{what}: it cannot be made: {first}") from error
     if config.stem == "small":
         small_stem(encoder, channels)
     return encoder
 
 
-def create(backbone: str, channels: int, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
-    """Timm's model without its classifier."""
-    encoder: nn.Module = timm.create_model(
-        backbone, pretrained=pretrained, in_chans=channels, **{"num_classes": 0, **args}
-    )
+def create(backbone: str, channels: int, args: dict[str, Any]) -> nn.Module:
+    """Timm's model without its classifier, with random weights."""
+    encoder: nn.Module = timm.create_model(backbone, in_chans=channels, **{"num_classes": 0, **args})
     return encoder
 
 

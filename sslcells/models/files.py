@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sslcells.config import ConfigError, Model
-from sslcells.models import create, normalisation, small_stem
+from sslcells.models import CROP, INTERPOLATION, MEAN, STD, create, normalisation, small_stem
+from sslcells.models import preparation as prepared
 from sslcells.storage import denied, is_file, json_text, write_atomically
 from sslcells.values import place
 
@@ -40,8 +41,8 @@ def export(
     Raises:
         ConfigError: if a weight is not finite; nothing is written then.
     """
-    mean, std = normalisation(config, channels)
-    spec = {
+    mean, std, interpolation, crop = prepared(config, channels)
+    spec: dict[str, Any] = {
         "timm": {"model_name": config.backbone, "in_chans": channels, "num_classes": 0, **config.args},
         "stem": config.stem,
         "channels": channels,
@@ -52,6 +53,8 @@ def export(
         "standardise": standardise,
         "timm_version": timm.__version__,
     }
+    if (interpolation, crop) != (INTERPOLATION, CROP):
+        spec |= {"interpolation": interpolation, "crop": crop}
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
     if bad := not_finite(weights.items()):
         raise ConfigError(f"the encoder is not exported to {folder}: {said_of(bad)}")
@@ -103,6 +106,18 @@ def start_from(encoder: nn.Module, config: Model, channels: int) -> None:
     if wrong:
         raise ConfigError(f"model.encoder={config.encoder}: {'; '.join(wrong)}")
     encoder.load_state_dict(loaded.state_dict())
+
+
+def preparation(config: Model) -> tuple[tuple[float, ...], tuple[float, ...], str, float]:
+    """Mean, std, interpolation and crop of the encoder in `config.encoder`; the defaults where its file says nothing.
+
+    What is wrong with the folder is for `start_from` to say.
+    """
+    try:
+        spec = json.loads((place(str(config.encoder)) / SPEC).read_text(encoding="utf-8"))
+        return tuple(spec["mean"]), tuple(spec["std"]), spec.get("interpolation", INTERPOLATION), spec.get("crop", CROP)
+    except (OSError, ValueError, KeyError, TypeError):
+        return MEAN, STD, INTERPOLATION, CROP
 
 
 def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:

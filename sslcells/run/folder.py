@@ -100,21 +100,34 @@ AUTO = ("precision", "channels_last")
 """Keys of `train` that can be `auto`; a run keeps the values that were chosen at its first start."""
 
 
-def resolve_auto(run: Run, device: torch.device) -> Run:
-    """The run with values in place of `auto`: those in its folder if it resumes, else those for rank 0's device."""
+OF_WEIGHTS = ("mean", "std", "interpolation", "crop")
+"""Keys of `model` that the weights a run starts from decide, if it does not; it keeps the values of its first start."""
 
-    def resolve() -> dict[str, Any]:
+
+def resolve_auto(run: Run, device: torch.device) -> Run:
+    """The run with values in place of `auto`: those in its folder if it resumes, else those for rank 0's device.
+
+    What its first start took from published weights is taken from its folder too, if it resumes.
+    """
+
+    def resolve() -> tuple[dict[str, Any], dict[str, Any]]:
         train, folder = run.train.model_dump(include=set(AUTO)), run.folder
+        model = {key: getattr(run.model, key) for key in OF_WEIGHTS}
         if any((folder / "checkpoints").glob("step_*")) and (folder / "config.yaml").is_file():
-            before = load(str(folder / "config.yaml")).train.model_dump(include=set(AUTO))
+            written = load(str(folder / "config.yaml"))
+            before = written.train.model_dump(include=set(AUTO))
             train = {key: before[key] if value == "auto" else value for key, value in train.items()}
+            model = {key: getattr(written.model, key) if value is None else value for key, value in model.items()}
         if train["precision"] == "auto":
             train["precision"] = launcher.precision_for(device)
         if train["channels_last"] == "auto":
             train["channels_last"] = launcher.channels_last_for(device, train["precision"])
-        return train
+        return train, model
 
-    return run.model_copy(update={"train": run.train.model_copy(update=ranks.from_main(resolve))})
+    train, model = ranks.from_main(resolve)
+    return run.model_copy(
+        update={"train": run.train.model_copy(update=train), "model": run.model.model_copy(update=model)}
+    )
 
 
 def changed(run: Run, may_change: Collection[str] = ()) -> list[str]:
@@ -133,6 +146,7 @@ def changed(run: Run, may_change: Collection[str] = ()) -> list[str]:
         if before[section].get(key) != now[section].get(key)
         and (f"{section}.{key}" in MUST_STAY or not {section, f"{section}.{key}"} & {*MAY_CHANGE, *may_change})
         and not (section == "train" and key in AUTO and now[section][key] == "auto")
+        and not (section == "model" and key in OF_WEIGHTS and None in (now[section][key], before[section][key]))
     ]
     if before["seed"] != now["seed"]:
         different.append(f"seed: {before['seed']} → {now['seed']}")

@@ -75,8 +75,7 @@ def trained(run: Run, folder: Path, images: ImageSet, device: torch.device) -> L
     newest = ranks.from_main(lambda: checkpoint.newest(folder / "checkpoints"))
     if newest is None:
         raise ConfigError(f"{folder / 'checkpoints'} has no intact checkpoint: the trained network cannot be loaded")
-    without = {"model": {"encoder": None, "pretrained": False}, "train": {"compile": False}}
-    own = {section: getattr(run, section).model_copy(update=update) for section, update in without.items()}
-    built = learner.build(run.model_copy(update=own), images, sync_batchnorm=False)
+    run = run.model_copy(update={"train": run.train.model_copy(update={"compile": False})})
+    built = learner.build(run, images, sync_batchnorm=False, resumes=True)
     checkpoint.load(newest, built)
     return built.to(device)

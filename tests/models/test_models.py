@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sslcells import models
 from sslcells.config import ConfigError, Model
-from sslcells.models import files
+from sslcells.models import files, weights
 from sslcells.models.heads import projection
 
 
@@ -41,7 +41,7 @@ def test_small_stem_keeps_the_resolution():
         ({"args": {"num_classes": 10}}, "num_classes=10 cannot be: the head is the method's"),
         ({"args": {"global_pool": ""}}, "global_pool='' cannot be: an encoder gives one vector"),
         ({"args": {"in_chans": 3}}, "in_chans=3 cannot be: the images say"),
-        ({"args": {"checkpoint_path": "x"}}, "checkpoint_path='x' cannot be: model.encoder=FOLDER"),
+        ({"args": {"checkpoint_path": "x"}}, "checkpoint_path='x' cannot be: model.weights=FILE"),
         ({"mean": (0.1, 0.2)}, "model.mean has 2 values; the images have 3 channels"),
     ],
 )
@@ -54,9 +54,10 @@ def test_unreachable_weights_are_a_clear_error(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no route to the hub\nand more")
 
+    encoder = models.build(Model(backbone="resnet18"), 3)
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(ConfigError, match=r"published weights cannot be had: no route to the hub$"):
-        models.build(Model(backbone="resnet18", pretrained=True), 3)
+    with pytest.raises(ConfigError, match=r"model.weights=resnet18: .* cannot be had: no route to the hub$"):
+        weights.load(encoder, Model(backbone="resnet18", pretrained=True), 3)
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
