@@ -1,9 +1,9 @@
 """A training of many images begins soon, and says what the time went into."""
 
 import json
+import os
 import re
 import time
-import os
 
 import pytest
 from PIL import Image
