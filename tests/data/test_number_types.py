@@ -1,5 +1,6 @@
 """Every number type in every layout and container: each read back to the right pixels, or refused by name."""
 
+import builtins
 import re
 import struct
 import zlib
@@ -367,3 +368,14 @@ def test_eight_bits_are_what_pillow_reads(tmp_path, mode, seed, suffix):
             opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened.convert("RGBA"))
         want = np.asarray(opened.convert("L" if channels == 1 else "RGB")).reshape(20, 24, channels)
         assert np.array_equal(Decoder(channels, None, "crop", "percentile")(str(file)).permute(1, 2, 0).numpy(), want)
+
+
+def test_a_picture_is_opened_once(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
+    opened, plain = [], builtins.open
+    monkeypatch.setattr(builtins, "open", lambda file, *a, **k: opened.append(file) or plain(file, *a, **k))
+    decoder = Decoder(3, None, "crop", "percentile")
+    for read in (decoder, decoder.header, decoder.values):
+        opened.clear()
+        read(str(tmp_path / "a.jpg"))
+        assert opened == [str(tmp_path / "a.jpg")]

@@ -328,3 +328,42 @@ def test_a_run_of_the_folder_refuses_the_pack_of_another_size(cells, tmp_path):
     packing.pack(str(cells), str(tmp_path / "pack"), [CHANGES[0], "data.size=16"])
     with pytest.raises(ConfigError, match=r"another configuration \(data.size: \[24, 20\] → \[16, 16\]\)"):
         train(load(None, [*rest, "data.kind=pack", f"data.path={tmp_path / 'pack'}"]))
+
+
+def test_sites_boxes_and_several_labels_are_kept(tmp_path):
+    make_cells(tmp_path, 4)
+    rows = [
+        f"cell_{i:06}.png,{'ab'[i % 2]},{site},c{i},0,0,{9 + i},20"
+        for i, site in enumerate(("Bonn", "", "Jena", "Bonn"))
+    ]
+    (tmp_path / "cells.csv").write_text("\n".join(["path,label,site,cell_id,x_min,y_min,x_max,y_max", *rows]))
+    packing.pack(str(tmp_path / "cells.csv"), str(tmp_path / "pack"), size="16x12")
+    (table,) = open_splits(
+        load(None, ["data.kind=table", f"data.table={tmp_path / 'cells.csv'}", "data.size=[16,12]"]).data
+    ).values()
+    (images,) = opened(tmp_path / "pack").values()
+    assert images.lab_names == ("Bonn", "Jena")
+    assert images.labs.tolist() == [1, 0, 2, 1]
+    assert [images.name(i) for i in range(4)] == [f"cell_{i:06}.png#c{i}" for i in range(4)]
+    assert all(torch.equal(images.pixels(i), table.pixels(i)) for i in range(4))
+    assert images.pixels(0).shape == (3, 16, 12)
+
+    drawn = np.random.default_rng(0)
+    of = {f"{split}_images": drawn.integers(0, 256, (9, 28, 28), dtype=np.uint8) for split in ("train", "test")}
+    of |= {f"{split}_labels": drawn.integers(0, 2, (9, 5)) for split in ("train", "test")}
+    np.savez(tmp_path / "chest.npz", **of)
+    packing.pack(str(tmp_path / "chest.npz"), str(tmp_path / "chest"))
+    splits = opened(tmp_path / "chest")
+    assert splits.keys() == {"train", "test"}
+    for name, images in splits.items():
+        assert np.array_equal(images.targets, of[f"{name}_labels"])
+        assert np.array_equal(images.pixels(3)[0], of[f"{name}_images"][3])
+    assert reading(pack.Config(path=str(tmp_path / "chest")), 24)["size"] == [24, 24]
+
+
+def test_check_says_what_a_pack_holds(packed, capsys):
+    words = [*TINY, "--config", "pack", f"data.path={packed}"]
+    assert main("train", ["--check", *words]) == 0
+    out = capsys.readouterr().out
+    assert f"train: 50 images of {packed}, packed from " in out
+    assert "sources: 40 images of 13 sources" in out

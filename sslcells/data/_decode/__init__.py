@@ -5,6 +5,7 @@ import os
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -104,10 +105,9 @@ class Decoder:
         """
         try:
             file, plane = self._plane(file)
-            opened = self._opened(file)
-            if opened is None:
-                return self._picture_header(file, whole)
-            with opened as source:
+            with self._opened(file) as source:
+                if not isinstance(source, (Tiff, Ngff)):
+                    return self._picture_header(source, file, whole)
                 header = self._header(source, self._layout(source, plane), file)
             if whole and not header.part:  # a further file of a set is read with the first
                 every = self.z == "each" and not plane and header.planes
@@ -126,11 +126,10 @@ class Decoder:
         """
         try:
             file, plane = self._plane(file)
-            opened = self._opened(file)
-            if opened is None:
-                with Image.open(file, formats=pillow.FORMATS) as image:
-                    return pillow.upright_values(image, file)
-            with opened as source:
+            with self._opened(file) as source:
+                if not isinstance(source, (Tiff, Ngff)):
+                    with Image.open(source, formats=pillow.FORMATS) as image:
+                        return pillow.upright_values(image, file)
                 layout = self._layout(source, plane)
                 orientation = source.meaning(self.stack is not None).orientation
                 values = turned(_samples_at(loaded(source, layout), layout, -1), orientation)
@@ -171,22 +170,36 @@ class Decoder:
     def _plane(self, file: str) -> tuple[str, dict[str, int]]:
         return split_plane(file) if self.z == "each" else (file, {})
 
-    def _opened(self, file: str) -> Tiff | Ngff | None:
-        """A TIFF file or OME-Zarr folder, opened; None for a picture, which Pillow reads.
+    def _opened(self, file: str) -> Tiff | Ngff | BufferedReader:
+        """A TIFF file or OME-Zarr folder, opened; of a picture, which Pillow reads, the opened file.
 
         Raises:
             ValueError: if `stack` or `level` asks for one of the two, and this is neither.
         """
-        container = _container(file)
-        if container != "picture":
-            return Tiff(file, self.level) if container == "tiff" else Ngff(file, self.level)
-        if not os.path.getsize(file):
+        if file.endswith(ZARR) or (os.path.isdir(file) and metadata_file(file) is not None):
+            _regular(file, folder=True)
+            return Ngff(file, self.level)
+        _regular(file)
+        opened = open(file, "rb")  # noqa: SIM115 (the caller closes it)
+        try:
+            first = opened.read(len(MAGIC[0]))
+            if first not in MAGIC:
+                self._check_picture(first)
+                opened.seek(0)
+                return opened
+        except BaseException:
+            opened.close()
+            raise
+        opened.close()
+        return Tiff(file, self.level)
+
+    def _check_picture(self, first: bytes) -> None:
+        if not first:
             raise ValueError("empty file")
         if self.stack is not None:
             raise ValueError("not a TIFF file, which data.stack reads")
         if self.level:
             raise ValueError(f"no pyramid, and data.level is {self.level}")
-        return None
 
     def _layout(self, source: Tiff | Ngff, plane: dict[str, int]) -> Layout:
         if self.stack is not None:
@@ -207,8 +220,8 @@ class Decoder:
         scale = source.scale()
         return Header(size, kind, layout.pages + source.others(), planes, source.part_of(file), *scale)
 
-    def _picture_header(self, file: str, whole: bool) -> Header:
-        with Image.open(file, formats=pillow.FORMATS) as image:
+    def _picture_header(self, opened: BufferedReader, file: str, whole: bool) -> Header:
+        with Image.open(opened, formats=pillow.FORMATS) as image:
             # First, as reading EXIF may load the image.
             (width, height), kind, deep = image.size, pillow.kind(image), pillow.deep_png(image)
             several = getattr(image, "is_animated", False)
@@ -224,11 +237,10 @@ class Decoder:
             return Header(size, kind, pages, "", "", *scale)
 
     def _pixels(self, file: str, plane: dict[str, int], um_per_pixel: float | None) -> Tensor:
-        opened = self._opened(file)
-        if opened is None:
-            with Image.open(file, formats=pillow.FORMATS) as image:
-                return self._picture(image, file, pillow.deep_png(image), um_per_pixel)
-        with opened as source:
+        with self._opened(file) as source:
+            if not isinstance(source, (Tiff, Ngff)):
+                with Image.open(source, formats=pillow.FORMATS) as image:
+                    return self._picture(image, file, pillow.deep_png(image), um_per_pixel)
             layout = self._layout(source, plane)
             if self.z == "each" and layout.planes and not plane:
                 first = plane_names(layout.planes)[0]
@@ -281,16 +293,6 @@ def _samples_at(values: NDArray[Any], layout: Layout, axis: int) -> NDArray[Any]
     if layout.channels is None:
         return np.expand_dims(values, axis)
     return np.moveaxis(values, layout.channels, axis)
-
-
-def _container(file: str) -> Literal["tiff", "zarr", "picture"]:
-    """What kind of file this is, by its first bytes."""
-    if file.endswith(ZARR) or (os.path.isdir(file) and metadata_file(file) is not None):
-        _regular(file, folder=True)
-        return "zarr"
-    _regular(file)
-    with open(file, "rb") as opened:
-        return "tiff" if opened.read(4) in MAGIC else "picture"
 
 
 def _regular(file: str, folder: bool = False) -> None:
