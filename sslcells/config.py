@@ -165,6 +165,9 @@ class Model(Section):
     """More keyword arguments for timm.create_model, such as {drop_path_rate: 0.1}."""
     stem: Literal["timm", "small"] = "timm"
     """`small` replaces the stem of a ResNet with a 3×3 convolution, stride 1, no max-pool: for images under 64 px."""
+    norm: Literal["timm", "group"] = "timm"
+    """`group`: GroupNorm in place of the backbone's BatchNorm, in 32 groups, or in one if a layer's channels do not
+    divide by 32. It knows no statistics of the training images, so none of their laboratory. `timm`: as timm has it."""
     pretrained: bool = False
     """Start from the weights that timm publishes for the backbone; the same as weights= with the backbone's name."""
     weights: str | None = None
@@ -201,6 +204,11 @@ class Model(Section):
             raise ValueError(f"{' and '.join(starts)} are both a starting point: set only one")
         if self.start is None and (self.weights_key or self.allow_missing or self.allow_left_over):
             raise ValueError("weights_key, allow_missing and allow_left_over say how weights= is read: set weights")
+        if self.pretrained and self.norm == "group":
+            raise ValueError(
+                "norm=group and pretrained=true: the published weights go with the statistics of their BatchNorm. Keep "
+                "norm=timm; some backbones have weights learned with GroupNorm, such as backbone=resnet50_gn"
+            )
         return self
 
     @property

@@ -85,3 +85,27 @@ def test_the_photographs_of_the_blood_cells_are_found(realdata, tmp_path):
     precision, recall = (float(x) for x in re.findall(r"(?:precision|recall) ([\d.]+)", said[-1]))
     assert precision >= 0.95
     assert recall >= 0.8
+
+
+@pytest.mark.slow
+def test_from_one_laboratory_to_another(realdata, tmp_path, capsys):
+    """An encoder that was not trained, asked by PBC's labels about BCCD: the report is whole, and its figures poor."""
+    changes = ["data.kind=folder", f"data.path={realdata / 'pbc96'}", "data.size=48", "data.verify=none"]
+    run = make_run(tmp_path / "run", *changes, "model.backbone=test_resnet", "model.args={}")
+    quick = ["evaluate.bootstrap=100", "evaluate.max_images=1500", "train.workers=0"]
+    found = evaluate(run, quick, labs=[f"BCCD={realdata / 'bccd96'}"])["labs"]
+    (lab,), (pair,) = found["labs"], found["pairs"]
+    assert lab["by class"] == {"eosinophil": 84, "lymphocyte": 33, "monocyte": 20, "neutrophil": 202}
+    assert pair["labs"] == ["training data", "BCCD"]
+    assert set(pair["classes"]) == set(lab["by class"])
+    told = pair["lab predictability"]
+    assert told["null low"] < 0.5 < told["null high"] < told["value"]
+    reached = {
+        (row["labels of"], row["method"].split(",")[0], row["among"]): row["scores"]["balanced accuracy"]["value"]
+        for row in lab["figures"]
+    }
+    ceiling = reached["its own", "linear probe", "all classes"]
+    assert reached["the others", "linear probe", "all classes"] < ceiling
+    out = capsys.readouterr().out
+    assert "Each laboratory by the labels of the others" in out
+    assert "training data and BCCD: neighbours tell the laboratory in" in out

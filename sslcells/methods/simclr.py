@@ -28,7 +28,7 @@ class Config(Head):
     same_source: Literal["negative", "ignore", "positive"] = "negative"
     """Other images of the same source: negatives, left out, or positives."""
     same_lab: SameLab = "any"
-    """Negatives are images of any laboratory, or `only` of the anchor's own, so that they do not teach the laboratory."""
+    """Negatives: images of any laboratory, or `only` of the anchor's own, so that none teaches the laboratory."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

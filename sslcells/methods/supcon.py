@@ -24,7 +24,7 @@ class Config(Head):
     same_source: Literal["negative", "ignore"] = "negative"
     """Images of the same source that are not positives: negatives, or left out."""
     same_lab: SameLab = "any"
-    """Negatives are images of any laboratory, or `only` of the anchor's own, so that they do not teach the laboratory."""
+    """Negatives: images of any laboratory, or `only` of the anchor's own, so that none teaches the laboratory."""
 
 
 @final

@@ -20,7 +20,7 @@ class Config(Head):
     same_source: Literal["negative", "ignore"] = "negative"
     """Images of the same source that are not positives: negatives, or left out."""
     same_lab: SameLab = "any"
-    """Negatives are images of any laboratory, or `only` of the anchor's own, so that they do not teach the laboratory."""
+    """Negatives: images of any laboratory, or `only` of the anchor's own, so that none teaches the laboratory."""
     margin: float = Field(0.2, ge=0)
     """How much farther than the positive the negative must be; rows have length 1."""
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"

@@ -6,6 +6,7 @@ import timm
 import torch
 from timm.layers import DropPath, PatchDropout  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslcells.config import ConfigError, Model, nearest
 from sslcells.models import small_cnn as small_cnn  # registers itself with timm
@@ -25,6 +26,8 @@ def check(config: Model, channels: int) -> None:
     pool = config.args.get("global_pool", "avg")
     if not pool:
         raise ConfigError(f"model.args: global_pool={pool!r} cannot be: {_FIXED['features_only']}")
+    if config.norm == "group" and "norm_layer" in config.args:
+        raise ConfigError(f"model.norm=group and norm_layer={config.args['norm_layer']!r} in model.args: set only one")
 
 
 _FIXED = {
@@ -43,6 +46,34 @@ _HARMLESS: dict[str, Any] = {"num_classes": 0, "features_only": False}
 
 MEAN, STD, INTERPOLATION, CROP = (0.5,), (0.25,), "bilinear", 1.0
 """How images are prepared where training starts from no weights and the run does not say otherwise."""
+
+
+def arguments(config: Model) -> dict[str, Any]:
+    """What timm.create_model is given besides name and channels: `model.args`, and the normalisation of `model.norm`.
+
+    Raises:
+        ConfigError: if the backbone's BatchNorm cannot be replaced through timm.
+    """
+    if config.norm == "timm":
+        return config.args
+    for layer in ("groupnorm", "groupnorm1") if _has(config.backbone, config.args, _BatchNorm) else ():
+        args = config.args | {"norm_layer": layer}
+        if _has(config.backbone, args, nn.GroupNorm) and not _has(config.backbone, args, _BatchNorm):
+            return args
+    raise ConfigError(
+        f"model.norm=group: timm cannot build backbone={config.backbone!r} with GroupNorm in place of BatchNorm; "
+        f"model.norm=timm keeps its own, and ResNets, RegNets and DenseNets can"
+    )
+
+
+def _has(backbone: str, args: dict[str, Any], kind: type[nn.Module]) -> bool:
+    """True if timm can make this backbone and it has such a layer; nothing is computed."""
+    try:
+        with torch.device("meta"):
+            made = create(backbone, 3, args)
+    except Exception:  # of each backbone another one: no such argument, channels that 32 does not divide
+        return False
+    return any(isinstance(module, kind) for module in made.modules())
 
 
 def normalisation(config: Model, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -65,8 +96,9 @@ def build(config: Model, channels: int) -> nn.Module:
         ConfigError: for a name or argument that timm does not know, or a stem that the backbone has not.
     """
     check(config, channels)
+    args = arguments(config)
     try:
-        encoder = create(config.backbone, channels, config.args)
+        encoder = create(config.backbone, channels, args)
     except Exception as error:  # timm raises many kinds; each is a mistake in this section
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = f"model.backbone={config.backbone!r} with args={config.args}"
@@ -145,7 +177,7 @@ def _remedy(config: Model, channels: int, size: int, key: str) -> str:
 def _patch(config: Model, channels: int) -> int:
     try:
         with torch.device("meta"):
-            made = create(config.backbone, channels, config.args)
+            made = create(config.backbone, channels, arguments(config))
         return int(made.patch_embed.patch_size[0])  # type: ignore[union-attr,index]
     except Exception:  # it has none, or calls them otherwise
         return 1
@@ -155,7 +187,8 @@ def _takes(config: Model, channels: int, size: int, change: dict[str, Any]) -> b
     """True if the backbone with these arguments takes such images; nothing is computed."""
     try:
         with torch.device("meta"):
-            out = create(config.backbone, channels, config.args | change).eval()(torch.zeros(1, channels, size, size))
+            made = create(config.backbone, channels, arguments(config) | change)
+            out = made.eval()(torch.zeros(1, channels, size, size))
     except Exception:  # each backbone refuses in its own way
         return False
     return isinstance(out, Tensor) and out.ndim == 2

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sslcells.config import ConfigError, Model
-from sslcells.models import CROP, INTERPOLATION, MEAN, STD, create, normalisation, small_stem
+from sslcells.models import CROP, INTERPOLATION, MEAN, STD, arguments, create, normalisation, small_stem
 from sslcells.models import preparation as prepared
 from sslcells.storage import denied, is_file, json_text, write_atomically
 from sslcells.values import place
@@ -43,7 +43,7 @@ def export(
     """
     mean, std, interpolation, crop = prepared(config, channels)
     spec: dict[str, Any] = {
-        "timm": {"model_name": config.backbone, "in_chans": channels, "num_classes": 0, **config.args},
+        "timm": {"model_name": config.backbone, "in_chans": channels, "num_classes": 0, **arguments(config)},
         "stem": config.stem,
         "channels": channels,
         "size": size,
@@ -94,12 +94,12 @@ def start_from(encoder: nn.Module, config: Model, channels: int) -> None:
     except ConfigError as error:
         raise ConfigError(f"model.encoder={config.encoder}: {error}") from error
     made = spec["timm"]
-    now = {"model_name": config.backbone, "in_chans": channels, "num_classes": 0, **config.args}
+    now = {"model_name": config.backbone, "in_chans": channels, "num_classes": 0, **arguments(config)}
     wrong = [f"model.backbone={config.backbone!r}, but it is a {made['model_name']}"]
     wrong = wrong if made["model_name"] != config.backbone else []
     wrong += [f"model.stem={config.stem}, but it has {spec['stem']}"] if spec["stem"] != config.stem else []
     wrong += [f"{channels} channels here, but it takes {spec['channels']}"] if spec["channels"] != channels else []
-    wrong += [f"model.args={config.args}, but it was made with {made}"] if not wrong and made != now else []
+    wrong += [f"model.args={arguments(config)}, but it was made with {made}"] if not wrong and made != now else []
     for key, here in zip(("mean", "std"), normalisation(config, channels), strict=True):
         if not wrong and tuple(spec[key]) != here:
             wrong.append(f"model.{key}={list(here)}, but it learned with {spec[key]}")

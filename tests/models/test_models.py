@@ -130,3 +130,50 @@ def test_projection_has_so_many_linear_maps(norm):
     head = projection(8, 16, 4, 3, norm)
     assert sum(isinstance(m, torch.nn.Linear) for m in head) == 3
     assert head(torch.randn(5, 8)).shape == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stem", "layer"),
+    [("resnet18", "timm", "groupnorm"), ("resnet18", "small", "groupnorm"), ("test_resnet", "timm", "groupnorm1")],
+)
+def test_group_norm_in_place_of_batch_norm(tmp_path, backbone, stem, layer):
+    config = Model(backbone=backbone, stem=stem, norm="group")
+    encoder = models.build(config, 3)
+    kinds = [type(module) for module in encoder.modules()]
+    assert not any(issubclass(kind, torch.nn.BatchNorm2d) for kind in kinds)
+    assert any(issubclass(kind, torch.nn.GroupNorm) for kind in kinds)
+    x = torch.randn(4, 3, 48, 48)
+    alone = torch.cat([encoder(one[None]) for one in x])  # in training mode too, no image sees another one
+    torch.testing.assert_close(encoder(x), alone, rtol=1e-4, atol=1e-5)
+    files.export(encoder, config, 3, 48, tmp_path)
+    loaded, spec = files.load(tmp_path)
+    assert spec["timm"]["norm_layer"] == layer
+    assert torch.equal(loaded(x), encoder.eval()(x))
+    if stem == "timm":
+        theirs = timm.create_model(**spec["timm"], checkpoint_path=str(tmp_path / files.WEIGHTS)).eval()
+        assert torch.equal(theirs(x), loaded(x))
+    again = models.build(config.model_copy(update={"encoder": str(tmp_path)}), 3)
+    files.start_from(again, config.model_copy(update={"encoder": str(tmp_path)}), 3)
+    with pytest.raises(ConfigError, match="norm_layer"):
+        files.start_from(again, Model(backbone=backbone, stem=stem, encoder=str(tmp_path)), 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"backbone": "test_vit"}, "cannot build backbone='test_vit' with GroupNorm in place of BatchNorm"),
+        ({"backbone": "small_cnn"}, "cannot build backbone='small_cnn' with GroupNorm"),
+        (
+            {"args": {"norm_layer": "layernorm2d"}},
+            "norm=group and norm_layer='layernorm2d' in model.args: set only one",
+        ),
+    ],
+)
+def test_backbones_without_group_norm(model, message):
+    with pytest.raises(ConfigError, match=message):
+        models.build(Model(norm="group", **model), 3)
+
+
+def test_group_norm_does_not_take_the_weights_of_batch_norm():
+    with pytest.raises(ValueError, match="backbone=resnet50_gn"):
+        Model(norm="group", pretrained=True)

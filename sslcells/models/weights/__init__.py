@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcells.config import ConfigError, Model
-from sslcells.models import CROP, INTERPOLATION, MEAN, STD, create, files
+from sslcells.models import CROP, INTERPOLATION, MEAN, STD, arguments, create, files
 from sslcells.models.weights import _read
 from sslcells.models.weights._fit import Account, fit, takers
 from sslcells.models.weights._layouts import (
@@ -177,7 +177,7 @@ def _of(found: _read.Found, config: Model, channels: int) -> tuple[Preparation, 
     if found.processor.get("image_mean"):
         return _of_processor(found.processor), "their preprocessor_config.json"
     with torch.device("meta"):
-        wanted = create(config.backbone, channels, config.args).state_dict()
+        wanted = create(config.backbone, channels, arguments(config)).state_dict()
     layout = _network(found.tensors, wanted, config).layout
     prepared = layout.prepared
     if prepared is None and any(name.endswith("layer1.0.conv1.weight") for name in found.tensors):
