@@ -78,7 +78,7 @@ def read_field(file: str, how: How) -> Field:
         raise Unreadable(_reason(error)) from error
 
 
-def read_mask(file: str, how: How) -> NDArray[np.int64]:
+def read_mask(file: str, how: How) -> NDArray[np.integer[Any]]:
     """The labels of a mask, 0 where there is no cell: (H, W).
 
     Raises:
@@ -129,7 +129,7 @@ def write_cell(
 
 
 def window(
-    field: Field, mask: NDArray[np.int64], centre: tuple[float, float], size: tuple[int, int], label: int | None,
+    field: Field, mask: NDArray[np.integer[Any]], centre: tuple[float, float], size: tuple[int, int], label: int | None,
     fill: float | None,
 ) -> NDArray[Any]:  # fmt: skip
     """Of a field `size` (H, W) pixels around `centre` (y, x), in the field's axes.
@@ -191,7 +191,7 @@ def _upright(values: NDArray[Any], axes: str, orientation: int) -> NDArray[Any]:
     return np.moveaxis(upright(np.moveaxis(values, 0, -1), orientation), -1, 0)
 
 
-def _whole(values: NDArray[Any]) -> NDArray[np.int64]:
+def _whole(values: NDArray[Any]) -> NDArray[np.integer[Any]]:
     """Labels as whole numbers."""
     if values.dtype.kind == "f":
         if not np.isfinite(values).all() or (values != np.floor(values)).any():
@@ -200,7 +200,7 @@ def _whole(values: NDArray[Any]) -> NDArray[np.int64]:
         raise ValueError(f"{said(values.dtype, values.shape)}: labels are whole numbers")
     if values.size and (values.min() < 0 or values.max() >= 2**53):
         raise ValueError(f"labels from {values.min()} to {values.max()}: labels are 0 for no cell, and above for cells")
-    return values.astype(np.int64)
+    return values.astype(np.int32 if values.max(initial=0) < 2**31 else np.int64)
 
 
 def _reason(error: Exception) -> str:

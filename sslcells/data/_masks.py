@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +119,7 @@ def stem_of(name: str) -> str:
     return next((base[: -len(end)] for end in _ENDINGS if base.lower().endswith(end)), base)
 
 
-def cells_of(mask: NDArray[np.int64]) -> Cells:
+def cells_of(mask: NDArray[np.integer[Any]]) -> Cells:
     """The cells of a mask (H, W).
 
     Raises:
@@ -128,24 +128,24 @@ def cells_of(mask: NDArray[np.int64]) -> Cells:
     numbers, compact = _numbered(mask)
     found = ndimage.find_objects(compact)
     count = len(found)
-    touching = np.ones((3, 3), bool)
-    pieces = [ndimage.label(compact[at] == i + 1, touching)[1] for i, at in enumerate(found)]
+    area, pieces = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    centre = np.zeros((count, 2))
+    for i, at in enumerate(found):
+        own = compact[at] == i + 1
+        area[i], pieces[i] = own.sum(), ndimage.label(own, np.ones((3, 3), bool))[1]
+        centre[i] = [along.mean() + axis.start + 0.5 for along, axis in zip(np.nonzero(own), at, strict=True)]
     if count == 1 and pieces[0] > 1:
         raise Unreadable(
             f"its one label {numbers[0]} has {pieces[0]} separate parts: it tells cells from background, not from each "
             f"other; number them first (scipy.ndimage.label)"
         )
-    area = np.bincount(compact.ravel(), minlength=count + 1)[1:]
-    ids = np.arange(1, count + 1)
-    means = ndimage.center_of_mass(np.ones(mask.shape, np.uint8), compact, ids) if count else []
-    centre = np.array(means, np.float64).reshape(count, 2) + 0.5
     box = np.array([(x.start, y.start, x.stop, y.stop) for y, x in found], np.int64).reshape(count, 4)
     high, wide = mask.shape
     border = (box[:, :2] == 0).any(1) | (box[:, 2] == wide) | (box[:, 3] == high)
-    return Cells(numbers, area, centre, box, border, np.array(pieces, np.int64))
+    return Cells(numbers, area, centre, box, border, pieces)
 
 
-def _numbered(mask: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+def _numbered(mask: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """The labels above 0, and the mask with their places from 1 on."""
     if mask.max(initial=0) < _COUNTED:
         numbers = np.flatnonzero(np.bincount(mask.ravel(), minlength=1)[1:]) + 1
@@ -154,7 +154,7 @@ def _numbered(mask: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.in
         return numbers, place[mask]
     numbers, inverse = np.unique(mask, return_inverse=True)
     first = int(numbers[0] != 0)
-    return numbers[1 - first :], (inverse.reshape(mask.shape) + first).astype(np.int32)
+    return numbers[1 - first :].astype(np.int64), (inverse.reshape(mask.shape) + first).astype(np.int32)
 
 
 def _files(folder: Path) -> Iterator[str]:

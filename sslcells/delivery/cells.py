@@ -224,7 +224,7 @@ def _kind(field: Field) -> tuple[int | None, int]:
     return None, 3 if field.axes == "YXS" and field.values.shape[2] >= 3 else 1
 
 
-def _read(file: str, mask_file: str, how: How) -> tuple[Field, NDArray[np.int64]]:
+def _read(file: str, mask_file: str, how: How) -> tuple[Field, NDArray[np.integer[Any]]]:
     try:
         field = read_field(file, how)
     except Unreadable as error:
