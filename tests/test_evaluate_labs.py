@@ -51,6 +51,22 @@ def test_a_laboratory_that_training_never_saw(run, tmp_path, capsys):
     assert "clinic" in card
 
 
+@pytest.mark.slow
+def test_laboratories_of_the_runs_own_data(tmp_path, capsys):
+    for lab, tint in (("north", 1.0), ("south", 0.5)):
+        for split in ("train", "test"):
+            clinic(tmp_path / "cells" / split / lab, {"lymphocyte": 3, "eosinophil": 1}, tint=tint)
+    data = ["data.kind=folder", f"data.path={tmp_path / 'cells'}", "data.lab_folder=above"]
+    run = make_run(tmp_path / "run", *data)
+    assert main(None, ["evaluate", str(run), *QUICK]) == 0
+    labs = json.loads((run / "evaluation.json").read_text())["labs"]
+    assert [lab["lab"] for lab in labs["labs"]] == ["north", "south"]
+    assert [lab["by class"] for lab in labs["labs"]] == [{"eosinophil": 12, "lymphocyte": 12}] * 2
+    assert labs["pairs"][0]["labs"] == ["north", "south"]
+    assert labs["pairs"][0]["lab predictability"]["value"] > labs["pairs"][0]["lab predictability"]["null high"]
+    assert "north and south: neighbours tell the laboratory" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [

@@ -133,6 +133,10 @@ def findings(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             text = f"this encoder separates laboratories before it separates cells. {text}"
         out.append(finding(text, warning=index["value"] < 0.5))
     for lab in result["labs"]:
+        if lab["not used"]:
+            out.append(
+                finding(f"{lab['lab']}: {lab['not used']:,} images, drawn at random, were left out to save time")
+            )
         if lab["few"]:
             out.append(finding(f"{lab['lab']}: fewer than {FEW} images of {', '.join(lab['few'])}: not counted"))
         if lab["without others' labels"]:

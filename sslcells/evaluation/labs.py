@@ -29,7 +29,9 @@ from sslcells.evaluation.robustness import (
 from sslcells.evaluation.scores import Units, of_classes, rounded, unit_rows
 
 MOST = 10_000
-"""Labelled images of the other laboratories that classify those of one; of more, so many are drawn at random."""
+"""Labelled images that are asked in a laboratory, and of the others that answer; of more, drawn at random."""
+_FITTED = 3_000
+"""Images of a laboratory in its own linear probe, which is fitted dozens of times."""
 _LABS = 12
 """Laboratories that are compared in pairs; of more, the largest."""
 
@@ -55,7 +57,7 @@ def left_out(lab: Lab, classes: Sequence[str], config: Evaluate, seed: int) -> d
     enough = (counts >= FEW).nonzero()[:, 0]
     unknown = [c for c in enough.tolist() if not bool((lab.bank.labels == c).any())]
     counted = torch.isin(lab.asked.labels, enough)
-    asked, bank = lab.asked.at(counted), drawn(lab.bank, seed)
+    asked, bank = drawn(lab.asked.at(counted), seed), drawn(lab.bank, seed)
     out: dict[str, Any] = {
         "lab": lab.name,
         "images": len(lab.asked.labels),
@@ -64,35 +66,36 @@ def left_out(lab: Lab, classes: Sequence[str], config: Evaluate, seed: int) -> d
         "few": [classes[c] for c in range(len(classes)) if 0 < int(counts[c]) < FEW],
         "without others' labels": [classes[c] for c in unknown],
         "classes counted": [classes[int(c)] for c in enough],
-        "others' images": len(lab.bank.labels),
+        "others' images": len(bank.labels),
+        "not used": int(counted.sum()) - len(asked.labels) + len(lab.bank.labels) - len(bank.labels),
         "figures": [],
     }
     if not len(asked.labels):
         return out
-    units = Units(asked.sources, seed, config.bootstrap)
 
-    def add(method: str, labels_of: str, among: str, predicted: Tensor) -> None:
+    def add(method: str, labels_of: str, among: str, rows: Rows, predicted: Tensor) -> None:
+        units = Units(rows.sources, seed, config.bootstrap)
         for unit in units.names:
-            scores = units.scored(of_classes(asked.labels, predicted, len(classes)), unit)
-            row = {"method": method, "labels of": labels_of, "among": among, "unit": unit, "images": len(asked.labels)}
+            scores = units.scored(of_classes(rows.labels, predicted, len(classes)), unit)
+            row = {"method": method, "labels of": labels_of, "among": among, "unit": unit, "images": len(rows.labels)}
             out["figures"].append(row | {"scores": {key: rounded(score) for key, score in scores.items()}})
 
     if len(bank.labels):
         for among, chosen in _choices(bank, enough):
             for method, predicted in _by_others(chosen, lab.val, asked, enough, len(classes), config, seed):
-                add(method, "the others", among, predicted)
+                add(method, "the others", among, asked, predicted)
                 if method == "linear probe" and among == "all classes":
                     out["confusion"] = confusion_counts(asked.labels, predicted, classes)
-    for method, predicted in _by_its_own(asked, len(classes), config, seed):
-        add(method, "its own", "all classes", predicted)
+    for method, rows, predicted in _by_its_own(asked, len(classes), config, seed):
+        add(method, "its own", "all classes", rows, predicted)
     return out
 
 
-def drawn(rows: Rows, seed: int) -> Rows:
-    """At most MOST of the rows, at random."""
-    if len(rows.labels) <= MOST:
+def drawn(rows: Rows, seed: int, most: int = MOST) -> Rows:
+    """At most this many of the rows, at random."""
+    if len(rows.labels) <= most:
         return rows
-    return rows.at(torch.randperm(len(rows.labels), generator=torch.Generator().manual_seed(seed))[:MOST])
+    return rows.at(torch.randperm(len(rows.labels), generator=torch.Generator().manual_seed(seed))[:most])
 
 
 def _choices(bank: Rows, enough: Tensor) -> Iterator[tuple[str, Rows]]:
@@ -120,15 +123,16 @@ def _by_others(
         yield "linear probe", probed.scores.argmax(1)
 
 
-def _by_its_own(asked: Rows, classes: int, config: Evaluate, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Predictions (M,) from the laboratory's own labels, never from an image of the same source."""
+def _by_its_own(asked: Rows, classes: int, config: Evaluate, seed: int) -> Iterator[tuple[str, Rows, Tensor]]:
+    """The rows that were asked and their predictions from the laboratory's own labels, never of the same source."""
     own = (asked.sources, asked.sources)
     scores = knn_scores(asked.z, asked.z, asked.labels, classes, config.k, config.temperature, *own)
-    yield f"kNN, k = {config.k}", knn_predictions(scores)
-    probed = linear_probe(_labelled(asked), None, None, classes, seed)
+    yield f"kNN, k = {config.k}", asked, knn_predictions(scores)
+    few = drawn(asked, seed, _FITTED)
+    probed = linear_probe(_labelled(few), None, None, classes, seed)
     if probed is not None:
         answered = probed.scores.sum(1) > 0
-        yield "linear probe", probed.scores.argmax(1).where(answered, -1)
+        yield "linear probe", few, probed.scores.argmax(1).where(answered, -1)
 
 
 def _prototypes(bank: Rows, asked: Rows) -> Tensor:

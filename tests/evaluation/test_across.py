@@ -12,7 +12,9 @@ from sslcells.data._smear import draw_smear
 from sslcells.evaluation.across import UNNAMED, Across, predicted_from
 from sslcells.evaluation.lab_pictures import draw
 from sslcells.evaluation.lab_tables import lab_tables
+from sslcells.evaluation.labs import drawn
 from sslcells.evaluation.leaks import SplitFeatures
+from sslcells.evaluation.robustness import Rows
 
 CLASSES = ("eosinophil", "lymphocyte")
 QUICK = Evaluate(bootstrap=100, k=5)
@@ -214,3 +216,15 @@ def test_the_same_figures_at_every_call():
     first = across(by_split).result
     torch.manual_seed(5)
     assert across(by_split).result == first
+
+
+def test_large_laboratories_are_drawn_from_and_it_is_said(monkeypatch):
+    monkeypatch.setattr("sslcells.evaluation.labs.drawn", lambda rows, seed, most=10_000: drawn(rows, seed, 30))
+    found = across({"train": split_of(*planted(200))}).result
+    for lab in found["labs"]:
+        assert lab["others' images"] == 30
+        assert {row["images"] for row in lab["figures"]} == {30}
+    assert "here: 140 images, drawn at random, were left out to save time" in [f["text"] for f in found["findings"]]
+    rows = Rows(*(torch.arange(50) for _ in range(4)))
+    assert drawn(rows, 0) is rows
+    assert len(drawn(rows, 0, 20).labels.unique()) == 20
