@@ -26,7 +26,7 @@ ROWS = ("files", "pack", "cache", "torchvision", "lightly")
 
 
 def _ours(data: list[str], batch: int, workers: int, passes: int) -> Iterator[int]:
-    """The number of images in each batch of several passes, as training reads them."""
+    """The number of batches in a pass, then that of images in each batch, as training reads them."""
     from sslcells.config import load
     from sslcells.data import open_splits
     from sslcells.data.loader import read, with_workers
@@ -34,6 +34,7 @@ def _ours(data: list[str], batch: int, workers: int, passes: int) -> Iterator[in
 
     images = open_splits(load(None, data).data)["train"]
     steps = Steps(Shuffle(len(images), batch, 0), 0, 1, 0, passes * (len(images) // batch))
+    yield len(images) // batch
     with with_workers(read(images, steps, workers, pin_memory=False)) as batches:
         for read_batch in batches:
             assert read_batch.pixels.dtype == torch.uint8
@@ -64,6 +65,7 @@ def _theirs(row: str, folder: str, size: int | None, batch: int, workers: int, p
             images = ImageFolder(classes, transform=change)
         options: dict[str, Any] = {"shuffle": True, "drop_last": True, "num_workers": workers}
         loader: Any = DataLoader(images, batch, persistent_workers=workers > 0, **options)
+        yield len(loader)
         for _ in range(passes):
             for pixels, *_ in loader:
                 assert pixels.dtype == torch.uint8
@@ -80,13 +82,14 @@ def measure(row: str, folder: str, pack: str, size: int | None, batch: int, work
     counts = (
         _ours(data[row], batch, workers, passes) if row in data else _theirs(row, theirs, size, batch, workers, passes)
     )
-    marks: list[tuple[int, float, float]] = []
-    seen = 0
-    for count in counts:
+    in_pass, seen = next(counts), 0
+    for number, count in enumerate(counts, 1):
         seen += count
-        marks.append((seen, time.perf_counter(), _cpu()))
-    first = marks[len(marks) // passes - 1]
-    return [last - begun for last, begun in zip(marks[-1], first, strict=True)]
+        if number == in_pass:
+            first = seen, time.perf_counter(), _cpu()
+        if number == passes * in_pass:  # before the processes end, whose time would be lost
+            last = seen, time.perf_counter(), _cpu()
+    return [end - begin for end, begin in zip(last, first, strict=True)]
 
 
 def _cpu() -> float:

@@ -1,5 +1,6 @@
 """Reads images in the batches that a sampler chooses."""
 
+import math
 import shutil
 import signal
 import traceback
@@ -52,9 +53,9 @@ class _Images(Dataset[_Read]):
         indices: list[int] = image.tolist()
         if images.shape is not None:
             with suppress(DataError):  # then one by one, to find out which image it is
-                pixels = torch.empty(len(indices), *images.shape, dtype=torch.uint8)
-                if (error := _share_memory([pixels])) is not None:
-                    return _Read(ids, [], [Unread(0, error)])
+                pixels = _room(len(indices), *images.shape)
+                if isinstance(pixels, DataError):
+                    return _Read(ids, [], [Unread(0, pixels)])
                 images.fill(indices, pixels)
                 return _Read(ids, pixels, [])
         read: list[Tensor] = []
@@ -70,8 +71,29 @@ class _Images(Dataset[_Read]):
 def _collate(read: _Read) -> Batch | DataError:
     if read.unread:
         return read.unread[0].error
-    batch = Batch(read.pixels if isinstance(read.pixels, Tensor) else torch.stack(read.pixels), *read.ids)
+    pixels = read.pixels if isinstance(read.pixels, Tensor) else _stacked(read.pixels)
+    if isinstance(pixels, DataError):
+        return pixels
+    batch = Batch(pixels, *read.ids)
     return _share_memory(batch) or batch
+
+
+def _room(*shape: int) -> Tensor | DataError:
+    """A tensor of uint8 for the pixels of a batch, of a worker in memory that it shares; or that there is no room."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    size = math.prod(shape)
+    try:  # as torch's own collate function: share_memory_() would copy what is not written yet
+        shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        return _no_room_error(size, error)
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
+
+
+def _stacked(pixels: Sequence[Tensor]) -> Tensor | DataError:
+    """(C, H, W) each → (B, C, H, W), of a worker in memory that it shares."""
+    room = _room(len(pixels), *pixels[0].shape)
+    return torch.stack([*pixels], out=room) if isinstance(room, Tensor) else room
 
 
 def _share_memory(tensors: Sequence[Tensor]) -> DataError | None:
@@ -199,7 +221,10 @@ def _collate_readable(read: _Read) -> Readable | DataError:
     indices: list[int] = read.ids[1].tolist()
     pixels = read.pixels
     if not isinstance(pixels, Tensor) and len({x.shape for x in pixels}) == 1:
-        pixels = torch.stack(pixels)
+        stacked = _stacked(pixels)
+        if isinstance(stacked, DataError):
+            return stacked
+        pixels = stacked
     error = _share_memory([pixels] if isinstance(pixels, Tensor) else pixels)
     unreadable = [(indices[one.at], str(one.error)) for one in read.unread]
     image = [index for at, index in enumerate(indices) if at not in lost]
