@@ -1,5 +1,6 @@
 """`sslcells cells`: cut the cells of fields and masks into images of their own, with a table of one row a cell."""
 
+import math
 import os
 import posixpath
 from collections.abc import Callable, Sequence
@@ -193,7 +194,7 @@ def _cut(
             f"{file}: its µm per pixel is not known{why}, and --fov is in µm; give it as a column um_per_pixel of a "
             f"table of fields, or as --um-per-pixel for all that do not say it; or cut --size pixels"
         )
-    side = rule.size if rule.size is not None else max(1, round(rule.fov / um))  # type: ignore[operator]
+    side = rule.size if rule.size is not None else max(1, math.ceil(rule.fov / um - 1e-3))  # type: ignore[operator]
     fill = rule.background
     if fill is not None and not _holds(field.values.dtype, fill):
         raise ConfigError(f"--background {fill:g}: {file} holds {field.values.dtype}, which has no such value")

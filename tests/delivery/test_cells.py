@@ -133,6 +133,8 @@ def test_a_field_without_a_scale_is_named(tmp_path):
     assert not (tmp_path / "out" / "cells.parquet").exists()
     rows, _ = run(tmp_path, rule=rule(fov=12.0, size=None), um_per_pixel=1.0)
     assert tifffile.imread(tmp_path / "out" / rows[0]["path"]).shape == (12, 12)
+    rows, _ = run(tmp_path, out="out3", rule=rule(fov=12.0, size=None), um_per_pixel=0.99)
+    assert tifffile.imread(tmp_path / "out3" / rows[0]["path"]).shape == (13, 13)  # no less than is asked for
     rows, said = run(tmp_path, out="out2")
     assert (rows[0]["um_per_pixel"], rows[0]["area_um2"]) == (None, None)
     assert "scale: unknown" in said
