@@ -119,8 +119,9 @@ def _limits(encoder: Encoder, run: Run | None) -> str:
         )
     if data.get("kind") == "synthetic":
         lines.append("It was trained on drawn cells, not real ones: use it to try the software only.")
-    if run is not None and run.model.pretrained:
-        lines.append("Training started from weights published with timm; their licence applies too.")
+    if run is not None and run.model.start is not None:
+        start = run.model.start.rpartition("/")[2]
+        lines.append(f"Training started from published weights, `{start}`; their licence applies too.")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -141,7 +142,8 @@ def _loading(encoder: Encoder, spec: Mapping[str, Any], forms: Collection[str]) 
     else:
         arguments = ", ".join(f"{key}={value!r}" for key, value in spec["timm"].items())
         alone = (
-            f"With timm alone, for images normalised by the mean and std in `encoder.json`:\n\n"
+            f"With timm alone, for images normalised by the mean and std in `encoder.json`; the name "
+            f"`local-dir:FOLDER` with `pretrained=True` gives the same network:\n\n"
             f"```python\nimport timm\n\n"
             f'encoder = timm.create_model({arguments}, checkpoint_path="encoder.safetensors").eval()\n```\n\n'
             f"`load.py` includes resizing and normalisation, and needs timm alone too:\n\n"

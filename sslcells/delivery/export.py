@@ -18,7 +18,7 @@ from sslcells import models
 from sslcells.augment import resized
 from sslcells.config import ConfigError, extra
 from sslcells.data import synthetic
-from sslcells.delivery import DeliveryError, standalone
+from sslcells.delivery import DeliveryError, hub, standalone
 from sslcells.delivery.card import card
 from sslcells.delivery.encoder import Encoder, find_run, load_encoder
 from sslcells.models import files
@@ -27,6 +27,8 @@ from sslcells.storage import json_text
 from sslcells.values import place
 
 ONNX, PROGRAM = "encoder.onnx", "encoder.pt2"
+HUB = "config.json", "model.safetensors"
+"""As the Hugging Face hub has them, for timm.create_model("local-dir:FOLDER", pretrained=True)."""
 TOLERANCE = 1e-3
 """Largest difference allowed, relative to the largest feature, in float32; another order of sums gives about 1e-6."""
 
@@ -75,7 +77,8 @@ class FromPixels(nn.Module):
 def export(run: str, to: str | None = None, onnx: bool | None = None, say: Callable[[str], None] = print) -> Path:
     """Write a run's encoder to a folder to share, RUN/export unless `to` names another, and return the folder.
 
-    encoder.safetensors and encoder.json (timm), load.py (what timm has no argument for), standard.py and cell.py if
+    encoder.safetensors and encoder.json (timm), model.safetensors and config.json (timm's `local-dir:` and hub),
+    load.py (what timm has no argument for), standard.py and cell.py if
     images are standardised, encoder.pt2 (torch.export), encoder.onnx, README.md (the model card). Files are written
     atomically. A form that cannot be made is left out with a message that says what would help. ONNX is required if
     `onnx` is true, and left out if it is false.
@@ -96,7 +99,7 @@ def export(run: str, to: str | None = None, onnx: bool | None = None, say: Calla
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as partial:
             left_out = _write(encoder, folder, Path(partial), onnx, missing, say)
-            for name in (PROGRAM, ONNX):  # of an earlier export, perhaps of other weights
+            for name in (PROGRAM, ONNX, *HUB):  # of an earlier export, perhaps of other weights
                 (out / name).unlink(missing_ok=True)
             for file in sorted(Path(partial).iterdir()):
                 os.replace(file, out / file.name)
@@ -134,6 +137,11 @@ def _write(
     inputs = {"noise": noise(encoder, 3), "one image of noise": noise(encoder, 1), "drawn cells": drawn(encoder, 8)}
     checks = [compare("timm", lambda x: standalone.load(out)(standalone.prepare(x, out)), network, inputs, say)]
     forms, left_out = list[str](), [missing] if missing else []
+    if (reason := hub.write(encoder.backbone, spec, out)) is None:
+        forms.append(HUB[0])
+        checks.append(compare("timm local-dir", hub.network(out, encoder), network, inputs, say))
+    else:
+        left_out.append(reason)
     try:
         program = write_program(network, encoder, out / PROGRAM)
         forms.append(PROGRAM)

@@ -347,7 +347,7 @@ def test_images_are_prepared_as_the_weights_say(tmp_path):
     assert (model.mean, model.std, model.interpolation, model.crop) == (*IMAGENET, "bicubic", 0.875)
     assert said == (
         "images: mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225, interpolation bicubic, crop 0.875; "
-        "from as DINOv2's are published"
+        "as DINOv2's are published"
     )
     model, said = prepared(**SCALED, weights=file, mean=(0.3,), crop=1)
     assert (model.mean, model.std, model.crop) == ((0.3,), IMAGENET[1], 1)

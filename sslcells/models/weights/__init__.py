@@ -146,7 +146,8 @@ def resolved(config: Model, channels: int) -> tuple[Model, str]:
         prepared, who = Preparation(MEAN, STD, INTERPOLATION, CROP), "the defaults"
     full = config.model_copy(update=prepared._asdict() | own)
     said = [f"{key} {_told(getattr(full, key))}" + " (the run's)" * (key in own) for key in Preparation._fields]
-    return full, f"images: {', '.join(said)}; {'all as the run says' if who == 'the run' else f'from {who}'}"
+    origin = "all as the run says" if who == "the run" else who if who.startswith("as ") else f"from {who}"
+    return full, f"images: {', '.join(said)}; {origin}"
 
 
 def _told(value: Any) -> str:
