@@ -141,7 +141,7 @@ def _write(
         forms.append(HUB[0])
         checks.append(compare("timm local-dir", hub.network(out, encoder), network, inputs, say))
     else:
-        left_out.append(reason)
+        left_out.insert(0, reason)
     try:
         program = write_program(network, encoder, out / PROGRAM)
         forms.append(PROGRAM)
