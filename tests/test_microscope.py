@@ -74,10 +74,13 @@ def test_from_the_microscope_to_embeddings(tmp_path):
     out = next((tmp_path / "runs").iterdir())
     how = json.loads((out / "encoder.json").read_text())["reading"]
     assert (how["um_per_pixel"], how["size"]) == (0.5, [32, 32])
-    figures = json.loads((out / "evaluation.json").read_text())
-    assert "knn/top1" in json.dumps(figures) or "knn" in json.dumps(figures)
+    figures = json.loads((out / "evaluation.json").read_text())["figures"]
+    neighbours = next(f for f in figures if (f["task"], f["name"], f["unit"]) == ("kNN", "k = 5", "image"))
+    assert neighbours["images"] == sum(part == "test" for part in split["split"])
+    assert neighbours["scores"]["accuracy"]["value"] > 0.9  # of a donor that no encoder has seen
 
-    embedded = pa.concat_tables(pq.read_table(f) for f in sorted((out / "embeddings").glob("*/*.parquet")))
+    embedded = pa.concat_tables(pq.read_table(file) for file in sorted((out / "embeddings").glob("*/*.parquet")))
+    assert {f"images/{path}" for path in embedded["path"].to_pylist()} == {row["path"] for row in rows}
     assert embedded.num_rows == len(rows)
 
 
