@@ -335,7 +335,13 @@ class Evaluate(Section):
     batch: int = Field(256, ge=1)
     """Images per rank and forward pass."""
     max_images: int | None = Field(None, ge=2)
-    """Use at most this many images of each split, evenly spaced; none for all."""
+    """Read at most this many images of each split, drawn at random, the same always; none for all."""
+    bank: int | None = Field(20_000, ge=2)
+    """During training, search neighbours among at most this many images of train, drawn by class, the same at every
+    look; none for all. `sslcells evaluate` searches in all that it reads."""
+    queries: int | None = Field(10_000, ge=2)
+    """Measure figures that compare images with images on at most this many of val or test, drawn by class, the same at
+    every look; none for all."""
     holdout: float = Field(0.1, ge=0, le=0.5)
     """Fraction of train to hold out as val if there are labels but no val split: in whole sources, from every class,
     never trained on. 0 holds nothing out; train itself is then evaluated, leave-one-out."""

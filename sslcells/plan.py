@@ -6,7 +6,7 @@ from sslcells import inputs, learner, models, optim
 from sslcells.config import ConfigError, Run, check_tracker
 from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.describe import describe
-from sslcells.data.holdout import hold_out, summary
+from sslcells.data.holdout import hold_out, limits, summary
 from sslcells.data.subset import labelled_part
 from sslcells.models import weights
 from sslcells.standardise import standard_of
@@ -112,7 +112,7 @@ def consequences(run: Run, world: int) -> str:
             *([inputs.summary(standard)] if standard is not None else []),
             f"images: {', '.join(f'{name} {len(s)}' for name, s in splits.items())}; "
             + (f"{len(images.classes)} classes" if images.classes else "no labels"),
-            summary(splits, run.evaluate.holdout),
+            summary(splits, run.evaluate.holdout) + limits(splits, run.evaluate),
             *started,
             prepared,
             f"encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, {features} features",

@@ -186,7 +186,7 @@ def _introduce(
     """The first lines of the log: ranks, device, folder and data."""
     negatives = state.learner.method.negatives(plan.global_batch)
     log.say(f"sslcells {__version__}  {plan.headline(accelerator.device, accelerator.mixed_precision, negatives)}")
-    log.say(holdout.summary(splits, run.evaluate.holdout))
+    log.say(holdout.summary(splits, run.evaluate.holdout) + holdout.limits(splits, run.evaluate))
     if run.model.encoder and (warning := holdout.overlap_warning(splits, Path(run.model.encoder))):
         log.say(warning)
     log.say(f"{run.folder}: {f'resuming after step {state.step}' if state.step else f'{plan.steps} steps'}")

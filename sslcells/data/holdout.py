@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslcells.config import ConfigError
+from sslcells.config import ConfigError, Evaluate
 from sslcells.data import ImageSet
 from sslcells.data.sampler import permutation
 from sslcells.data.subset import Subset
@@ -84,6 +84,20 @@ def summary(splits: Mapping[str, ImageSet], part: float) -> str:
             why = f"evaluate.holdout={part:g} holds nothing out" if part == 0 else "no class has a second source"
         what = f"on train itself, leave-one-out, and none of a classifier, as {why}"
     return f"figures during training: {what}"
+
+
+def limits(splits: Mapping[str, ImageSet], evaluate: Evaluate) -> str:
+    """Of how many images the figures during training are, for the line of `summary`; empty if of all."""
+    train, val = splits["train"], splits.get("val")
+    parts = []
+    for what, images, most in (
+        ("measured on", val or train, evaluate.queries),
+        ("compared with", train, evaluate.bank),
+    ):
+        shown = min(len(images), *(n for n in (most, evaluate.max_images) if n is not None), len(images))
+        if shown < len(images):
+            parts.append(f"{what} {shown:,} of the {len(images):,} images of {'train' if images is train else 'val'}")
+    return f"; {', '.join(parts)} (evaluate.queries, evaluate.bank)" if parts else ""
 
 
 def record(folder: Path, splits: Mapping[str, ImageSet], resumes: bool) -> None:

@@ -81,18 +81,20 @@ def predict(
     augment: Augment,
     device: torch.device,
     bar: Bars = no_bars,
+    index: Sequence[int] | None = None,
 ) -> Predictions | None:
     """A classifier's predictions for the images with known classes; None if there are none, or for other methods.
 
-    Every rank calls this and gets all predictions. `bar` shows how many of the images are done.
+    Of the images with these indices, of `evaluate.max_images` of them where None. Every rank calls this and gets all
+    predictions. `bar` shows how many of the images are done.
     """
     method = learner.method
     if not isinstance(method, Classifier):
         return None
-    index = torch.tensor(spread(len(images), run.evaluate.max_images))
+    asked = torch.tensor(spread(len(images), run.evaluate.max_images) if index is None else index, dtype=torch.int64)
     labels = images.targets if method.several and images.targets is not None else images.labels
-    index = index[labels[index].reshape(len(index), -1).min(1).values >= 0]
-    if not len(index):
+    asked = asked[labels[asked].reshape(len(asked), -1).min(1).values >= 0]
+    if not len(asked):
         return None
 
     def plain(pixels: Tensor, image: Tensor) -> Tensor:
@@ -105,11 +107,11 @@ def predict(
         device,
         run.evaluate.batch,
         run.train.workers,
-        index.tolist(),
-        progress=bar("predictions", len(index)),
+        asked.tolist(),
+        progress=bar("predictions", len(asked)),
     )
     classes = images.classes or range(found.z.shape[1])
-    labels = F.one_hot(labels[index], found.z.shape[1]) if method.several and labels.ndim == 1 else labels[index]
+    labels = F.one_hot(labels[asked], found.z.shape[1]) if method.several and labels.ndim == 1 else labels[asked]
     probabilities = method.probabilities(found.z).double()
     return Predictions(list(found.names), [*map(str, classes)], labels, found.sources, probabilities)
 

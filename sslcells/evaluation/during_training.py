@@ -15,9 +15,9 @@ from sslcells.config import Run
 from sslcells.data import ImageSet
 from sslcells.data.loader import InOrder, read
 from sslcells.evaluation.classifier import Predictions, predict
-from sslcells.evaluation.encode import Features, Prepare, encode, spread
+from sslcells.evaluation.encode import Features, Prepare, drawn, encode, sharded, spread
 from sslcells.evaluation.health import health
-from sslcells.evaluation.knn import knn_accuracy, knn_scores
+from sslcells.evaluation.knn import QUERIES, knn_accuracy, knn_scores
 from sslcells.evaluation.pictures import curves, embedding_map
 from sslcells.evaluation.sheets import neighbour_sheet, view_sheet
 from sslcells.methods import Classifier, Learner
@@ -36,7 +36,7 @@ class Evaluation:
     Queries are the images of val, or of the images of train held out in its place; their neighbours are searched in
     what is trained on. Without such a split, or without labels in it, the queries are train itself, each image without
     itself and without images of its own source: `knn_loo`. A classifier gets the figures of its predictions on val
-    instead.
+    instead. `evaluate.queries` and `evaluate.bank` say of how many images; these are the same at every look.
     """
 
     def __init__(self, run: Run, splits: Mapping[str, ImageSet], augment: Augment, device: torch.device) -> None:
@@ -45,47 +45,63 @@ class Evaluation:
         self._bank = splits["train"]
         self._val = splits.get("val")
         self._query = self._val if self._val is not None and self._val.labelled and self._bank.labelled else None
-        self._bank_index = spread(len(self._bank), run.evaluate.max_images)
-        self._query_index = spread(len(self._query), run.evaluate.max_images) if self._query is not None else []
+        self._bank_index = self._chosen(self._bank, run.evaluate.bank)
+        self._val_index = self._chosen(self._val, run.evaluate.queries) if self._val is not None else []
 
     def first_figures(self, learner: Learner) -> dict[str, float]:
         """Figures before training, of START images a split if a split has more than LARGE.
 
         Then their keys start with `start/`, as fewer images have other neighbours.
         """
-        most = self._run.evaluate.max_images
+        most = max(len(self._bank_index), len(self._val_index))
         splits = {"train": self._bank} | ({"val": self._val} if self._val is not None else {})
-        if max(map(len, splits.values())) <= LARGE or (most is not None and most <= START):
+        if max(map(len, splits.values())) <= LARGE or most <= START:
             return self.figures(learner)
-        run = self._run.model_copy(update={"evaluate": self._run.evaluate.model_copy(update={"max_images": START})})
+        few_of_each = self._run.evaluate.model_copy(update={"bank": START, "queries": START})
+        run = self._run.model_copy(update={"evaluate": few_of_each})
         few = Evaluation(run, splits, self._augment, self._device)
         return {f"start/{key}": value for key, value in few.figures(learner).items()}
 
     def figures(self, learner: Learner) -> dict[str, float]:
         """Figures of the learner as it is now; every rank calls this and gets them."""
         if isinstance(learner.method, Classifier):
-            predictions = self.predictions(learner)
+            predictions = self._predicted(learner, self._val_index)
             if predictions is None:
                 return {}
             return {f"val/{key}": value for key, value in predictions.figures().items()}
         return self._encoder_figures(learner.encoder)
 
     def predictions(self, learner: Learner) -> Predictions | None:
-        """A classifier's predictions on val; None for other methods, and without val. Every rank calls this."""
-        return None if self._val is None else predict(learner, self._val, self._run, self._augment, self._device)
+        """A classifier's predictions on all of val; None for other methods, and without val. Every rank calls this."""
+        return self._predicted(learner, None)
+
+    def _predicted(self, learner: Learner, index: list[int] | None) -> Predictions | None:
+        if self._val is None:
+            return None
+        return predict(learner, self._val, self._run, self._augment, self._device, index=index)
 
     def _encoder_figures(self, encoder: nn.Module) -> dict[str, float]:
         bank = self._features(encoder, self._bank, self._bank_index)
         out = {f"health/{k}": v for k, v in health(bank.z, *self._two_views(encoder)).items()}
         if not self._bank.labelled:
             return out
-        query, name = bank, "knn_loo"
         if self._query is not None:
-            query, name = self._features(encoder, self._query, self._query_index), "knn"
-        k, temperature = self._run.evaluate.k, self._run.evaluate.temperature
-        classes = len(self._bank.classes)
-        scores = knn_scores(query.z, bank.z, bank.labels, classes, k, temperature, query.sources, bank.sources)
-        return out | {f"{name}/{key}": value for key, value in knn_accuracy(scores, query.labels).items()}
+            query, name = self._features(encoder, self._query, self._val_index), "knn"
+        else:
+            query, name = _some(bank, drawn(bank.labels, self._run.evaluate.queries)), "knn_loo"
+        return out | {f"{name}/{key}": value for key, value in self._knn(query, bank).items()}
+
+    def _knn(self, query: Features, bank: Features) -> dict[str, float]:
+        """Each rank searches the neighbours of its part of the queries, on its device."""
+        k, temperature, classes = self._run.evaluate.k, self._run.evaluate.temperature, len(self._bank.classes)
+        z, labels, sources = (x.to(self._device) for x in bank[:3])
+
+        def scored(mine: Sequence[int]) -> list[tuple[Tensor, ...]]:
+            rows, source = query.z[mine].to(self._device), query.sources[mine].to(self._device)
+            return [(knn_scores(rows, z, labels, classes, k, temperature, source, sources),)]
+
+        scores = sharded(range(len(query.z)), scored, QUERIES, self._device)
+        return knn_accuracy(scores[0], query.labels) if scores else {}
 
     def pictures(self, encoder: nn.Module, metrics: Sequence[dict[str, Any]]) -> dict[str, Path]:
         """Draw curves, embedding map and nearest neighbours; every rank calls this, rank 0 draws."""
@@ -114,6 +130,11 @@ class Evaluation:
         x = self._augment(batch.pixels, batch.image, seed=self._run.seed, step=0, views=max(6, views))
         return {"views": view_sheet(batch.pixels, x, *self._augment.normalisation, self._folder / "views.png")}
 
+    def _chosen(self, images: ImageSet, most: int | None) -> list[int]:
+        """The images of a split that the figures use: at most `most`, drawn by class from those that are read."""
+        index = spread(len(images), self._run.evaluate.max_images)
+        return [index[i] for i in drawn(images.labels[torch.tensor(index, dtype=torch.int64)], most)]
+
     def _features(self, encoder: nn.Module, images: ImageSet, index: list[int]) -> Features:
         return self._encode(encoder, images, index, lambda pixels, image: self._augment.plain(pixels))
 
@@ -132,6 +153,11 @@ class Evaluation:
     def _encode(self, encoder: nn.Module, images: ImageSet, index: list[int], prepare: Prepare) -> Features:
         batch, workers = self._run.evaluate.batch, self._run.train.workers
         return encode(images, encoder, prepare, self._device, batch, workers, index)
+
+
+def _some(features: Features, index: list[int]) -> Features:
+    """The features with these indices; their names are not needed."""
+    return Features(features.z[index], features.labels[index], features.sources[index], ())
 
 
 def _hwc(pixels: Tensor) -> NDArray[np.uint8]:

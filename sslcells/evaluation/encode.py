@@ -55,6 +55,25 @@ def spread(count: int, most: int | None) -> list[int]:
     return sorted(permutation(count, 0, 0)[:most].tolist())
 
 
+def drawn(labels: Tensor, most: int | None) -> list[int]:
+    """At most `most` of the images with these labels (N,), each class by its share, and one at least; sorted indices.
+
+    Images without a label, below 0, only fill what the others leave. A fixed choice, and a smaller one is part of a
+    larger one; all indices if `most` is None.
+    """
+    if most is None or len(labels) <= most:
+        return list(range(len(labels)))
+    order = permutation(len(labels), 0, 0)
+    order = order[labels[order].argsort(stable=True)]  # by class, at random inside a class
+    _, sizes = torch.unique(labels, return_counts=True)
+    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    place = torch.arange(len(labels)) - first  # 0 … size − 1 inside each class
+    # The image that brings its class to a share; the first image of a class comes before all others.
+    share = (place + 0.5) / sizes.repeat_interleave(sizes) - (place == 0).double()
+    share += 2 * (labels[order] < 0)
+    return sorted(order[share.argsort(stable=True)[:most]].tolist())
+
+
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """The module is in eval mode inside the block, and as it was afterwards."""
@@ -122,7 +141,7 @@ def encode(
             ]
 
     with eval_mode(encoder):
-        columns = _sharded(index, local, batch, device)
+        columns = sharded(index, local, batch, device)
     z, *more = columns or [torch.zeros(0, 0)]
     check_finite(z, what)
     return Features(z, images.labels[index], images.sources[index], Names(images, index), tuple(more))
@@ -164,14 +183,14 @@ def _all_readable(batches: Iterable[Readable]) -> Iterator[Readable]:
         yield batch
 
 
-def _sharded(
+def sharded(
     index: Sequence[int], local: Callable[[Sequence[int]], list[tuple[Tensor, ...]]], batch: int, device: torch.device
 ) -> list[Tensor]:
-    """What `local` makes of the images, (N, ...) each, in their order, on the CPU of every rank.
+    """What `local` makes of images, or of other rows, (N, ...) each, in their order, on the CPU of every rank.
 
-    `local` gets this rank's images and returns a tuple of columns for each block of `batch` of them. The ranks take the
-    blocks in turn, and the blocks are the same on any number of ranks: how a convolution rounds may depend on the
-    batch, and figures must not.
+    `local` gets this rank's indices and returns a tuple of columns for each block of `batch` of them. The ranks take
+    the blocks in turn, and the blocks are the same on any number of ranks: how a convolution or a product rounds may
+    depend on the batch, and figures must not.
     """
     world, blocks = ranks.world(), -(-len(index) // batch)
     mine = [i for b in range(ranks.rank(), blocks, world) for i in index[b * batch : (b + 1) * batch]]

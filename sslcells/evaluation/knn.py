@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sslcells.losses import unit
 
-_QUERIES, _BANK = 1024, 16384
+QUERIES, _BANK = 1024, 16384
 """Queries and rows of the bank compared at a time: 64 MiB of cosines, whatever the number of rows."""
 _GROUP = 64
 """Rows of the bank of which only the nearest is looked at, unless it is among the k nearest."""
@@ -20,7 +20,6 @@ def neighbours(
     k: int,
     query_source: Tensor | None = None,
     bank_source: Tensor | None = None,
-    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest bank rows of every query by cosine, nearest first.
 
@@ -28,11 +27,11 @@ def neighbours(
     source are left out: in leave-one-out the query itself, and all other images of the same cell, slide or
     donor, which would be recognised rather than classified.
 
-    The rows are compared in tiles, on `device` or where the queries are; the bank is never copied whole. So the memory
-    is that of a tile and of what is returned.
+    The rows are compared in tiles and the bank is never copied whole: the memory is that of a tile and of what is
+    returned.
 
     Returns cosines (M, k) float32, −inf where fewer rows were left, and bank indices (M, k) int64, with
-    k = min(k, N), where the queries are. Among equal cosines the lowest index comes first.
+    k = min(k, N). Among equal cosines the lowest index comes first.
 
     Raises:
         ValueError: for k below 1, rows of two widths, sources for only one side, or not one a row.
@@ -46,31 +45,30 @@ def neighbours(
     for name, rows_of, ids in (("query_source", query, query_source), ("bank_source", bank, bank_source)):
         if ids is not None and ids.shape != rows_of.shape[:1]:
             raise ValueError(f"{name} must be ({len(rows_of)},), one a row; it is {(*ids.shape,)}")
-    device, k = device or query.device, min(k, len(bank))
-    best = torch.full((len(query), k), -math.inf, device=device)
-    index = torch.zeros(len(query), k, dtype=torch.int64, device=device)
+    k = min(k, len(bank))
+    best = torch.full((len(query), k), -math.inf, device=query.device)
+    index = torch.zeros(len(query), k, dtype=torch.int64, device=query.device)
     # Where no query has the source of any row, as between train and val, there is nothing to leave out.
     apart = query_source is None or bank_source is None or not torch.isin(bank_source, query_source).any()
     for first in range(0, len(query) if k else 0, _BANK):
         rows = query[first : first + _BANK]
-        queries = [_Rows(rows[i : i + _QUERIES], device) for i in range(0, len(rows), _QUERIES)]
+        queries = [_Rows(rows[i : i + QUERIES]) for i in range(0, len(rows), QUERIES)]
         for start in range(0, len(bank), _BANK):
-            tile = _Rows(bank[start : start + _BANK], device)
+            tile = _Rows(bank[start : start + _BANK])
             for i, block in enumerate(queries):
-                part = slice(first + i * _QUERIES, first + i * _QUERIES + len(block.z))
+                part = slice(first + i * QUERIES, first + i * QUERIES + len(block.z))
                 cosine = block.cosines(tile)  # (m, n)
                 if not apart and query_source is not None and bank_source is not None:
-                    own = bank_source[start : start + _BANK].to(device)
-                    _leave_out(cosine, query_source[part].to(device), own)
+                    _leave_out(cosine, query_source[part], bank_source[start : start + _BANK])
                 _merge(best[part], index[part], cosine, start)
-    return best.to(query.device), index.to(query.device)
+    return best, index
 
 
 class _Rows:
-    """Some rows with norm 1 on the device, (n, F) float32; those that are not finite are marked."""
+    """Some rows with norm 1, (n, F) float32; those that are not finite are marked."""
 
-    def __init__(self, rows: Tensor, device: torch.device) -> None:
-        self.z = unit(rows.to(device)).float()
+    def __init__(self, rows: Tensor) -> None:
+        self.z = unit(rows).float()
         self._bad = (~self.z.isfinite().all(1)).nonzero()[:, 0]
         if len(self._bad):
             self.z[self._bad] = 0
@@ -152,7 +150,6 @@ def knn_scores(
     temperature: float | None,
     query_source: Tensor | None = None,
     bank_source: Tensor | None = None,
-    device: torch.device | None = None,
 ) -> Tensor:
     """Votes of the k nearest labelled bank rows for each class: (M, K) float32.
 
@@ -176,7 +173,7 @@ def knn_scores(
     if not known.all():  # otherwise the bank would be copied
         bank, bank_labels = bank[known], bank_labels[known]
         bank_source = None if bank_source is None else bank_source[known]
-    cosine, index = neighbours(query, bank, k, query_source, bank_source, device)
+    cosine, index = neighbours(query, bank, k, query_source, bank_source)
     return votes(cosine, bank_labels[index], classes, temperature)
 
 

@@ -78,7 +78,7 @@ def test_tiles_and_groups_do_not_change_anything(monkeypatch, queries, bank, gro
     whole = whole.mul(2**20).round().div(2**20).nan_to_num(nan=-math.inf)  # products of thirds tie as numbers do
     whole[source[:, None] == source] = -math.inf
     expected = whole.sort(dim=1, descending=True, stable=True)
-    for name, size in (("_QUERIES", queries), ("_BANK", bank), ("_GROUP", group)):
+    for name, size in (("QUERIES", queries), ("_BANK", bank), ("_GROUP", group)):
         monkeypatch.setattr(knn, name, size)
     cosine, index = neighbours(z, z, k, source, source)
     torch.testing.assert_close(cosine.double(), expected.values[:, :k], rtol=0, atol=2e-6)
@@ -90,7 +90,7 @@ def test_tiles_and_groups_do_not_change_anything(monkeypatch, queries, bank, gro
 
 
 def test_equal_rows_come_in_their_order_across_tiles(monkeypatch):
-    for name, size in (("_QUERIES", 2), ("_BANK", 32), ("_GROUP", 2)):
+    for name, size in (("QUERIES", 2), ("_BANK", 32), ("_GROUP", 2)):
         monkeypatch.setattr(knn, name, size)
     bank = torch.eye(4).repeat(25, 1)  # row i is axis i % 4
     cosine, index = neighbours(torch.eye(4)[:3], bank, 5)
