@@ -21,7 +21,7 @@ from sslcells.evaluation import lab_pictures, new_labs
 from sslcells.evaluation.across import Across
 from sslcells.evaluation.classifier import Predictions, predict
 from sslcells.evaluation.during_training import VIEWED
-from sslcells.evaluation.encode import Prepare, encode, spread
+from sslcells.evaluation.encode import Prepare, drawn, encode, spread
 from sslcells.evaluation.figures import Figures
 from sslcells.evaluation.gallery import Picture, draw
 from sslcells.evaluation.health import alignment
@@ -89,14 +89,18 @@ def measured(
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
     classes, query_split = splits["train"].classes, _query_split(run, encoded.by_split)
+    shown, most = query_split or "train", run.evaluate.queries
+    chosen = drawn(encoded.by_split[shown].labels, most)
+    asked = encoded.by_split[shown].at(chosen)
     with one_thread():
-        found = leaks(encoded.by_split, query_split or "train", classes, encoded.near, run.seed)
+        found = leaks(encoded.by_split, shown, classes, encoded.near, run.seed, most)
         say_leaks(console, found)
-        figures = Figures(run, encoded.by_split, query_split, classes)
+        figures = Figures(run, encoded.by_split, query_split, classes, asked)
         lab_names = splits["train"].lab_names
         across = Across(encoded.by_split, query_split, lab_names, new, classes, run.evaluate, run.seed)
     figures.health["train"]["alignment"] = alignment(*encoded.views)
-    figures.notes += [*_of_val(splits, names), *why_not]
+    left_out = _left_out(splits, encoded.by_split, shown, len(chosen))
+    figures.notes = [*left_out, *figures.notes, *_of_val(splits, names), *why_not]
     figures.notes += [lab.about() for lab in outside]
     figures.notes += _colour_is_better(found["shortcut"].get(query_split), figures.rows)
     result: dict[str, Any] = {
@@ -106,6 +110,7 @@ def measured(
         "asked": query_split,
         "classes": list(classes),
         "max images": run.evaluate.max_images,
+        "left out": left_out,
         "resamples": run.evaluate.bootstrap,
         "leaks": found,
         "figures": [*figures.rows, *_of_classifier(predictions, run), *also],
@@ -117,14 +122,14 @@ def measured(
     say_figures(console, result)
     if predictions is not None:
         predictions.write(folder, run.evaluate.split)
-    shown = query_split or "train"
+    pixels = encoded.pixels_of(splits[shown])
     with one_thread():
         pictures = draw(
-            encoded.by_split[shown],
+            asked,
             shown,
             classes,
             figures.predictions,
-            encoded.pixels_of(splits[shown]),
+            lambda i: pixels(chosen[i]),
             (encoded.views[0], encoded.views[1]),
             folder / "plots",
             run.seed,
@@ -201,6 +206,21 @@ class Encoded:
 
     def _view(self, which: int) -> Prepare:
         return lambda pixels, image: self.augment(pixels, image, seed=self._run.seed, step=which, views=1)
+
+
+def _left_out(splits: Mapping[str, ImageSet], read: Mapping[str, SplitFeatures], shown: str, asked: int) -> list[str]:
+    """What the figures leave out of the data, in sentences; empty if nothing."""
+    out = [
+        f"{len(read[split].z):,} of the {len(images):,} images of {split} were read (evaluate.max_images)"
+        for split, images in splits.items()
+        if len(read[split].z) < len(images)
+    ]
+    if asked < (there := len(read[shown].z)):
+        out.append(
+            f"{asked:,} of the {there:,} images of {shown}, drawn by class, are measured; retrieval and clustering "
+            f"look among these alone, and near duplicates are searched for so many of a split (evaluate.queries)"
+        )
+    return out
 
 
 def _of_training(folder: Path) -> list[Picture]:

@@ -13,6 +13,7 @@ from test_train import tiny
 
 from sslcells.cli import main
 from sslcells.config import load
+from sslcells.delivery.card import _figures
 from sslcells.evaluate import RESULTS, measured
 from sslcells.run.metrics import pictures_of, read_metrics
 from sslcells.train import train
@@ -208,3 +209,33 @@ def test_a_folder_that_is_no_run(tmp_path, run, capsys):
     (run / "encoder.json").unlink()
     assert main(None, ["evaluate", str(run)]) == 2
     assert "is it the folder of a finished run?" in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_said(run, capsys):
+    """Of 40 test images 15 are measured; leaks that need no neighbours are still searched for among all."""
+    assert main(None, ["evaluate", str(run), *QUICK, "evaluate.queries=15"]) == 0
+    result, said = result_of(run), "15 of the 40 images of test, drawn by class, are measured"
+    assert [sentence[: len(said)] for sentence in result["left out"]] == [said]
+    assert result["notes"][0] == result["left out"][0]
+    assert said in capsys.readouterr().out.replace("\n", " ")
+    assert said in (run / "report.html").read_text()
+    assert {r["images"] for r in result["figures"] if r["task"] in ("kNN", "linear probe", "clustering")} == {15}
+    assert result["leaks"]["images"]["test"]["images"] == 40
+    near = next(
+        f["text"] for f in result["leaks"]["findings"] if "lie nearer" in f["text"] and " of test " in f["text"]
+    )
+    assert "of 15 images of test (drawn from its 40: evaluate.queries)" in near
+    assert f"Left out: {said}" in _figures(run, load(f"{run}/config.yaml"))
+
+
+def test_train_alone_is_asked_in_part(run, capsys):
+    few = [*QUICK, "evaluate.queries=15", "data.test=0", "data.val=0", "evaluate.holdout=0"]
+    (run / "held_out.json").unlink(missing_ok=True)
+    result, _ = measured(load(f"{run}/config.yaml", few), run, torch.device("cpu"))
+    assert result["asked"] == "train"
+    assert {r["images"] for r in result["figures"] if r["task"] in ("kNN", "linear probe", "clustering")} == {15}
+    assert any("linear probe: trained on 15 of" in note for note in result["notes"])
+    everything = [*few, "evaluate.queries=none"]
+    result, _ = measured(load(f"{run}/config.yaml", everything), run, torch.device("cpu"))
+    assert result["left out"] == []
+    assert "are measured" not in " ".join(result["notes"])

@@ -80,6 +80,7 @@ def _figures(folder: Path, run: Run | None) -> str:
             parts.append(
                 f"knn: {run.evaluate.k} neighbours, weighted, unit rows, same source left out. `knn`: {queries}, with "
                 f"neighbours in what was trained on; `knn_loo`: train in itself. `evaluation/test`: the test split."
+                f"{_bounded(run)}"
             )
     if (folder / EVALUATION).is_file():
         result = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
@@ -88,11 +89,19 @@ def _figures(folder: Path, run: Run | None) -> str:
         lines = [f"| {key} | {_number(value)} |" for key, value in found[:_MOST]]
         more = f"\n\n{len(found) - _MOST} more are in {EVALUATION}." if len(found) > _MOST else ""
         parts.append(f"From {EVALUATION}:\n\n| figure | value |\n|---|---|\n" + "\n".join(lines) + more)
+        parts += [f"Left out: {sentence}." for sentence in result.get("left out", ())]
         if across:
             said = "\n".join(f"- {finding['text']}" for finding in across["findings"])
             tables = [_table(table) for table in lab_tables(across)]
             parts.append("\n\n".join(["### Across laboratories", said, *tables]))
     return "\n\n".join(parts) or "No figures were found beside the encoder: its quality is not known."
+
+
+def _bounded(run: Run) -> str:
+    """A sentence on the images that the figures during training use, where the run bounds them."""
+    bounds = [(run.evaluate.queries, "asks"), (run.evaluate.bank, "searches")]
+    parts = [f"{does} at most {most:,} images" for most, does in bounds if most is not None]
+    return f" Training {' and '.join(parts)}, drawn by class." if parts else ""
 
 
 def _table(table: Table) -> str:

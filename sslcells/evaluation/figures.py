@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sslcells.config import Run
 from sslcells.evaluation.clustering import clustering, clusters
+from sslcells.evaluation.encode import drawn
 from sslcells.evaluation.fewshot import DRAWS, SHOTS, few_shot
 from sslcells.evaluation.health import effective_rank, row_std, uniformity
 from sslcells.evaluation.knn import knn_predictions, neighbours, votes
@@ -18,6 +19,8 @@ from sslcells.evaluation.retrieval import retrieval
 from sslcells.evaluation.scores import Score, Units, mean_of, of_class, of_classes, of_ranking, rounded
 
 KS = (1, 5, 20)
+_PROBED = 100_000
+"""Images of train that the linear probe learns from, at most: it holds them in float64, and fits them many times."""
 _SLOW_DRAWS = 200
 """Resamples for AUROC and for each class."""
 
@@ -36,8 +39,14 @@ class Figures:
     """Figures of the query split as rows, one for each method and way to count (by image or by source)."""
 
     def __init__(
-        self, run: Run, by_split: Mapping[str, SplitFeatures], query_split: str | None, classes: Sequence[str]
+        self,
+        run: Run,
+        by_split: Mapping[str, SplitFeatures],
+        query_split: str | None,
+        classes: Sequence[str],
+        asked: SplitFeatures | None = None,
     ) -> None:
+        """`asked` are those images of the query split that are measured; all of them where None."""
         self.rows: list[dict[str, Any]] = []
         self.by_class: list[dict[str, Any]] = []
         self.notes: list[str] = []
@@ -52,7 +61,7 @@ class Figures:
         if query_split is None:
             self.notes.append("no labels: only figures that need none")
             return
-        self._query, self._bank = _labelled(by_split[query_split]), _labelled(by_split["train"])
+        self._query, self._bank = _labelled(asked or by_split[query_split]), _labelled(by_split["train"])
         self._alone = query_split == "train"
         self._units = Units(self._query.sources, run.seed, run.evaluate.bootstrap)
         val = _labelled(by_split["val"]) if "val" in by_split and query_split != "val" else None
@@ -119,8 +128,14 @@ class Figures:
                 self._classifier("kNN", name, scores / total.where(total > 0, 1), k == max(KS) and weighted)
 
     def _probe(self, val: Labelled | None) -> None:
+        bank = self._query if self._alone else self._bank
+        learnt = bank.at(np.array(drawn(bank.labels, _PROBED)))
+        if len(learnt.labels) < len(self._bank.labels):
+            self.notes.append(
+                f"linear probe: trained on {len(learnt.labels):,} of the {len(self._bank.labels):,} images of train"
+            )
         query = None if self._alone else self._query
-        probed = linear_probe(self._bank, query, val, len(self._classes), self._run.seed)
+        probed = linear_probe(bank if self._alone else learnt, query, val, len(self._classes), self._run.seed)
         if probed is None:
             self.notes.append("linear probe: train shows one class alone")
             return

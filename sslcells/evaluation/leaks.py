@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslcells.evaluation.encode import spread
 from sslcells.evaluation.knn import knn_accuracy, knn_scores, neighbours
 from sslcells.losses import unit
 
@@ -47,6 +48,14 @@ class SplitFeatures(NamedTuple):
     """what a person calls each image"""
     labs: Tensor | None = None
     """(N,) int64 laboratory; 0 where unknown; None if the data set does not say"""
+
+    def at(self, index: Sequence[int]) -> "SplitFeatures":
+        """Those of the images with these indices, in ascending order."""
+        if len(index) == len(self.z):
+            return self
+        labs = None if self.labs is None else self.labs[index]
+        columns = (x[index] for x in (self.digest, self.histogram, self.z, self.labels, self.sources))
+        return SplitFeatures(*columns, [self.names[i] for i in index], labs)
 
 
 def digests(pixels: Tensor) -> Tensor:
@@ -83,11 +92,13 @@ def leaks(
     classes: Sequence[str],
     near: tuple[Tensor, Tensor] | None,
     seed: int,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """Search for leaks; the result goes into evaluation.json.
 
     `findings` are sentences; one with `warning` makes figures too high.
-    `near` are features (n, F) of images of train and of copies of them, which show how near a copy lies.
+    `near` are features (n, F) of images of train and of copies of them, which show how near a copy lies. Equal images
+    and sources are searched among all; neighbours of `most` images of a split, drawn at random, or of all where None.
     """
     known = any(_distinct(features.sources) < len(features.sources) for features in by_split.values()) or any(
         torch.isin(by_split[a].sources, by_split[b].sources).any() for a, b in combinations(by_split, 2)
@@ -96,8 +107,8 @@ def leaks(
         "images": _images(by_split, classes, known),
         "exact duplicates": _duplicates(by_split),
         "sources": _sources(by_split, known),
-        "near duplicates": _near(by_split, near, known),
-        "shortcut": _shortcut(by_split, query_split, len(classes), known, seed),
+        "near duplicates": _near(by_split, near, known, most),
+        "shortcut": _shortcut(by_split, query_split, len(classes), known, seed, most),
     }
     findings = [finding for part in parts.values() for finding in part.pop("findings")]
     return {"sources known": known, "findings": findings, **parts}
@@ -187,7 +198,9 @@ def _sources(by_split: Mapping[str, SplitFeatures], known: bool) -> dict[str, An
     return out
 
 
-def _near(by_split: Mapping[str, SplitFeatures], pair: tuple[Tensor, Tensor] | None, known: bool) -> dict[str, Any]:
+def _near(
+    by_split: Mapping[str, SplitFeatures], pair: tuple[Tensor, Tensor] | None, known: bool, most: int | None
+) -> dict[str, Any]:
     """Find pairs that are as similar as copies, and more similar than strangers.
 
     Similarity is the cosine of features minus train's mean; without that all cosines are high. Strangers are the
@@ -207,13 +220,16 @@ def _near(by_split: Mapping[str, SplitFeatures], pair: tuple[Tensor, Tensor] | N
     bank = train.z - mean
     original, copy = (unit(z - mean) for z in pair)
     copied = (original * copy).sum(1)
-    strange = neighbours(bank[usable], bank[usable], 1, apart[usable], apart[usable])[0][:, 0]
+    rows, ids = bank[usable], apart[usable]
+    few = spread(len(rows), most)
+    strange = neighbours(rows[few], rows, 1, ids[few], ids)[0][:, 0]
     threshold = max(torch.quantile(copied, 1 - _RECALL).item(), _upper(strange, _STRANGERS))
     recall = (copied >= threshold).float().mean().item()
     out: dict[str, Any] = {"cosine": threshold, "copies found": recall, "findings": []}
     for split, features in by_split.items():
         if split == "train":
             continue
+        whole, features = len(features.z), features.at(spread(len(features.z), most))
         cosine, index = (x[:, 0] for x in neighbours(features.z - mean, bank, 1))
         found = cosine >= threshold
         images, sources = int(found.sum()), _distinct(features.sources[found])
@@ -222,6 +238,7 @@ def _near(by_split: Mapping[str, SplitFeatures], pair: tuple[Tensor, Tensor] | N
         examples = [[train.names[int(index[i])], features.names[i]] for i in order]
         out[f"train and {split}"] = {"images": images, "sources": sources if known else None, "examples": examples}
         text = f"{images:,} of {_plural(len(features.z), 'image')} of {split}"
+        text += f" (drawn from its {whole:,}: evaluate.queries)" * (whole > len(features.z))
         text += f" (from {sources:,} of {_plural(_distinct(features.sources), 'source')})" * known
         text += f" lie nearer to one of train than {1 - _STRANGERS:.1%} of train lie to any of another {kind}"
         out["findings"].append(_finding(_such_as(text, examples), warning=images > expected + 3 * expected**0.5))
@@ -244,7 +261,7 @@ def _distinct(numbers: Tensor) -> int:
 
 
 def _shortcut(
-    by_split: Mapping[str, SplitFeatures], query_split: str, classes: int, known: bool, seed: int
+    by_split: Mapping[str, SplitFeatures], query_split: str, classes: int, known: bool, seed: int, most: int | None
 ) -> dict[str, Any]:
     """Accuracy of nearest neighbours by colour histogram, without an encoder: on the query split and a random one."""
     train = by_split["train"]
@@ -256,6 +273,8 @@ def _shortcut(
         return out
 
     def accuracy(query: SplitFeatures, chosen: Tensor, bank: Tensor, apart: bool) -> dict[str, float]:
+        chosen = chosen.nonzero()[:, 0]
+        chosen = chosen[spread(len(chosen), most)]
         sources = (query.sources[chosen], train.sources[bank]) if apart else (None, None)
         scores = knn_scores(
             query.histogram[chosen], train.histogram[bank], train.labels[bank], classes, SHORTCUT_K, None, *sources
