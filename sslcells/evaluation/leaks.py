@@ -54,8 +54,9 @@ class SplitFeatures(NamedTuple):
         if len(index) == len(self.z):
             return self
         labs = None if self.labs is None else self.labs[index]
-        columns = (x[index] for x in (self.digest, self.histogram, self.z, self.labels, self.sources))
-        return SplitFeatures(*columns, [self.names[i] for i in index], labs)
+        columns = (self.digest, self.histogram, self.z, self.labels, self.sources)
+        digest, histogram, z, labels, sources = (x[index] for x in columns)
+        return SplitFeatures(digest, histogram, z, labels, sources, [self.names[i] for i in index], labs)
 
 
 def digests(pixels: Tensor) -> Tensor:
