@@ -232,7 +232,12 @@ def test_a_tensor_that_does_not_fit_stops_the_run_by_name(change, message, tmp_p
     assert str(file) in str(error.value)
 
 
-@pytest.mark.parametrize("layout", [n for n in NAMES if n != "timm"])
+QUICK = "DINOv2", "transformers DINOv2"
+
+
+@pytest.mark.parametrize(
+    "layout", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in QUICK)]
+)
 def test_no_layout_loads_a_part_in_silence(layout, tmp_path):
     """Whichever tensor is absent, the run stops and names it; the encoder stays as it was."""
     tensors = vit(layout)
@@ -257,7 +262,7 @@ def test_what_is_allowed_is_listed(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("channels", [1, 2, 5, 12])
+@pytest.mark.parametrize("channels", [1, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 12))])
 def test_other_channels_keep_the_scale_of_the_activations(channels, tmp_path):
     """An image whose channels are equal has the features that it had."""
     tensors = vit("timm")
@@ -384,9 +389,9 @@ def test_a_folder_as_timm_saves_it_and_one_as_transformers_does(tmp_path):
     with pytest.raises(
         ConfigError, match=r"weights of vit_tiny_patch16_224, and model.backbone=resnet18: set the backbone"
     ):
-        started(folder, backbone="resnet18")
+        started(folder, **BASIC)
     with pytest.raises(ConfigError, match=re.escape("model.args needs {patch_size: 8, embed_dim: 48, ")):
-        started(folder, backbone="vit_tiny_patch16_224", args={"img_size": 32})
+        started(folder, backbone="vit_tiny_patch16_224", args={"img_size": 32, "depth": 1})
 
     save_file(vit("transformers ViT"), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"]}))

@@ -91,7 +91,7 @@ def test_a_run_without_weights_is_written_as_before():
         ["model.backbone=test_vit", "model.args={img_size: 32, global_pool: avg}", "model.crop=0.8"],
     ],
 )
-@pytest.mark.parametrize("channels", [3, 5])
+@pytest.mark.parametrize("channels", [pytest.param(3, marks=pytest.mark.slow), 5])
 def test_timms_local_dir_loads_an_export(changes, channels, tmp_path):
     folder = make_run(tmp_path / "run", *changes, channels=channels)
     encoder = sslcells.load_encoder(folder)
