@@ -67,10 +67,12 @@ class Plugin(NamedTuple):
     default: str
 
     def names(self) -> list[str]:
-        """The choices: the modules of the package that declare a Config."""
+        """The choices: the public modules of the package that declare a Config."""
         folder = Path(next(iter(importlib.import_module(self.package).__path__)))
         names = (module.name for module in pkgutil.iter_modules([str(folder)]) if not module.ispkg)
-        return sorted(n for n in names if "\nclass Config(" in (folder / f"{n}.py").read_text(encoding="utf-8"))
+        return sorted(
+            n for n in names if n[0] != "_" and "\nclass Config(" in (folder / f"{n}.py").read_text(encoding="utf-8")
+        )
 
     def choice(self, section: Mapping[str, Any]) -> str:
         """The choice that a section makes, or the default."""

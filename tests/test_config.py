@@ -177,7 +177,8 @@ def test_a_number_is_what_it_looks_like():
 
 def optional_fields():
     """Every field that may be empty, with what its section needs besides."""
-    needs = {"folder": ["data.path=x"], "table": ["data.table=x"], "medmnist": ["data.set=bloodmnist"]}
+    needs = {"table": ["data.table=x"], "medmnist": ["data.set=bloodmnist"]}
+    needs |= {kind: ["data.path=x"] for kind in ("folder", "pack", "parquet", "webdataset")}
     for section in sections():
         where = next((s for s, f in Run.model_fields.items() if f.annotation is section), None)
         for name, plugin in PLUGINS.items():
