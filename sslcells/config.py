@@ -121,6 +121,9 @@ def chosen(section: str) -> BeforeValidator:
 class Recipe(Section):
     """Fields that every augmentation recipe has."""
 
+    of_others: ClassVar[bool] = False
+    """True if a view takes something of other images, and has to know where the cell is"""
+
     size: int = Field(48, ge=8)
     """Height and width in pixels, of views during training and of images during evaluation."""
 

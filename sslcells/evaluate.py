@@ -228,6 +228,7 @@ def _of_training(folder: Path) -> list[Picture]:
     drawn = [
         Picture("Training", folder / "plots" / "curves.png", "Loss, learning rate and figures along the training."),
         Picture("Augmented views", folder / "plots" / "views.png", "Views of an image as the network sees them."),
+        Picture("Cells", folder / "plots" / "cells.png", "Outlines that were found in images of train; red: none."),
     ]
     return [picture for picture in drawn if picture.path.is_file()]
 

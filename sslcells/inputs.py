@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslcells import models, ranks
-from sslcells.augment import Augment
+from sslcells.augment import Augment, Bank
 from sslcells.config import ConfigError, Run, Standardise
 from sslcells.data import ImageSet
 from sslcells.data.sampler import permutation
@@ -51,20 +51,23 @@ def measured(run: Run, images: ImageSet) -> dict[str, Any] | None:
         ConfigError: as `prepared`.
     """
     config = run.standardise
+    if config.active or run.augment.of_others:
+        _check_channels(config, images.channels)
     if run.model.encoder is not None:
         return _of_encoder(run)
     if not config.active:
         return None
-    if images.channels != 3 and config.colour in ("reinhard", "macenko"):
+    return fit(config, sample(images, SAMPLE))
+
+
+def _check_channels(config: Standardise, channels: int) -> None:
+    if channels != 3 and config.colour in ("reinhard", "macenko"):
+        raise ConfigError(f"standardise.colour={config.colour} is for images of three channels; these have {channels}")
+    if channels != 3 and config.stain in ("giemsa", "haematoxylin-eosin"):
         raise ConfigError(
-            f"standardise.colour={config.colour} is for images with three channels; these have {images.channels}"
-        )
-    if images.channels != 3 and config.stain in ("giemsa", "haematoxylin-eosin"):
-        raise ConfigError(
-            f"standardise.stain={config.stain} is for images with three channels; these have {images.channels}: "
+            f"standardise.stain={config.stain} is for images with three channels; these have {channels}: "
             f"standardise.stain=dark, or bright for fluorescence"
         )
-    return fit(config, sample(images, SAMPLE))
 
 
 def _of_encoder(run: Run) -> dict[str, Any] | None:
@@ -97,8 +100,26 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def augment(run: Run, images: ImageSet, standard: Standard | None) -> Augment:
-    """The run's augmentation of images of this train split."""
-    return Augment(run.augment, *models.preparation(run.model, images.channels), standard)
+    """The run's augmentation of images of this train split; every rank must call it."""
+    preparation = models.preparation(run.model, images.channels)
+    if not run.augment.of_others:
+        return Augment(run.augment, *preparation, standard)
+    if standard is None:
+        standard = Standard(run.standardise.model_dump(mode="json"))
+    pixels, lab = ranks.from_main(lambda: in_equal_parts(images, run.augment.bank, run.seed))  # type: ignore[attr-defined]
+    return Augment(run.augment, *preparation, standard, Bank(pixels, lab, standard))
+
+
+def in_equal_parts(images: ImageSet, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """At most `count` images (N, C, H, W) uint8 and their laboratories (N,), in parts as equal as can be."""
+    labs = torch.zeros(len(images), dtype=torch.int64) if images.labs is None else images.labs
+    order = permutation(len(images), seed)
+    turn = torch.zeros_like(labs)  # how many of its laboratory come before an image
+    for lab in labs.unique().tolist():  # type: ignore[no-untyped-call]
+        mine = order[labs[order] == lab]
+        turn[mine] = torch.arange(len(mine))
+    chosen = order[turn[order].argsort(stable=True)][:count]
+    return torch.stack([images.pixels(int(i)) for i in chosen]), labs[chosen]
 
 
 def summary(standard: Standard | None) -> str:

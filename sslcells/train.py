@@ -116,7 +116,7 @@ def _steps(
     def views(part: Batch) -> list[Tensor]:
         """Augmented views on the device, the same for the same image and step: (V·b, C, S, S), and the local ones."""
         pixels = part.pixels.to(device, non_blocking=True)
-        key: dict[str, Any] = {"seed": run.seed, "step": state.step, "occurrence": part.occurrence}
+        key: dict[str, Any] = {"seed": run.seed, "step": state.step, "occurrence": part.occurrence, "lab": part.lab}
         crops = [augment(pixels, part.image, views=method.views, **key)]
         if augment_local is not None and method.local is not None:
             crops.append(augment_local(pixels, part.image, views=method.local.views, first=method.views, **key))

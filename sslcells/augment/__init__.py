@@ -1,6 +1,7 @@
 """Augmentation on the device: uint8 images in, normalised float views out; one file per recipe.
 
-A recipe is a module with a `Config` and `views(config, x, draws) -> Tensor`, x being (N, C, H, W) float in 0..1.
+A recipe is a module with a `Config` and `views(config, x, draws) -> Tensor`, x being (N, C, H, W) float in 0..1; if its
+views take something of other images, `views(config, x, draws, others)`.
 """
 
 import importlib
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslcells.augment._draws import Draws as Draws
+from sslcells.augment._others import Bank as Bank
+from sslcells.augment._others import Others
 from sslcells.augment._stain import StainJitter as StainJitter
 from sslcells.config import ConfigError, Recipe
 from sslcells.standardise import Standard
@@ -27,8 +30,10 @@ class Augment:
         interpolation: str = "bilinear",
         crop: float = 1.0,
         standard: Standard | None = None,
+        bank: Bank | None = None,
     ) -> None:
-        self.config, self._standard = config, standard
+        """`bank` is for recipes whose views take something of other images, and `standard` then says how cells look."""
+        self.config, self.standard, self._bank = config, standard, bank
         self._views = importlib.import_module(f"sslcells.augment.{config.recipe}").views  # type: ignore[attr-defined]
         self.normalisation = tuple(mean), tuple(std)
         self._whole = interpolation, crop
@@ -46,15 +51,25 @@ class Augment:
         views: int,
         first: int = 0,
         occurrence: Tensor | None = None,
+        lab: Tensor | None = None,
     ) -> Tensor:
         """(B, C, H, W) uint8 and image ids (B,) → (V·B, C, S, S) float32, view-major, normalised.
 
         A view depends only on (seed, step, image id, view number), and on the image's `occurrence` (B,) if the global
-        batch repeats it; never on the rank, the rank's batch, or earlier calls. View numbers start at `first`.
+        batch repeats it, and its laboratory `lab` (B,); never on the rank, the rank's batch, or earlier calls. View
+        numbers start at `first`.
         """
         draws = Draws(seed, step, image, views, first, occurrence)
-        x = self._standardised(pixels).repeat(views, 1, 1, 1)
-        return self._normalised(self._views(self.config, x, draws))
+        if self._bank is None:
+            x = self._standardised(pixels).repeat(views, 1, 1, 1)
+            return self._normalised(self._views(self.config, x, draws))
+        assert self.standard is not None
+        self._bank.to(pixels.device)
+        x, cell, _ = self.standard.found(pixels.float() / 255, cell=True)
+        assert cell is not None
+        lab = torch.zeros_like(image) if lab is None else lab
+        others = Others(cell.repeat(views, 1, 1, 1), lab.cpu().repeat(views), self._bank)
+        return self._normalised(self._views(self.config, x.repeat(views, 1, 1, 1), draws, others))
 
     def local(self, size: int, scale: tuple[float, float]) -> "Augment":
         """The same recipe for crops of `size` px whose share of the image's area lies in the range `scale`.
@@ -65,7 +80,8 @@ class Augment:
         if "max_scale" not in type(self.config).model_fields:
             raise ConfigError(f"augment.recipe={self.config.recipe}: it has no crops, which local views need")  # type: ignore[attr-defined]
         changes = {"size": size, "min_scale": scale[0], "max_scale": scale[1]}
-        return Augment(self.config.model_copy(update=changes), *self.normalisation, *self._whole, self._standard)
+        made = *self.normalisation, *self._whole, self.standard, self._bank
+        return Augment(self.config.model_copy(update=changes), *made)
 
     @torch.no_grad()
     def plain(self, pixels: Tensor) -> Tensor:
@@ -74,7 +90,7 @@ class Augment:
 
     def _standardised(self, pixels: Tensor) -> Tensor:
         x = pixels.float() / 255
-        return x if self._standard is None else self._standard(x)
+        return x if self.standard is None else self.standard(x)
 
     def _normalised(self, x: Tensor) -> Tensor:
         self._mean, self._std = self._mean.to(x.device), self._std.to(x.device)

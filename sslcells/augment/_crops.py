@@ -64,13 +64,17 @@ class CellCrops(Crops):
     """Probability of a blur, with sigma up to 2 % of the size, or 0.6 pixels if that is more."""
 
 
-def cropped(config: CellCrops, x: Tensor, draws: Draws) -> Tensor:
+def cropped(config: CellCrops, x: Tensor, draws: Draws, zoom: float = 0.0) -> Tensor:
     """A crop of each image, rotated and mirrored: (N, C, H, W) → (N, C, S, S).
+
+    With `zoom`, it is larger or smaller by up to exp(zoom).
 
     A crop keeps the image's aspect ratio up to a factor of exp(±0.1), and has the drawn area; it is not trimmed to fit.
     Where it reaches beyond the image, the image is reflected.
     """
     side = draws.uniform(config.min_scale, config.max_scale).sqrt()
+    if zoom:
+        side = side * draws.uniform(-zoom, zoom).exp()
     ratio = draws.uniform(-0.1, 0.1).exp()
     half = torch.stack([side * ratio, side / ratio], 1)
     slack = torch.minimum((1 - half).clamp_min(0), half / 2)

@@ -61,7 +61,8 @@ class FromPixels(nn.Module):
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.backbone, self.standard, self.size = encoder.backbone, encoder.standard, encoder.size
+        self.backbone, self.standard = encoder.backbone, encoder.standard
+        self._size, self._whole = encoder.size, encoder._whole
         self.register_buffer("mean", encoder.mean.clone())
         self.register_buffer("std", encoder.std.clone())
 
@@ -69,7 +70,7 @@ class FromPixels(nn.Module):
         """(N, C, H, W) uint8 → (N, F)."""
         x = pixels.float() / 255
         if self.standard is not None:
-            x = resized(self.standard(x), self.size)
+            x = resized(self.standard(x), self._size, *self._whole)
         out: Tensor = self.backbone((x - self.mean) / self.std)
         return out
 

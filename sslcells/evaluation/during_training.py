@@ -14,6 +14,7 @@ from sslcells.augment import Augment
 from sslcells.config import Run
 from sslcells.data import ImageSet
 from sslcells.data.loader import InOrder, read
+from sslcells.evaluation.cell_sheet import cell_sheet
 from sslcells.evaluation.classifier import Predictions, predict
 from sslcells.evaluation.encode import Features, Prepare, drawn, encode, sharded, spread
 from sslcells.evaluation.health import health
@@ -26,6 +27,8 @@ SHOWN = 1000
 """Images in the embedding map, and in the search for the nearest neighbours that are drawn."""
 LARGE, START = 20_000, 4096
 """If a split has more than LARGE images, the figures before training use START of each: training should begin soon."""
+CELLS = 48
+"""Images on the sheet of the cells that were found."""
 VIEWED = 512
 """Images whose two views give the alignment."""
 
@@ -123,12 +126,18 @@ class Evaluation:
         return {name: path for name, path in drawn.items() if path is not None}
 
     def view_sheet(self, views: int) -> dict[str, Path]:
-        """Draw augmented views of the first images of train; rank 0 draws."""
+        """Draw augmented views of the first images of train, and their cells if the input needs them; rank 0 draws."""
         if ranks.rank() > 0:
             return {}
         batch = next(read(self._bank, InOrder(spread(len(self._bank), 8), 8), 0, pin_memory=False))
         x = self._augment(batch.pixels, batch.image, seed=self._run.seed, step=0, views=max(6, views))
-        return {"views": view_sheet(batch.pixels, x, *self._augment.normalisation, self._folder / "views.png")}
+        drawn = {"views": view_sheet(batch.pixels, x, *self._augment.normalisation, self._folder / "views.png")}
+        standard = self._augment.standard
+        if standard is not None and (standard.needs_cell or self._run.augment.of_others):
+            many = spread(len(self._bank), CELLS)
+            batch = next(read(self._bank, InOrder(many, CELLS), 0, pin_memory=False))
+            drawn["cells"] = cell_sheet(batch.pixels, standard, self._folder / "cells.png")
+        return drawn
 
     def _chosen(self, images: ImageSet, most: int | None) -> list[int]:
         """The images of a split that the figures use: at most `most`, drawn by class from those that are read."""

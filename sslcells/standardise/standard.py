@@ -69,8 +69,7 @@ class Standard(nn.Module):
         if self._moves and at is not None and mask is not None:
             zoom = row[:, -1] if self.spec["scale"] == "nucleus" else torch.ones_like(row[:, -1])
             centre = at.centre.to(x.dtype) * self.spec["centre"]
-            moved = _moved(torch.cat([out, mask], 1), zoom, centre)
-            out, mask = moved[:, : x.shape[1]], moved[:, x.shape[1] :]
+            out, mask = _moved(torch.cat([out, mask], 1), zoom, centre).tensor_split([x.shape[1]], 1)
         return Found(out, mask, failed)
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,158 @@
+"""Views take surroundings and stain of a bank, of other laboratories first, whatever the batch and the rank."""
+
+import pytest
+import torch
+from cells_drawn import stained
+from safetensors.torch import load_file
+from test_train import Killed, killed_after, tiny, untimed
+from torch import Tensor
+
+from sslcells import inputs
+from sslcells.augment import Augment, Bank, cells_across
+from sslcells.augment._draws import Draws
+from sslcells.augment._others import Others
+from sslcells.config import Standardise, load
+from sslcells.data import ImageSet
+from sslcells.standardise import Standard, fit
+from sslcells.train import train
+
+OFF = {"background": 0, "stain_mix": 0, "density": 0, "mix": 0, "sharpness": 0, "zoom": 0, "blur": 0}
+
+
+def cells(count=6, **options):
+    kinds = [
+        stained(size=48, x=22 + i % 5, y=26 - i % 4, nucleus=5 + i % 3, cell=9 + i % 3, **options) for i in range(count)
+    ]
+    return torch.stack([(image * 255).round().byte() for image, *_ in kinds])
+
+
+def made(labs=(0, 0, 0, 0), standard=None, planes=3, **options):
+    standard = standard or Standard(Standardise(stain="giemsa" if planes == 3 else "dark").model_dump())
+    bank = Bank(cells(len(labs), density=0.6)[:, :1].expand(-1, planes, -1, -1), torch.tensor(labs), standard)
+    return Augment(cells_across.Config(size=32, **options), (0.5,), (0.25,), standard=standard, bank=bank)
+
+
+def others(x, bank, standard, lab=None):
+    cell = standard.found(x, cell=True).cell
+    return Others(cell, torch.zeros(len(x), dtype=torch.int64) if lab is None else lab, bank)
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3, 5])
+def test_shape_range_and_that_every_view_has_its_own(planes):
+    same = cells(1)[:, :1].expand(4, planes, -1, -1)
+    x = made(planes=planes)(same, torch.arange(4), seed=0, step=0, views=2)
+    assert x.shape == (8, planes, 32, 32)
+    assert x.min() >= -2.0001
+    assert x.max() <= 2.0001
+    distance = torch.cdist(x.flatten(1), x.flatten(1)) + torch.eye(8) * 1e9
+    assert distance.min() > 0.1
+
+
+def test_replay_is_exact_and_free_of_the_batch():
+    standard = Standard(fit(Standardise(colour="two_point", scale="nucleus", centre=True), cells().float() / 255))
+    make, images, lab = (
+        made((1, 2, 2, 3), standard),
+        torch.tensor([4, 99, 7, 0, 3, 8]),
+        torch.tensor([1, 2, 3, 0, 2, 1]),
+    )
+    key = {"seed": 3, "step": 5, "views": 2}
+    whole = make(cells(), images, lab=lab, **key).unflatten(0, (2, 6))
+    part = make(cells()[2:4], images[2:4], lab=lab[2:4], **key).unflatten(0, (2, 2))
+    torch.testing.assert_close(whole[:, 2:4], part, rtol=0, atol=1e-5)
+    assert torch.equal(make(cells(), images, lab=lab, **key).unflatten(0, (2, 6)), whole)
+
+
+def test_a_strength_of_zero_changes_nothing():
+    x, standard = cells().float() / 255, Standard(Standardise().model_dump())
+    bank = Bank(cells(3, density=1.8), torch.zeros(3, dtype=torch.int64), standard)
+    config, draws = cells_across.Config(**OFF), Draws(0, 0, torch.arange(6), 1)
+    rows = others(x, bank, standard)
+    for same in (
+        cells_across.surrounded(config, x, draws, rows),
+        cells_across.stained(config, x, draws, rows),
+        cells_across.dense(config, x, draws, bright=False),
+        cells_across.dense(config, x, draws, bright=True),
+    ):
+        torch.testing.assert_close(same, x, rtol=0, atol=2e-4)
+    changed = cells_across.dense(cells_across.Config(), x, draws, bright=False)
+    assert (changed - x).abs().mean() > 0.01
+
+
+def test_only_what_surrounds_the_cell_comes_from_another_image():
+    x, standard = cells().float() / 255, Standard(Standardise().model_dump())
+    bank = Bank(cells(3, lamp=(0.3, 0.9, 0.3), neighbours=False), torch.zeros(3, dtype=torch.int64), standard)
+    config, with_others = cells_across.Config(background=1), others(x, bank, standard)
+    y = cells_across.surrounded(config, x, Draws(0, 0, torch.arange(6), 1), with_others)
+    inside = with_others.cell == 1
+    assert (y - x)[inside.expand_as(x)].abs().max() == 0
+    outside = (with_others.cell == 0).expand_as(x)
+    green = torch.tensor([0.3, 0.9, 0.3])[:, None, None].expand_as(x)
+    assert (y - green)[outside].abs().mean() < 0.02  # of the bank's images, without their cell
+    assert torch.equal(
+        cells_across.surrounded(cells_across.Config(background=0), x, Draws(0, 0, torch.arange(6), 1), with_others), x
+    )
+
+
+def test_stain_moves_towards_another_cells():
+    x, standard = cells().float() / 255, Standard(Standardise().model_dump())
+    bank = Bank(cells(3, density=1.8), torch.zeros(3, dtype=torch.int64), standard)
+    config = cells_across.Config(stain_mix=1)
+    y = cells_across.stained(config, x, Draws(0, 0, torch.arange(6), 1), others(x, bank, standard))
+    change = (y - x).flatten(1).sum(1)
+    assert (change < 0).all()  # darker
+    assert change.min() < 3 * change.max()  # by parts that differ
+    white = (x > 0.99).all(1, keepdim=True).expand_as(x)
+    assert (y - x)[white].abs().max() < 0.02  # what has no stain gets none
+
+
+def test_partners_are_of_other_laboratories_first():
+    bank = made((1, 1, 2, 3))._bank
+    luck = torch.linspace(0, 0.999, 40)
+    for lab, wanted in ((1, {2, 3}), (2, {0, 1, 3}), (9, {0, 1, 2, 3}), (0, {0, 1, 2, 3})):
+        assert set(bank.drawn(torch.full((40,), lab), luck).tolist()) == wanted
+    alone = made((1, 1))._bank
+    assert set(alone.drawn(torch.ones(40, dtype=torch.int64), luck).tolist()) == {0, 1}
+
+
+class Labelled(ImageSet):
+    """Images of laboratories in very unequal parts."""
+
+    def __init__(self, labs: list[int]) -> None:
+        self.labs = torch.tensor(labs)
+        self.labels = self.sources = torch.arange(len(labs))
+
+    def pixels(self, index: int) -> Tensor:
+        return torch.full((3, 8, 8), index, dtype=torch.uint8)
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+def test_the_bank_has_all_laboratories_in_equal_parts():
+    pixels, lab = inputs.in_equal_parts(Labelled([1] * 90 + [2] * 6 + [3] * 2), 12, seed=0)
+    assert torch.bincount(lab).tolist() == [0, 5, 5, 2]
+    assert len(pixels.flatten(1).unique(dim=0)) == 12
+    assert torch.equal(inputs.in_equal_parts(Labelled([1] * 90 + [2] * 6 + [3] * 2), 12, seed=0)[1], lab)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_exactly(tmp_path):
+    changes = [
+        "augment.recipe=cells_across",
+        "augment.bank=16",
+        "standardise.colour=two_point",
+        "standardise.centre=true",
+    ]
+    whole = train(tiny(tmp_path / "whole", *changes))
+    with pytest.raises(Killed):
+        train(tiny(tmp_path / "again", *changes), killed_after(6))
+    again = train(tiny(tmp_path / "again", *changes))
+    assert untimed(again) == untimed(whole)
+    ours, theirs = (load_file(f / "encoder.safetensors") for f in (whole, again))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_recipe_is_read():
+    run = load("cells_across_pbc96", ["data.path=x"])
+    assert run.augment.of_others
+    assert run.standardise.active
