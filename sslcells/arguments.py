@@ -17,10 +17,11 @@ Train an encoder. Without arguments: SimCLR on synthetic blood cells, small enou
 """
 
 _EMBED = """\
-Embed every image in a folder, at any depth, into shards with path, id, vector and label. If it is killed, the same
-command resumes it.
+Embed every image in a folder, at any depth, into shards with path, id, vector and label; or every row of a table (CSV
+or Parquet), with all of its columns. If it is killed, the same command resumes it.
 
   sslcells embed runs/my_cells path/to/images
+  sslcells embed runs/my_cells cells.csv data.path=path/to/images --format h5ad
   accelerate launch --config_file launch/gpu8.yaml -m sslcells embed runs/my_cells path/to/images
 """
 
@@ -188,14 +189,17 @@ def _export(commands: _Commands) -> None:
 
 
 def _embed(commands: _Commands) -> None:
-    sub = _command(commands, "embed", "embed a folder of images", _EMBED)
+    sub = _command(commands, "embed", "embed a folder of images, or a table of them", _EMBED)
     sub.add_argument("run", metavar="RUN", type=_path, help="folder of a finished run, or an exported encoder")
-    sub.add_argument("images", metavar="IMAGES", type=_path, help="folder of images, at any depth")
+    words = "folder of images, at any depth, or a table of them"
+    sub.add_argument("images", metavar="IMAGES", type=_path, help=words)
+    words = "settings of the table, if it is not the one that the run was trained on"
+    sub.add_argument("overrides", nargs="*", metavar="data.key=value", help=words)
     sub.add_argument("--out", metavar="FOLDER", type=_path, help="output folder (RUN/embeddings/NAME)")
     formats, words = ["parquet", "npz", "h5ad"], "file format of the shards (parquet)"
     sub.add_argument("--format", default="parquet", choices=formats, help=words)
     _pattern_options(sub)
-    sub.add_argument("--no-labels", action="store_true", help="do not read the first sub-folder as the class")
+    sub.add_argument("--no-labels", action="store_true", help="do not read classes: of a folder the first sub-folder")
     sub.add_argument("--batch", type=int, default=256, metavar="N", help="images per rank and forward pass (256)")
     sub.add_argument("--workers", type=int, metavar="N", help="data loader processes per rank")
     sub.add_argument("--shard", type=int, metavar="N", help="images per shard (4096)")
@@ -206,7 +210,13 @@ def _search(commands: _Commands) -> None:
     sub = _command(commands, "search", "find the embedded images most similar to given ones")
     words = "output folder of sslcells embed, or the run it used"
     sub.add_argument("target", metavar="RUN_OR_EMBEDDINGS", type=_path, help=words)
-    sub.add_argument("queries", metavar="QUERY", nargs="+", type=_path, help="image files")
+    sub.add_argument(
+        "queries",
+        metavar="QUERY",
+        nargs="+",
+        type=_path,
+        help="image files; of an embedded table also names of rows or ids of cells",
+    )
     sub.add_argument("--k", type=int, default=10, metavar="N", help="neighbours per query (10)")
     words = "folder for the picture and the table (EMBEDDINGS/search)"
     sub.add_argument("--out", metavar="FOLDER", type=_path, help=words)

@@ -110,6 +110,7 @@ def _embed(args: argparse.Namespace) -> None:
         args.cpu,
         args.include,
         args.exclude,
+        args.overrides,
     )
 
 

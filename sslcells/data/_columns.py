@@ -1,8 +1,10 @@
 """Tables of images: CSV and Parquet files, and which of their columns say what."""
 
 import csv
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +92,13 @@ class Table(NamedTuple):
             return np.array([np.nan if cell is None else self._number(i, name, cell) for i, cell in cells])
         return numbers
 
+    def typed(self) -> pa.Table:
+        """All columns as int64, float64, bool or text, null where they say nothing; of CSV by what all cells say.
+
+        Numbers with leading zeros are text, as are dates; nested values are JSON.
+        """
+        return pa.table({name: _typed(column) for name, column in _named(self.columns)})
+
     def _number(self, index: int, name: str, cell: str) -> float:
         try:
             if "_" not in cell:
@@ -107,6 +116,37 @@ def _whole(column: pa.ChunkedArray) -> pa.ChunkedArray:
     column = pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column)
     exact = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**53))
     return pc.cast(column, pa.int64()) if pc.all(exact).as_py() is not False else column
+
+
+def _named(table: pa.Table) -> Iterable[tuple[str, pa.ChunkedArray]]:
+    return zip(table.column_names, table.columns, strict=True)
+
+
+def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return _typed(column.cast(kind.value_type))
+    if pa.types.is_boolean(kind):
+        return column
+    for wanted, is_one in ((pa.int64(), pa.types.is_integer), (pa.float64(), pa.types.is_floating)):
+        if is_one(kind):
+            with suppress(pa.ArrowInvalid):
+                return pc.cast(column, wanted)
+    try:
+        if pa.types.is_nested(kind):
+            raise pa.ArrowNotImplementedError("as text")
+        text = pc.cast(column, pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        cells = ((one, json.dumps(one, default=str)) for one in column.to_pylist())
+        return pa.chunked_array([pa.array([None if one is None else said for one, said in cells], pa.string())])
+    trimmed = pc.utf8_trim_whitespace(text)
+    text = pc.if_else(pc.is_in(trimmed, _EMPTY), pa.scalar(None, pa.string()), text)
+    trimmed = pc.if_else(pc.is_null(text), pa.scalar(None, pa.string()), trimmed)
+    if text.null_count < len(text) and not pc.any(pc.match_substring_regex(trimmed, "^[+-]?0[0-9]")).as_py():
+        for wanted in (pa.int64(), pa.float64()):
+            with suppress(pa.ArrowInvalid):
+                return pc.cast(trimmed, wanted)
+    return text
 
 
 def names_of(file: Path) -> tuple[list[str], str]:

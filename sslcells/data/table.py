@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -117,6 +117,54 @@ def open_split(config: Config, split: str) -> TableImages | None:
     rows = Rows(config)
     clock.lap("reading and listing")
     return _opened(config, rows, split, clock)
+
+
+class AllRows(NamedTuple):
+    """Every row of a table, in its order, whatever its split."""
+
+    root: Path
+    images: TableImages
+    """those that cannot be read, as on_error=skip allows, raise a DataError"""
+    files: list[str]
+    """of each row its path below the root"""
+    labels: list[str | None] | None
+    boxes: NDArray[np.int64] | None
+    """(N, 4) left, upper, right and lower edge in px"""
+    columns: pa.Table
+    """all of the table: texts, numbers and truth values"""
+    label: str | None
+    """the column with the class"""
+    cell: str | None
+    """the column with the id of a cell"""
+
+
+def open_rows(config: Config) -> AllRows:
+    """All rows of a table; no image is opened.
+
+    Raises:
+        ConfigError: as `open_split`.
+    """
+    rows = Rows(config, every=True)
+    number, columns = np.arange(rows.table.columns.num_rows), rows.columns
+    missing = rows.without_file(number)
+    wrong = _skipped(config, rows, number, missing, f"name no file below {rows.root} (data.path)")
+    boxes = boxes_of(rows.table, columns.box, config.box_as == "size")
+    if boxes is not None:
+        wrong |= _skipped(config, rows, number, boxes.wrong, "have no box of at least 1×1 px")
+    names = [name if name is not None else missing[row] for row, name in enumerate(rows.files)]
+    distinct, of = _distinct(names)
+    cells = None if columns.cell is None else rows.table.text(columns.cell).fill_null("").to_pylist()
+    _check_once(rows.table, number, names, None if boxes is None else boxes.edges, cells)
+    at_1x = config.um_per_pixel_at_1x
+    stated = stated_scales(rows.table, columns.um_per_pixel, columns.magnification, at_1x, number)
+    scales = _of_files(rows.table, stated, of, distinct, number) if config.um_per_pixel is not None else None
+    files = _whole_files(config, rows.root, distinct, {}, scales, boxes is not None)
+    cuts = None if boxes is None else Cuts(boxes.edges, config.box_outside)
+    images = TableImages(files, of, cuts, cells, config.decoder(), scales, wrong)
+    images.labels = images.sources = torch.full((len(names),), -1)
+    labels = None if columns.label is None else rows.table.text(columns.label).to_pylist()
+    edges = None if boxes is None else boxes.edges
+    return AllRows(rows.root, images, names, labels, edges, rows.table.typed(), columns.label, columns.cell)
 
 
 def _opened(config: Config, rows: Rows, split: str, clock: Clock) -> TableImages | None:

@@ -1,4 +1,4 @@
-"""`sslcells embed`: the features of every image of a folder, in shards, on any number of ranks, resumable."""
+"""`sslcells embed`: the features of a folder's images or a table's rows, in shards, on any number of ranks, resumed."""
 
 import logging
 import os
@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -19,11 +20,11 @@ from sslcells import launcher, ranks
 from sslcells.config import ConfigError, extra, installed
 from sslcells.data import DataError, Pick
 from sslcells.data._patterns import Patterns, given
-from sslcells.data.folder import FolderImages, class_of, list_images
 from sslcells.data.loader import Readable, read_readable, with_workers
 from sslcells.delivery import DeliveryError
 from sslcells.delivery.encoder import Encoder, find_run, finite, load_encoder
-from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, list_digest, spelt
+from sslcells.delivery.listed import Listed, listed
+from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, spelt
 from sslcells.evaluation.encode import encode_batches
 from sslcells.run.interrupt import Awaited, Interrupt, Stopped
 from sslcells.run.lock import Lock
@@ -53,8 +54,13 @@ def embed_folder(
     cpu: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> Path:
-    """Embed every image below a folder; returns the folder of shards, RUN/embeddings/NAME unless `out` names another.
+    """Embed every image below a folder, or every row of a table (.csv, .tsv, .parquet).
+
+    Returns the folder of shards, RUN/embeddings/NAME unless `out` names another. With a table they hold its columns
+    too, and `overrides` are settings of it, such as `data.path=/images`; if the run was trained on this very table, its
+    settings hold.
 
     `include` and `exclude` are patterns for the images' paths below the folder, as `data.include` and `data.exclude`.
 
@@ -84,7 +90,7 @@ def embed_folder(
             with ranks.parting():
                 encoder = ranks.together(lambda: _load(run, device))
                 begun = ranks.from_main(
-                    lambda: _begin(run, images, out, format, labels, shard, encoder, lock, patterns)
+                    lambda: _begin(run, images, out, format, labels, shard, encoder, lock, patterns, overrides)
                 )
                 _work(*begun, encoder, device, batch, workers, interrupt)
                 return begun[0].folder
@@ -111,12 +117,14 @@ def _begin(
     encoder: Encoder,
     lock: list[Lock],
     patterns: Patterns,
-) -> tuple[Embeddings, list[str], list[int]]:
-    """On rank 0: open the folder of shards; returns it, the sorted images, and the numbers of the missing shards."""
-    root = place(images)
-    names = list_images(root, encoder.decoder, patterns)
-    folder = place(out) if out is not None else find_run(run) / "embeddings" / root.resolve().name
-    if Path(os.path.realpath(folder)).is_relative_to(root.resolve()):  # resolve() raises at a link to itself
+    overrides: Sequence[str],
+) -> tuple[Embeddings, Listed, list[int]]:
+    """On rank 0: open the folder of shards; returns it, the images, and the numbers of the missing shards."""
+    found = listed(run, images, encoder, patterns, overrides, labels)
+    root = Path(found.root)
+    folder = place(out) if out is not None else find_run(run) / "embeddings" / found.name
+    inside = Path(os.path.realpath(folder)).is_relative_to(root.resolve())  # resolve() raises at a link to itself
+    if inside and found.table is None:
         raise ConfigError(f"--out {folder} lies in {images}, the folder of images; choose another")
     if format == "h5ad":
         installed("anndata", "anndata", "--format h5ad")
@@ -126,13 +134,15 @@ def _begin(
         "encoder": encoder.digest,
         "run": str(find_run(run).resolve()),
         "images": str(root.resolve()),
-        "count": len(names),
-        "list": list_digest(names),
+        "count": len(found.images),
+        "list": found.digest,
         "shard": shard or SHARD,
         "format": format,
         "labels": labels,
         "features": encoder.features,
     }
+    if found.table is not None:
+        fresh |= {"table": found.table, "key": found.key}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.append(Lock(folder, otherwise="choose another --out"))
@@ -146,7 +156,7 @@ def _begin(
         there = set(embeddings.written())
     except OSError as error:
         raise ConfigError(f"--out {folder} cannot be written: {error}") from None
-    return embeddings, names, [number for number in range(embeddings.shards) if number not in there]
+    return embeddings, found, [number for number in range(embeddings.shards) if number not in there]
 
 
 def _same(before: Embeddings, now: Embeddings) -> None:
@@ -155,6 +165,11 @@ def _same(before: Embeddings, now: Embeddings) -> None:
     if before.encoder != now.encoder:
         raise ConfigError(
             f"{folder} holds embeddings of another encoder, {before.encoder} of {before.run}, not {now.encoder}{other}"
+        )
+    if before.listed != now.listed and now.table is not None and before.table is not None:
+        raise ConfigError(
+            f"{folder} was begun with another table, or other settings of it: {before.count} rows of {before.table}, "
+            f"now {now.count} of {now.table}{other}"
         )
     if before.listed != now.listed:
         raise ConfigError(
@@ -172,7 +187,7 @@ def _same(before: Embeddings, now: Embeddings) -> None:
 
 def _work(
     embeddings: Embeddings,
-    names: Sequence[str],
+    found: Listed,
     missing: Sequence[int],
     encoder: Encoder,
     device: torch.device,
@@ -186,7 +201,7 @@ def _work(
     with _Meter(embeddings, missing, console) as meter:
         failure: Exception | None = None
         try:
-            _embed(embeddings, names, mine, encoder, device, batch, workers, interrupt, meter)
+            _embed(embeddings, found, mine, encoder, device, batch, workers, interrupt, meter)
         except Exception as error:  # logged at once, and raised on every rank when all are done
             failure = error
             if ranks.world() > 1:
@@ -224,7 +239,7 @@ def _work(
 
 def _embed(
     embeddings: Embeddings,
-    names: Sequence[str],
+    found: Listed,
     mine: Sequence[int],
     encoder: Encoder,
     device: torch.device,
@@ -234,9 +249,8 @@ def _embed(
     meter: "_Meter",
 ) -> None:
     """Make and write these shards, one after the other, until all are done or a signal asks to stop."""
-    root, unknown = embeddings.root, torch.full((len(names),), -1)
-    images = FolderImages(Path(root), names, encoder.reader(), (), unknown, unknown, {})
-    ahead = read_readable(images, _Parts(embeddings, mine, batch), workers, pin_memory=device.type == "cuda")
+    root = embeddings.root
+    ahead = read_readable(found.images, _Parts(embeddings, mine, batch), workers, pin_memory=device.type == "cuda")
     with with_workers(ahead) as parts, suppress(Awaited):
         encoded = encode_batches(_awaited(parts, root, interrupt), lambda part: encoder(part.pixels), meter.add)
         for number in mine:
@@ -247,7 +261,7 @@ def _embed(
                 if z is not None:
                     rows.append(finite(z.cpu(), encoder))
                 held.append(part._replace(pixels=[]))
-            embeddings.write(number, _shard(embeddings, names, held, rows))
+            embeddings.write(number, _shard(embeddings, found, held, rows))
 
 
 def _awaited(parts: Generator[Readable, None, None], root: str, interrupt: Interrupt) -> Iterator[Readable]:
@@ -267,25 +281,17 @@ def _awaited(parts: Generator[Readable, None, None], root: str, interrupt: Inter
         yield part
 
 
-def _shard(embeddings: Embeddings, names: Sequence[str], held: Sequence[Readable], rows: Sequence[Tensor]) -> Shard:
+def _shard(embeddings: Embeddings, found: Listed, held: Sequence[Readable], rows: Sequence[Tensor]) -> Shard:
     """The shard of the parts that were read, and the rows (B, F) of those with readable images."""
-    ids, root = [i for part in held for i in part.image], embeddings.root
+    ids, name = [i for part in held for i in part.image], found.images.name
     return Shard(
         np.array(ids, dtype=np.int64),
-        [spelt(names[i]) for i in ids],
+        [spelt(name(i)) for i in ids],
         torch.cat(list(rows)).numpy() if rows else np.zeros((0, embeddings.features), dtype=np.float32),
-        [_label(names[i]) for i in ids] if embeddings.labels else None,
-        [
-            (spelt(names[i]), spelt(why.removeprefix(f"{root}/{names[i]}: ")))
-            for part in held
-            for i, why in part.unreadable
-        ],
+        [found.label(i) for i in ids] if embeddings.labels else None,
+        [(spelt(name(i)), found.reason(i, why)) for part in held for i, why in part.unreadable],
+        None if found.more is None else found.more.take(pa.array(ids, pa.int64())),
     )
-
-
-def _label(name: str) -> str | None:
-    label = class_of(name)
-    return None if label is None else spelt(label)
 
 
 def _still_there(root: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sslcells import launcher
 from sslcells.config import ConfigError, extra, installed, nearest
 from sslcells.data import Unreadable, check_pattern, look_up_sources, read_table, source_ids
+from sslcells.data._boxes import cut
 from sslcells.delivery.encoder import Encoder, embed, find_run, load_encoder
 from sslcells.delivery.shards import MANIFEST, Embeddings, Shard, spelt
 from sslcells.evaluation.knn import neighbours
@@ -40,10 +41,28 @@ class Found(NamedTuple):
     distance: float
     """1 − cosine: 0 for the same direction, 2 for the opposite one"""
     label: str | None
+    file: str = ""
+    """of a row of a table, below the folder of images; its path is the same without a box and an id of a cell"""
+    box: list[int] | None = None
+    """left, upper, right and lower edge in px, if it was cut from its file"""
 
 
-Sources = Callable[[Sequence[str]], Tensor]
-"""Paths → (N,) int64: images with equal numbers are not neighbours; an image without a known source has its own."""
+class _Query(NamedTuple):
+    """What is looked for."""
+
+    path: Path
+    name: str
+    """as the embeddings list it; its own path if they do not"""
+    file: str = ""
+    """below the folder of images, if it is a row of the embedded table"""
+    box: list[int] | None = None
+    row: Tensor | None = None
+    """(F,) its vector, if it is a row of the embedded table"""
+
+
+Sources = Callable[..., Tensor]
+"""Names, and files if they are called otherwise → (N,) int64: images with equal numbers are not neighbours; an image
+without a known source, by its file, has its own, by its name."""
 
 
 def search(
@@ -60,7 +79,8 @@ def search(
 ) -> list[list[Found]]:
     """The `k` images nearest to each query, nearest first; prints a table, and writes it and a picture into `out`.
 
-    The query itself is not a neighbour, nor are images of its source if `sources` or `source_pattern` tell the source.
+    A query is an image's file, or of an embedded table the name of a row or its cell's id. It is no neighbour of
+    itself, nor are images of its source if `sources` or `source_pattern` tell the source.
 
     Raises:
         ConfigError: if there are no such embeddings, or they are incomplete or of another encoder.
@@ -73,21 +93,22 @@ def search(
     embeddings = find_embeddings(target)
     embeddings.check_complete()
     ids = source_finder(sources, source_pattern)
-    paths = [_query(query, embeddings) for query in queries]
+    asked = _queries(queries, embeddings)
     torch.set_num_threads(launcher.threads_for("auto", workers=0))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else None
     network = _encoder_of(embeddings, encoder, device or torch.device("cpu"))
-    rows = embed(paths, network)
-    names = [_name(path, embeddings) for path in paths]
+    read = iter(embed([query.path for query in asked if query.row is None], network))
+    rows = torch.stack([next(read) if query.row is None else query.row for query in asked])
+    own = ids([query.name for query in asked], [query.file or query.name for query in asked])
     find = approximately if faiss else exactly
-    found = find(embeddings, rows, ids(names), k, ids, network.mean.device)
+    found = find(embeddings, rows, own, k, ids, network.mean.device)
     for query, near in zip(queries, found, strict=True):
         say(f"{query}\n" + "\n".join(_lines(near)) if near else f"{query}\n  no image of another source")
     folder = place(out) if out is not None else embeddings.folder / "search"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_csv(folder / "neighbours.csv", queries, found)
-        picture = _draw(folder / "neighbours.png", embeddings, network, paths, found)
+        picture = _draw(folder / "neighbours.png", embeddings, network, asked, found)
     except OSError as error:
         raise ConfigError(f"--out {folder} cannot be written: {error}") from None
     say(f"{picture}, {folder / 'neighbours.csv'}")
@@ -134,7 +155,11 @@ def source_finder(table: str | None, pattern: str | None) -> Sources:
             check_pattern(pattern)
         except ValueError as error:
             raise ConfigError(f"--source-pattern {pattern!r} {error}") from None
-    return lambda names: source_ids(names, look_up_sources(names, listed, pattern))
+
+    def ids(names: Sequence[str], files: Sequence[str] | None = None) -> Tensor:
+        return source_ids(names, look_up_sources(names if files is None else files, listed, pattern))
+
+    return ids
 
 
 def exactly(
@@ -144,13 +169,13 @@ def exactly(
     query, source = query.to(device), source.to(device)
     best = torch.full((len(query), 0), -math.inf, device=device)  # (M, ≤ k) cosines
     rows = torch.zeros((len(query), 0), dtype=torch.int64, device=device)
-    about: dict[int, tuple[str, str | None]] = {}
+    about: dict[int, Found] = {}
     first = 0
     for shard in embeddings.read_all():
         if not shard.path:
             continue
         bank = torch.from_numpy(np.array(shard.vector)).to(device)
-        cosine, index = neighbours(query, bank, k, source, sources(shard.path).to(device))
+        cosine, index = neighbours(query, bank, k, source, sources(shard.path, _files_of(shard)).to(device))
         # Stable, with the kept rows first: of equal cosines the first path wins, whatever the size of the shards.
         best, order = torch.cat([best, cosine], 1).sort(dim=1, descending=True, stable=True)
         rows = torch.cat([rows, index + first], 1).gather(1, order)[:, :k]
@@ -158,15 +183,11 @@ def exactly(
         kept = set(rows.flatten().tolist())
         new = {row: row - first for row in kept if first <= row < first + len(shard.path)}
         about = {row: what for row, what in about.items() if row in kept} | {
-            row: (shard.path[i], shard.label[i] if shard.label else None) for row, i in new.items()
+            row: _found(shard, i) for row, i in new.items()
         }
         first += len(shard.path)
     return [
-        [
-            Found(about[row][0], max(0.0, 1 - cos), about[row][1])
-            for cos, row in zip(*pair, strict=True)
-            if cos > -math.inf
-        ]
+        [about[row]._replace(distance=max(0.0, 1 - cos)) for cos, row in zip(*pair, strict=True) if cos > -math.inf]
         for pair in zip(best.tolist(), rows.tolist(), strict=True)
     ]
 
@@ -193,14 +214,24 @@ def approximately(
                     cache[number] = embeddings.read(number)
                 shard = cache[number]
                 place = at - int(starts[number])
-                if sources([shard.path[place]]).item() != own:
-                    label = shard.label[place] if shard.label else None
-                    near.append(Found(shard.path[place], max(0.0, 1 - cosine), label))
+                one = _found(shard, place)
+                if sources([one.path], [one.file]).item() != own:
+                    near.append(one._replace(distance=max(0.0, 1 - cosine)))
             if len(near) >= k or more >= total:
                 break
             more *= 4  # the nearest rows were of the query's own source
         found.append(near[:k])
     return found
+
+
+def _found(shard: Shard, index: int) -> Found:
+    return Found(shard.path[index], 0.0, shard.label[index] if shard.label else None, *shard.shown(index))
+
+
+def _files_of(shard: Shard) -> list[str]:
+    """The file of each image of a shard, below the folder of images."""
+    files: list[str] = shard.path if shard.more is None else shard.more["image_file"].to_pylist()
+    return files
 
 
 def _index(embeddings: Embeddings) -> tuple[Any, NDArray[np.int64]]:
@@ -255,6 +286,42 @@ def _encoder_of(embeddings: Embeddings, given: str | None, device: torch.device)
     return encoder
 
 
+def _queries(queries: Sequence[str], embeddings: Embeddings) -> list[_Query]:
+    """The queries as files, or as rows of the embedded table.
+
+    Raises:
+        ConfigError: if one is neither.
+    """
+    rows = _rows_called({query for query in queries if not is_file(place(query))}, embeddings)
+    out = []
+    for query in queries:
+        if query in rows:
+            out.append(rows[query])
+        else:
+            path = _query(query, embeddings)
+            out.append(_Query(path, _name(path, embeddings)))
+    return out
+
+
+def _rows_called(wanted: set[str], embeddings: Embeddings) -> dict[str, _Query]:
+    """The rows of the embedded table with these names, or ids of cells, which must be of one row alone."""
+    rows: dict[str, _Query] = {}
+    if embeddings.table is None or not wanted:
+        return rows
+    for shard in embeddings.read_all():
+        keys = [shard.path]
+        if embeddings.key is not None and shard.more is not None and embeddings.key in shard.more.column_names:
+            keys.append([str(one) for one in shard.more[embeddings.key].to_pylist()])
+        for names in keys:
+            for i in (i for i, name in enumerate(names) if name in wanted):
+                one = _found(shard, i)
+                row = torch.from_numpy(np.array(shard.vector[i]))
+                query = _Query(Path(embeddings.root) / one.file, one.path, one.file, one.box, row)
+                if rows.setdefault(names[i], query).name != one.path:
+                    raise ConfigError(f"{names[i]} is the cell of several rows; name it as {one.path}")
+    return rows
+
+
 def _query(query: str, embeddings: Embeddings) -> Path:
     """The file of a query: the path itself, or that path below the folder of images."""
     path = place(query)
@@ -269,7 +336,8 @@ def _query(query: str, embeddings: Embeddings) -> Path:
             raise ConfigError(f"{query} is {what}; a query is an image")
     beside = path.parent if path.parent.is_dir() else Path(embeddings.root)
     near = nearest(path.name, sorted(p.name for p in beside.iterdir() if p.is_file()))
-    raise ConfigError(f"{query}: no such image, neither here nor in {embeddings.root}{near}")
+    rows = "" if embeddings.table is None else f", nor a row of {embeddings.table}"
+    raise ConfigError(f"{query}: no such image, neither here nor in {embeddings.root}{rows}{near}")
 
 
 def _name(path: Path, embeddings: Embeddings) -> str:
@@ -300,24 +368,33 @@ def _write_csv(file: Path, queries: Sequence[str], found: Sequence[Sequence[Foun
 
 
 def _draw(
-    file: Path, embeddings: Embeddings, encoder: Encoder, paths: Sequence[Path], found: Sequence[Sequence[Found]]
+    file: Path, embeddings: Embeddings, encoder: Encoder, asked: Sequence[_Query], found: Sequence[Sequence[Found]]
 ) -> Path:
-    decoder = dataclasses.replace(encoder.reader(), size=None)  # at full size, not cropped
+    # At full size, not cropped.
+    decoder = dataclasses.replace(encoder.reader(), size=None, um_per_pixel=None, um_per_pixel_default=None)
 
-    def image(path: Path) -> Image | None:
+    def image(path: Path, box: list[int] | None = None) -> Image | None:
         try:
-            return decoder(str(path)).permute(1, 2, 0).numpy()
+            pixels = decoder(str(path))
         except Unreadable:
             return None  # the file was moved after it was embedded
+        try:
+            part = pixels if box is None else cut(pixels, box, "clip")
+        except ValueError:
+            return None  # it is another file now
+        return part.permute(1, 2, 0).numpy()
 
     rows = [
         [
-            (image(path), path.name[-24:]),
+            (image(query.path, query.box), (query.name if query.row is not None else query.path.name)[-24:]),
             *(
-                (image(Path(embeddings.root) / one.path), f"{one.distance:.3f} {(one.label or '')[:15]}".rstrip())
+                (
+                    image(Path(embeddings.root) / (one.file or one.path), one.box),
+                    f"{one.distance:.3f} {(one.label or '')[:15]}".rstrip(),
+                )
                 for one in near[:_MOST_SHOWN]
             ),
         ]
-        for path, near in zip(paths[:_MOST_SHOWN], found, strict=False)
+        for query, near in zip(asked[:_MOST_SHOWN], found, strict=False)
     ]
     return found_sheet(rows, "Nearest images, with their cosine distance", file)

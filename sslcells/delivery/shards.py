@@ -24,6 +24,9 @@ T = TypeVar("T")
 MANIFEST = "embeddings.json"
 UNREADABLE = "unreadable.csv"
 FORMATS = ("parquet", "npz", "h5ad")
+OURS = ("path", "id", "vector", "label")
+"""Columns of a shard beside those of an embedded table"""
+_TABLE = "table/"
 
 
 class Shard(NamedTuple):
@@ -39,6 +42,15 @@ class Shard(NamedTuple):
     """n classes; None if labels were not wanted"""
     unreadable: list[tuple[str, str]]
     """path and reason"""
+    more: pa.Table | None = None
+    """n rows of the embedded table, without columns that are called like the shard's own; None of a folder"""
+
+    def shown(self, index: int) -> tuple[str, list[int] | None]:
+        """The file of an image, below the folder of images, and the box that was cut from it if there was one."""
+        if self.more is None:
+            return self.path[index], None
+        box = self.more["image_box"][index].as_py() if "image_box" in self.more.column_names else None
+        return self.more["image_file"][index].as_py(), box
 
 
 class Embeddings:
@@ -62,6 +74,10 @@ class Embeddings:
         self.labels: bool = manifest["labels"]
         self.features: int = manifest["features"]
         """F"""
+        self.table: str | None = manifest.get("table")
+        """the table that was embedded; None for a folder"""
+        self.key: str | None = manifest.get("key")
+        """the table's column with the ids of cells"""
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -190,10 +206,18 @@ class Embeddings:
     def write_h5ad(self) -> Path:
         """Write all shards as one AnnData file; all are in memory at once."""
         pandas, shards = extra("pandas", "anndata", "--format h5ad"), list(self.read_all())
-        index = [path for shard in shards for path in shard.path]
+        index: Any = pandas.Index([path for shard in shards for path in shard.path], name="path")
         columns: dict[str, Any] = {"id": np.concatenate([shard.id for shard in shards])}
         if self.labels:
             columns["label"] = pandas.Categorical([label for shard in shards for label in shard.label or ()])
+        for name, column in _told(shards):
+            text = pa.types.is_string(column.type)
+            columns[name] = pandas.Categorical(column.to_pylist()) if text else column.to_pandas().to_numpy()
+        key = columns.get(self.key or "")
+        if self.key is not None and key is not None and len({*key}) == len(index) and not pandas.isna(key).any():
+            columns = {"path": index.to_numpy(), **columns}
+            del columns[self.key]
+            index = pandas.Index([str(one) for one in key], name=self.key)
         target = self.folder / "embeddings.h5ad"
         partial = partial_name(target)
         with warnings.catch_warnings():
@@ -201,12 +225,22 @@ class Embeddings:
             anndata = extra("anndata", "anndata", "--format h5ad")
             table = anndata.AnnData(
                 X=np.concatenate([shard.vector for shard in shards]),
-                obs=pandas.DataFrame(columns, index=pandas.Index(index, name="path")),
+                obs=pandas.DataFrame(columns, index=index),
                 uns={"encoder": self.encoder},
             )
             table.write_h5ad(partial)
         partial.replace(target)
         return target
+
+
+def _told(shards: Sequence[Shard]) -> Iterator[tuple[str, pa.ChunkedArray]]:
+    """The columns of the embedded table that fit into AnnData's obs; HDF5 takes no / in a name."""
+    tables = [shard.more for shard in shards if shard.more is not None and shard.more.num_rows]
+    if tables:
+        whole = pa.concat_tables(tables, promote_options="permissive")
+        for name, column in zip(whole.column_names, whole.columns, strict=True):
+            if name != "image_box":
+                yield ("table__index" if name == "_index" else name.replace("/", "_")), column
 
 
 def list_digest(names: Sequence[str]) -> str:
@@ -235,6 +269,8 @@ def _write_parquet(file: BinaryIO, shard: Shard) -> None:
     }
     if shard.label is not None:
         columns["label"] = pa.array(shard.label, pa.string())
+    if shard.more is not None:
+        columns |= dict(zip(shard.more.column_names, shard.more.columns, strict=True))
     about = {"unreadable": json_text(shard.unreadable)}
     pq.write_table(pa.table(columns).replace_schema_metadata(about), file)
 
@@ -244,7 +280,9 @@ def _read_parquet(file: Path) -> Shard:
     rows = table["vector"].combine_chunks()
     vector = np.asarray(rows.values[rows.offset * rows.type.list_size :]).reshape(-1, rows.type.list_size)
     label = table["label"].to_pylist() if "label" in table.column_names else None
-    return Shard(table["id"].to_numpy(), table["path"].to_pylist(), vector, label, _unreadable(table.schema))
+    told = [name for name in table.column_names if name not in OURS]
+    more = table.select(told).replace_schema_metadata() if told else None
+    return Shard(table["id"].to_numpy(), table["path"].to_pylist(), vector, label, _unreadable(table.schema), more)
 
 
 def _peek_parquet(file: Path) -> tuple[int, list[tuple[str, str]]]:
@@ -265,14 +303,43 @@ def _write_npz(file: BinaryIO, shard: Shard) -> None:
         vector=shard.vector,
         unreadable=np.array(shard.unreadable, dtype=str).reshape(-1, 2),
         **labels,  # type: ignore[arg-type]
+        **_arrays(shard.more),  # type: ignore[arg-type]
     )
+
+
+def _arrays(more: pa.Table | None) -> dict[str, NDArray[Any]]:
+    """The columns of a table as arrays: text empty, and numbers NaN, where it says nothing."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, column in () if more is None else zip(more.column_names, more.columns, strict=True):
+        if name == "image_box":
+            arrays[_TABLE + name] = np.array(column.to_pylist(), np.int64).reshape(-1, 4)
+        elif pa.types.is_string(column.type) or (pa.types.is_boolean(column.type) and column.null_count):
+            arrays[_TABLE + name] = np.array([str(one) if one is not None else "" for one in column.to_pylist()], str)
+        else:
+            arrays[_TABLE + name] = column.to_numpy()
+    return arrays
+
+
+def _told_by(arrays: Any) -> pa.Table | None:
+    """The reverse of `_arrays`."""
+    columns: dict[str, Any] = {}
+    for name in (name for name in arrays.files if name.startswith(_TABLE)):
+        values, called = arrays[name], name.removeprefix(_TABLE)
+        if values.ndim == 2:
+            columns[called] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 4)
+        elif values.dtype.kind == "U":
+            columns[called] = pa.array([text or None for text in values.tolist()], pa.string())
+        else:
+            columns[called] = pa.array(values)
+    return pa.table(columns) if columns else None
 
 
 def _read_npz(file: Path) -> Shard:
     with file.open("rb") as opened, np.load(opened) as arrays:  # numpy leaves a damaged file open
         label = [text or None for text in arrays["label"].tolist()] if "label" in arrays.files else None
         unreadable = [(path, why) for path, why in arrays["unreadable"].tolist()]
-        return Shard(arrays["id"], arrays["path"].tolist(), arrays["vector"], label, unreadable)
+        more = _told_by(arrays)
+        return Shard(arrays["id"], arrays["path"].tolist(), arrays["vector"], label, unreadable, more)
 
 
 def _peek_npz(file: Path) -> tuple[int, list[tuple[str, str]]]:

@@ -18,7 +18,7 @@ from trained import make_cells, make_run
 
 import sslcells
 from sslcells.cli import main
-from sslcells.data.folder import list_images
+from sslcells.data.folder import FolderImages, class_of, list_images
 from sslcells.delivery import embedding
 from sslcells.delivery.shards import Embeddings
 from sslcells.run.lock import TAKING
@@ -143,7 +143,7 @@ def test_a_folder_that_goes_away_is_no_broken_image(run, cells, tmp_path, capsys
             cells.rename(tmp_path / "moved")
         raise embedding.DataError("no such file")
 
-    monkeypatch.setattr(embedding.FolderImages, "pixels", away)
+    monkeypatch.setattr(FolderImages, "pixels", away)
     assert embed(run, cells, tmp_path / "out") == 1
     assert f"{cells} is gone" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("part-*"))
@@ -286,7 +286,7 @@ def test_another_that_works_on_it_is_named(run, cells, tmp_path, capsys):
 
 def test_labels_are_the_first_folder_below_a_split():
     names = "a/x/1.png", "train/b/2.png", "Test/c/3.png", "train/4.png", "5.png"
-    assert [embedding.class_of(name) for name in names] == ["a", "b", "c", None, None]
+    assert [class_of(name) for name in names] == ["a", "b", "c", None, None]
 
 
 def test_names_that_are_no_utf8(run, cells, tmp_path):
