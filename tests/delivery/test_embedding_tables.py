@@ -184,12 +184,12 @@ def test_a_table_from_the_check_to_the_search(fields, tmp_path, capsys, monkeypa
         table = fields.with_suffix(".parquet")
         lines = [line.split(";") for line in fields.read_text(encoding="utf-8-sig").splitlines()]
         pq.write_table(pa.table(dict(zip(lines[0], zip(*lines[1:], strict=True), strict=True))), table)
-    assert main(None, ["split", str(table), "--by", "donor", "--stratify", "label", "--site", "site"]) == 0
+    assert main(None, ["split", str(table), "--by", "donor", "--stratify", "label"]) == 0
     split = table.with_name(f"{table.stem}_split{table.suffix}")
     settings = [
         "data.kind=table", f"data.table={split}", "data.size=32", "augment.size=32", "model.backbone=small_cnn",
         "model.args={width: 8}", "train.global_batch=4", "train.total_epochs=2", "train.workers=0", "name=run",
-        "optim.warmup_epochs=0", "evaluate.plots=false",
+        "optim.warmup_epochs=0",
     ]  # fmt: skip
     assert main(None, ["train", "--check", *settings]) == 0
     said = capsys.readouterr().out
