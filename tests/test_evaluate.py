@@ -72,7 +72,9 @@ def test_what_it_prints_and_leaves(run, capsys):
 def test_a_bar_for_each_pass_over_images_in_a_terminal(run, capsys, monkeypatch):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     measured(load(f"{run}/config.yaml", [*QUICK, "evaluate.max_images=20"]), run, torch.device("cpu"))
-    last = capsys.readouterr().out.rsplit("images of train", 1)[1]  # the bars as they were drawn last
+    out = capsys.readouterr().out
+    end = out.index("\n", out.rindex("view 2 of 2"))
+    last = out[out.rindex("images of train", 0, end) : end]  # the bars as they were drawn last
     for name in ("images of val", "images of test", "images to copy", "their copies", "view 1 of 2", "view 2 of 2"):
         assert name in last
     assert last.count("20/20") == 7

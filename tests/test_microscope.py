@@ -80,7 +80,9 @@ def test_from_the_microscope_to_embeddings(tmp_path):
     assert neighbours["scores"]["accuracy"]["value"] > 0.9  # of a donor that no encoder has seen
 
     embedded = pa.concat_tables(pq.read_table(file) for file in sorted((out / "embeddings").glob("*/*.parquet")))
-    assert {f"images/{path}" for path in embedded["path"].to_pylist()} == {row["path"] for row in rows}
+    known = {row["cell_id"]: (row["path"], row["donor"], row["site"]) for row in rows}
+    columns = (embedded[name].to_pylist() for name in ("cell_id", "path", "donor", "site"))
+    assert {cell: (path.partition("#")[0], *of) for cell, path, *of in zip(*columns, strict=True)} == known
     assert embedded.num_rows == len(rows)
 
 
