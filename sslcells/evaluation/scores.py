@@ -98,13 +98,14 @@ def of_classes(labels: Tensor, predicted: Tensor, classes: int) -> Metric:
     true, guess = labels.numpy(), predicted.numpy()
     is_true, is_guess = (x[:, None] == np.arange(classes) for x in (true, guess))  # (M, K)
     right, is_hit = (true == guess).astype(float), (is_true & is_guess).astype(float)
+    each = np.ones_like(right)  # summed as `right` is, so that all right is 1 and no more
     is_true, is_guess = is_true.astype(float), is_guess.astype(float)
 
     def metric(weight: Floats) -> dict[str, Floats]:
         images, guessed, hits = weight @ is_true, weight @ is_guess, weight @ is_hit  # (r, K)
         f1 = np.where(images > 0, _ratio(2 * hits, images + guessed), np.nan)
         return {
-            "accuracy": _ratio(weight @ right, weight.sum(1)),
+            "accuracy": _ratio(weight @ right, weight @ each),
             "balanced accuracy": _mean_known(_ratio(hits, images)),
             "macro F1": _mean_known(f1),
         }

@@ -93,3 +93,13 @@ def test_no_answer_is_wrong():
     labels = torch.tensor([0, 0, 1, 1])
     found = of_classes(labels, torch.tensor([0, -1, 1, -1]), 3)(np.ones((1, 4)))
     assert found["accuracy"][0] == found["balanced accuracy"][0] == 0.5
+
+
+def test_all_right_is_one_and_no_more():
+    """Weights of sources are no round numbers, and two ways to sum them differed in the last digit."""
+    drawn = torch.Generator().manual_seed(0)
+    for images in range(50, 250):
+        sources = torch.randint(0, images // 3, (images,), generator=drawn)
+        labels = torch.randint(0, 3, (images,), generator=drawn)
+        found = Units(sources, 0, 10).scored(of_classes(labels, labels, 3), "source")
+        assert {score.value for score in found.values()} == {1.0}
