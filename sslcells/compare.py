@@ -71,6 +71,7 @@ def compare(run: Run) -> dict[str, Any]:
         "sslcells": __version__,
         "asked": run.evaluate.split,
         "seeds": run.compare.seeds,
+        "starts": starts(parts),
         "models": rows(predictions),
         "made": {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": round(time.perf_counter() - began, 1)},
     }
@@ -226,6 +227,12 @@ def _finished(run: Run) -> bool:
     return all(is_file(run.folder / file) for file in ("config.yaml", files.SPEC)) and not changed(run)
 
 
+def starts(parts: Sequence[Part]) -> dict[str, str]:
+    """What each model starts from; the supervised one from published weights where the run does."""
+    weights = next((part.run.model.start for part in parts if part.model == "supervised"), None)
+    return MODELS | ({} if weights is None else {"supervised": f"from {weights}"})
+
+
 def rows(predictions: Sequence[tuple[Part, Predictions]]) -> list[dict[str, Any]]:
     """Scores of each model and fraction of the labels, by image and by source: mean and deviation over the seeds."""
     out = []
@@ -264,7 +271,8 @@ def table(result: Mapping[str, Any]) -> Table:
     lines = []
     for row in result["models"]:
         cells = [_cell(metric, row["scores"].get(metric)) for metric in metrics]
-        lines.append([f"{100 * row['fraction']:g} %", row["model"], MODELS[row["model"]], row["unit"], *cells])
+        start = result["starts"][row["model"]]
+        lines.append([f"{100 * row['fraction']:g} %", row["model"], start, row["unit"], *cells])
     caption = (
         f"{result['asked']} split, after the last step, in % except the loss (cross-entropy): mean ± standard "
         f"deviation over {result['seeds']} seeds, each with labels of its own"

@@ -91,6 +91,15 @@ def test_sections_reach_the_models_they_are_for(tmp_path):
     assert len({r.train.total_steps for r in parts.values()}) == 1
 
 
+def test_it_says_what_the_supervised_model_starts_from(tmp_path):
+    """It was called from scratch where it starts from published weights, as the run itself does."""
+    run = load(None, [*TINY, "model.pretrained=true", "compare.seeds=1", f"out={tmp_path}"])
+    of_weights = list(plan(run, open_run(run), module.MODELS))
+    assert module.starts(of_weights) == module.MODELS | {"supervised": f"from {run.model.backbone}"}
+    scratch = load(None, [*TINY, "compare.seeds=1", f"out={tmp_path}"])
+    assert module.starts(list(plan(scratch, open_run(scratch), module.MODELS))) == module.MODELS
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
