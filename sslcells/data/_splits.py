@@ -47,9 +47,12 @@ def _words(name: str) -> list[str]:
     return found
 
 
-def class_below(folders: Sequence[str]) -> str | None:
-    """The class in the folders on an image's path: the first, or the one below a split's folder; None if none."""
-    below = next((i + 1 for i, folder in enumerate(folders[:_DEEP]) if split_named(folder)), 0)
+def class_below(folders: Sequence[str], lab_above: bool = False) -> str | None:
+    """The class in the folders on an image's path: the first, or the one below a split's folder; None if none.
+
+    With `lab_above` that one is the laboratory, and the next one the class.
+    """
+    below = next((i + 1 for i, folder in enumerate(folders[:_DEEP]) if split_named(folder)), 0) + lab_above
     return folders[below] if len(folders) > below else None
 
 

@@ -192,10 +192,10 @@ def expanded(folder: Path, names: Sequence[str], decoder: Decoder) -> list[str]:
     return images_of(names, [headers.get(name) for name in names], decoder).names
 
 
-def class_of(name: str) -> str | None:
-    """The first sub-folder on an image's path, not counting a split's; None if there is none."""
+def class_of(name: str, lab_above: bool = False) -> str | None:
+    """The class's sub-folder on an image's path, below a split's and with `lab_above` a laboratory's; None if none."""
     folders = list(takewhile(lambda folder: not folder.lower().endswith(ZARR), name.split("/")[:-1]))
-    return class_below(folders)
+    return class_below(folders, lab_above)
 
 
 def nearest_folder(missing: Path) -> str:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import torch
 from pydantic import ValidationError
 
-from sslcells.config import ConfigError, load
-from sslcells.data import ImageSet, table
+from sslcells.config import ConfigError, Section, load
+from sslcells.data import ImageSet, folder, table
 from sslcells.data._columns import CSV, PARQUET
 from sslcells.data._patterns import Patterns
 from sslcells.data.folder import FolderImages, class_of, list_images
@@ -45,10 +45,15 @@ class Listed(NamedTuple):
     """the file of the table"""
     key: str | None = None
     """the table's column with ids of cells"""
+    lab_above: bool = False
+    """true if a folder's sub-folders are laboratories, and classes lie below them"""
 
     def label(self, index: int) -> str | None:
-        """The class of an image: in the table, or by its first sub-folder."""
-        label = class_of(self.images.name(index)) if self.files is None else (self.labels or {index: None})[index]
+        """The class of an image: in the table, or by its sub-folder."""
+        if self.files is None:
+            label = class_of(self.images.name(index), self.lab_above)
+        else:
+            label = (self.labels or {index: None})[index]
         return None if label is None else spelt(label)
 
     def reason(self, index: int, why: str) -> str:
@@ -76,7 +81,15 @@ def listed(
     names = list_images(root, encoder.decoder, patterns)
     unknown = torch.full((len(names),), -1)
     files = FolderImages(root, names, encoder.reader(), (), unknown, unknown, {})
-    return Listed(str(root), files, list_digest(names), root.resolve().name)
+    data = _trained_on(run)
+    above = isinstance(data, folder.Config) and data.lab_folder == "above"
+    return Listed(str(root), files, list_digest(names), root.resolve().name, lab_above=above)
+
+
+def _trained_on(run: str, overrides: Sequence[str] = ()) -> Section | None:
+    """The data that the run was trained on, with changes; None for an encoder without its run's configuration."""
+    saved = find_run(run) / "config.yaml"
+    return load(str(saved), overrides).data if is_file(saved) else None
 
 
 def _config(run: str, file: Path, encoder: Encoder, overrides: Sequence[str]) -> table.Config:
@@ -92,10 +105,9 @@ def _config(run: str, file: Path, encoder: Encoder, overrides: Sequence[str]) ->
             raise ConfigError(f"{word}: only settings of data can be given, such as data.path=")
         if key in own:
             raise ConfigError(f"{word}: data.{key} is not a choice here: images are read as the encoder of {run} does")
-    saved = find_run(run) / "config.yaml"
-    data = load(str(saved)).data if is_file(saved) else None
+    data = _trained_on(run)
     if isinstance(data, table.Config) and os.path.realpath(place(data.table)) == os.path.realpath(file):
-        data = load(str(saved), overrides).data
+        data = _trained_on(run, overrides)
     else:
         data = load(None, ["data.kind=table", "data.table=x", *overrides]).data
     given = data.model_dump() | encoder.reading | {"channels": encoder.channels, "table": str(file)}

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from trained import make_cells, make_run
 
 import sslcells
 from sslcells.cli import main
+from sslcells.config import dump, load
 from sslcells.data.folder import FolderImages, class_of, list_images
 from sslcells.delivery import embedding
 from sslcells.delivery.shards import Embeddings
@@ -287,6 +289,21 @@ def test_another_that_works_on_it_is_named(run, cells, tmp_path, capsys):
 def test_labels_are_the_first_folder_below_a_split():
     names = "a/x/1.png", "train/b/2.png", "Test/c/3.png", "train/4.png", "5.png"
     assert [class_of(name) for name in names] == ["a", "b", "c", None, None]
+    assert [class_of(name, lab_above=True) for name in names] == ["x", None, None, None, None]
+
+
+def test_classes_lie_below_laboratories_where_they_did_in_training(run, cells, tmp_path):
+    """The laboratory was taken for the class."""
+    above = load(None, ["data.kind=folder", "data.path=x", "data.lab_folder=above"])
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(dump(above), encoding="utf-8")
+    (tmp_path / "labs").mkdir()
+    shutil.copytree(cells, tmp_path / "labs" / "north")
+    assert embed(tmp_path / "run", tmp_path / "labs", tmp_path / "out") == 0
+    found, _ = rows(tmp_path / "out")
+    assert {path: label for path, (_, _, label) in found.items()} == {
+        f"north/{name}": name.split("/")[0] for name in list_images(cells)
+    }
 
 
 def test_names_that_are_no_utf8(run, cells, tmp_path):
