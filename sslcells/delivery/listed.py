@@ -86,10 +86,10 @@ def listed(
     return Listed(str(root), files, list_digest(names), root.resolve().name, lab_above=above)
 
 
-def _trained_on(run: str, overrides: Sequence[str] = ()) -> Section | None:
-    """The data that the run was trained on, with changes; None for an encoder without its run's configuration."""
+def _trained_on(run: str) -> Section | None:
+    """The data that the run was trained on; None for an encoder without its run's configuration."""
     saved = find_run(run) / "config.yaml"
-    return load(str(saved), overrides).data if is_file(saved) else None
+    return load(str(saved)).data if is_file(saved) else None
 
 
 def _config(run: str, file: Path, encoder: Encoder, overrides: Sequence[str]) -> table.Config:
@@ -105,9 +105,9 @@ def _config(run: str, file: Path, encoder: Encoder, overrides: Sequence[str]) ->
             raise ConfigError(f"{word}: only settings of data can be given, such as data.path=")
         if key in own:
             raise ConfigError(f"{word}: data.{key} is not a choice here: images are read as the encoder of {run} does")
-    data = _trained_on(run)
-    if isinstance(data, table.Config) and os.path.realpath(place(data.table)) == os.path.realpath(file):
-        data = _trained_on(run, overrides)
+    of_run = _trained_on(run)
+    if isinstance(of_run, table.Config) and os.path.realpath(place(of_run.table)) == os.path.realpath(file):
+        data = load(str(find_run(run) / "config.yaml"), overrides).data
     else:
         data = load(None, ["data.kind=table", "data.table=x", *overrides]).data
     given = data.model_dump() | encoder.reading | {"channels": encoder.channels, "table": str(file)}
