@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import torch
+import yaml
 from pydantic import ValidationError
 
-from sslcells.config import ConfigError, Section, load
-from sslcells.data import ImageSet, folder, table
+from sslcells.config import ConfigError, load
+from sslcells.data import ImageSet, table
 from sslcells.data._columns import CSV, PARQUET
 from sslcells.data._patterns import Patterns
 from sslcells.data.folder import FolderImages, class_of, list_images
@@ -81,15 +82,18 @@ def listed(
     names = list_images(root, encoder.decoder, patterns)
     unknown = torch.full((len(names),), -1)
     files = FolderImages(root, names, encoder.reader(), (), unknown, unknown, {})
-    data = _trained_on(run)
-    above = isinstance(data, folder.Config) and data.lab_folder == "above"
-    return Listed(str(root), files, list_digest(names), root.resolve().name, lab_above=above)
+    return Listed(str(root), files, list_digest(names), root.resolve().name, lab_above=_lab_above(run))
 
 
-def _trained_on(run: str) -> Section | None:
-    """The data that the run was trained on; None for an encoder without its run's configuration."""
+def _lab_above(run: str) -> bool:
+    """True if the run was trained on folders of laboratories with classes below them.
+
+    Of its configuration, which may be of another version, this alone is read.
+    """
     saved = find_run(run) / "config.yaml"
-    return load(str(saved)).data if is_file(saved) else None
+    tree = yaml.safe_load(saved.read_text(encoding="utf-8")) if is_file(saved) else None
+    data = tree.get("data") if isinstance(tree, dict) else None
+    return isinstance(data, dict) and data.get("lab_folder") == "above"
 
 
 def _config(run: str, file: Path, encoder: Encoder, overrides: Sequence[str]) -> table.Config:
@@ -105,9 +109,10 @@ def _config(run: str, file: Path, encoder: Encoder, overrides: Sequence[str]) ->
             raise ConfigError(f"{word}: only settings of data can be given, such as data.path=")
         if key in own:
             raise ConfigError(f"{word}: data.{key} is not a choice here: images are read as the encoder of {run} does")
-    of_run = _trained_on(run)
+    saved = find_run(run) / "config.yaml"
+    of_run = load(str(saved)).data if is_file(saved) else None
     if isinstance(of_run, table.Config) and os.path.realpath(place(of_run.table)) == os.path.realpath(file):
-        data = load(str(find_run(run) / "config.yaml"), overrides).data
+        data = load(str(saved), overrides).data
     else:
         data = load(None, ["data.kind=table", "data.table=x", *overrides]).data
     given = data.model_dump() | encoder.reading | {"channels": encoder.channels, "table": str(file)}
