@@ -83,11 +83,13 @@ def fit(
                 missing.append(name)
             continue
         tensor = _usable(name, part)
-        for change, said in ((_channels, inflated), (_grid, resized), (_window, resized), (_flat, resized)):
+        for change, said in ((_channels, inflated), (_grid, resized), (_window, resized)):
             after = change(encoder, name, tensor, target, channels)
             if after is not None:
                 tensor, text = after
                 said.append(f"{name}: {text}")
+        if _long(tensor) == _long(target):
+            tensor = tensor.reshape(target.shape)
         if tensor.shape != target.shape:
             if not _matches(name, allowed[0]):
                 wrong.append(f"{name} {_shape(target)} here, {_shape(part.tensor)} there")
@@ -216,12 +218,9 @@ def _window(encoder: nn.Module, name: str, x: Tensor, target: Tensor, channels: 
     return moved, f"relative positions {_shape(x)} → {_shape(target)}"
 
 
-def _flat(encoder: nn.Module, name: str, x: Tensor, target: Tensor, channels: int) -> _Change:
-    """The same numbers with other dimensions of length 1."""
-    long = [[n for n in t.shape if n != 1] for t in (x, target)]
-    if x.shape == target.shape or long[0] != long[1]:
-        return None
-    return x.reshape(target.shape), f"{_shape(x)} → {_shape(target)}, the same numbers"
+def _long(x: Tensor) -> list[int]:
+    """The shape without dimensions of length 1, which some networks have where others have none."""
+    return [n for n in x.shape if n != 1]
 
 
 def _fold_class_position(encoder: nn.Module, parts: dict[str, Part]) -> None:
