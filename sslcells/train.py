@@ -92,7 +92,7 @@ def _steps(
     learner.check_rows(net.backbone, method, run, images.channels, plan.micro_batch, world)
     network, optimizer = accelerator.prepare(net, optim.build(run.optim, net, net.backbone))
     method.repeated = sampling.repeats
-    standard = inputs.prepared(run, images, resumes=claim.checkpoint is not None)
+    standard = inputs.prepared(run, images, resumes=resumes)
     augment = inputs.augment(run, images, standard)
     augment_local = augment.local(method.local.size, method.local.scale) if method.local else None
     evaluation = Evaluation(run, splits, augment, device)
