@@ -22,7 +22,7 @@ from accelerate.utils import (
     patch_environment,
 )
 
-from sslcells import ranks
+from sslcells import cgroups, ranks
 from sslcells.config import ConfigError, Run, check_tracker
 
 
@@ -400,23 +400,9 @@ def threads_for(threads: int | Literal["auto"], workers: int) -> int:
     return max(share() - workers, math.ceil(0.75 * share()), 1)
 
 
-def _quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+def _quota(root: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> float:
     """Cores that the process's cgroups (version 1 or 2) allow; infinite without a limit."""
-    try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return math.inf
-    allowed = math.inf
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root / "cpu" if controllers else root
-        below = top / path.lstrip("/")
-        for folder in (below, *below.parents):
-            if folder.is_relative_to(top):
-                allowed = min(allowed, _allowed(folder))
-    return allowed
+    return min(map(_allowed, cgroups.folders("cpu", root, own)), default=math.inf)
 
 
 def _allowed(folder: Path) -> float:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslcells import ranks
+from sslcells import cgroups, ranks
 from sslcells.config import ConfigError
 from sslcells.data import Header, ImageSet
 from sslcells.data._rows import Rows
@@ -207,19 +207,10 @@ def _is_there(file: str, name: str) -> bool:
         return False
 
 
-def free_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+def free_memory(root: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> int:
     """Bytes that this process may still take: what the machine has free, and what its cgroups (version 2) allow."""
-    free: int = psutil.virtual_memory().available
-    try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return free
-    for path in [line.split(":", 2)[2] for line in lines if line.startswith("0::")]:
-        below = root / path.lstrip("/")
-        for folder in (below, *below.parents):
-            if folder.is_relative_to(root):
-                free = min(free, _left(folder))
-    return free
+    available: int = psutil.virtual_memory().available
+    return min([available, *map(_left, cgroups.folders("memory", root, own))])
 
 
 def _left(folder: Path) -> int:
