@@ -8,7 +8,10 @@ from trained import make_cells, make_run
 
 from sslcells import losses
 
-MODULES = [f"sslcells.losses.{name}" for name in ("contrastive", "gather", "moco", "pairs", "redundancy", "triplet")]
+MODULES = [
+    f"sslcells.losses.{name}"
+    for name in ("contrastive", "gather", "moco", "pairs", "redundancy", "sinkhorn_knopp", "triplet")
+]
 
 
 def check(name):

@@ -6,6 +6,7 @@ from sslcells.losses.gather import gather_ids, gather_with_grad
 from sslcells.losses.moco import MoCoLoss
 from sslcells.losses.pairs import BatchAllTripletLoss, PairLoss
 from sslcells.losses.redundancy import BarlowTwinsLoss, VICRegLoss
+from sslcells.losses.sinkhorn_knopp import sinkhorn
 from sslcells.losses.triplet import BatchHardTripletLoss
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "gather_ids",
     "gather_with_grad",
     "row_std",
+    "sinkhorn",
     "sound",
     "unit",
 ]

@@ -6,13 +6,12 @@ from typing import Literal, Self, final
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sslcells import methods, ranks
 from sslcells.config import Section
 from sslcells.data import Batch, ImageSet
 from sslcells.losses import sound
-from sslcells.models.heads import Norm, projection
+from sslcells.models.heads import Norm, Prototypes, projection
 
 
 class Config(Section):
@@ -58,20 +57,6 @@ class Config(Section):
         if low > high:
             raise ValueError(f"local_min_scale={low} is above local_max_scale={high}")
         return self
-
-
-class Prototypes(nn.Module):
-    """Cosines with K learned directions."""
-
-    def __init__(self, dimension: int, count: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(count, dimension))
-
-    def forward(self, z: Tensor, frozen: bool = False) -> Tensor:
-        """(A, D) → (A, K). Frozen directions get a zero gradient; weight decay shortens them, but turns none."""
-        # Zero and not None, as DDP waits for a gradient.
-        weight = self.weight.detach() + 0 * self.weight if frozen else self.weight
-        return F.linear(F.normalize(z, dim=1), F.normalize(weight, dim=1))
 
 
 @final

@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 Norm = Literal["batch", "layer", "none"]
 
@@ -22,3 +24,17 @@ def projection(features: int, hidden: int, out: int, layers: int, norm: Norm, la
         plain = {"batch": nn.BatchNorm1d(out, affine=False), "layer": nn.LayerNorm(out, elementwise_affine=False)}
         modules.append(plain.get(norm, nn.Identity()))
     return nn.Sequential(*modules)
+
+
+class Prototypes(nn.Module):
+    """Cosines with K learned directions."""
+
+    def __init__(self, dimension: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(count, dimension))
+
+    def forward(self, z: Tensor, frozen: bool = False) -> Tensor:
+        """(A, D) → (A, K). Frozen directions get a zero gradient; weight decay shortens them, but turns none."""
+        # Zero and not None, as DDP waits for a gradient.
+        weight = self.weight.detach() + 0 * self.weight if frozen else self.weight
+        return F.linear(F.normalize(z, dim=1), F.normalize(weight, dim=1))
