@@ -4,7 +4,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath, PatchDropout  # type: ignore[attr-defined]
+from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -131,7 +131,7 @@ def without_dropout(network: nn.Module) -> None:
             module.p = 0.0
         elif isinstance(module, DropPath):
             module.drop_prob = 0.0
-        elif isinstance(module, PatchDropout):
+        elif isinstance(module, PatchDropout | PatchDropoutWithIndices):
             module.prob = 0.0
 
 

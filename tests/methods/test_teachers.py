@@ -59,10 +59,13 @@ def test_the_teacher_follows_and_nothing_else_moves_it(name):
     assert all(torch.equal(a, b) for a, b in zip(kept, network.teacher.parameters(), strict=True))
 
 
-def test_a_teacher_has_no_dropout():
-    encoder = models.build(Model(backbone="test_vit", args={"drop_path_rate": 0.5, "proj_drop_rate": 0.5}), 3)
+@pytest.mark.parametrize("backbone", ["test_vit", "vit_small_patch16_dinov3"])
+def test_a_teacher_has_no_dropout(backbone):
+    rates = {"drop_path_rate": 0.5, "proj_drop_rate": 0.5, "patch_drop_rate": 0.5}
+    small = {"depth": 2, "embed_dim": 32, "num_heads": 2} if "dinov3" in backbone else {}
+    encoder = models.build(Model(backbone=backbone, args={**small, **rates, "img_size": 64}), 3)
     teacher = methods.Teacher(encoder.train(), torch.nn.Dropout(0.5)).train()
-    x = torch.randn(2, 3, 160, 160)
+    x = torch.randn(2, 3, 64, 64)
     assert torch.equal(teacher(x), teacher(x))
     assert not torch.equal(encoder(x), encoder(x))
 
