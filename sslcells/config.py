@@ -134,10 +134,14 @@ class Standardise(Section):
     It is part of the encoder: training, figures, embed, search and export prepare images alike.
     """
 
-    colour: Literal["none", "background", "two_point", "reinhard", "macenko", "percentiles"] = "none"
+    colour: Literal["none", "background", "two_point", "three_point", "reinhard", "macenko", "percentiles"] = "none"
     """`background`: the background becomes white, or black in fluorescence. `two_point`: also the mean density of
-    the nucleus becomes that of train. `reinhard` gives an image the colour statistics of train, `macenko` its
-    two dyes. `percentiles`: the 0.1 and 99.9 percentiles of each channel become 0 and 1."""
+    the nucleus becomes that of train. `three_point`, for blood smears: the densities of red cells and of the nucleus
+    become those of train, in each channel by a power law. `reinhard` gives an image the colour statistics of train,
+    `macenko` its two dyes. `percentiles`: the 0.1 and 99.9 percentiles of each channel become 0 and 1."""
+    channels: Literal["all", "red_green"] = "all"
+    """`red_green`: blue becomes the mean of red and green; a nucleus absorbs little of it, and cameras differ most in
+    it."""
     scale: Literal["none", "nucleus"] = "none"
     """`nucleus` magnifies the cell so that its nucleus has `diameter`."""
     diameter: float = Field(0.4, ge=0.05, le=0.9)
@@ -152,12 +156,15 @@ class Standardise(Section):
     @property
     def active(self) -> bool:
         """True if it changes images."""
-        return self.colour != "none" or self.scale != "none" or self.centre or self.outside != "keep"
+        changes = self.colour != "none", self.channels != "all", self.scale != "none", self.outside != "keep"
+        return self.centre or any(changes)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.stain == "bright" and self.colour in ("reinhard", "macenko"):
             raise ValueError(f"colour={self.colour} is for light that dyes absorb; stain=bright says fluorescence")
+        if self.colour == "three_point" and self.stain != "giemsa":
+            raise ValueError(f"colour=three_point is for blood smears, stain=giemsa; stain={self.stain}: two_point")
         return self
 
 

@@ -63,6 +63,8 @@ def measured(run: Run, images: ImageSet) -> dict[str, Any] | None:
 def _check_channels(config: Standardise, channels: int) -> None:
     if channels != 3 and config.colour in ("reinhard", "macenko"):
         raise ConfigError(f"standardise.colour={config.colour} is for images of three channels; these have {channels}")
+    if channels != 3 and config.channels == "red_green":
+        raise ConfigError(f"standardise.channels=red_green is for images of red, green, blue; these have {channels}")
     if channels != 3 and config.stain in ("giemsa", "haematoxylin-eosin"):
         raise ConfigError(
             f"standardise.stain={config.stain} is for images with three channels; these have {channels}: "

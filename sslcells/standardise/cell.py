@@ -34,6 +34,8 @@ class Cell(NamedTuple):
     """(N, 2) x and y of the nucleus, −1 to 1 over the image; 0 where none was found"""
     diameter: Tensor
     """(N,) of the disc with the nucleus's area, as a fraction of the image's shorter side; 0 where none was found"""
+    red: Tensor
+    """(N, h, w) bool: the red cells around it, or other tissue without the nucleus's dye"""
 
 
 def reduced(x: Tensor) -> Tensor:
@@ -63,6 +65,16 @@ def counted(level: Tensor, levels: int) -> Tensor:
     """(..., M) integers in 0 … levels − 1 → how often each occurs, (..., levels) int64."""
     zero = torch.zeros(*level.shape[:-1], levels, dtype=torch.int64, device=level.device)
     return zero.scatter_add(-1, level, torch.ones_like(level))
+
+
+def middle(values: Tensor, mask: Tensor, most: float) -> Tensor:
+    """The median inside a mask: (N, C, M), bool (N, M) → (N, C), one of 512 levels of 0 … `most`; 0 if it is empty."""
+    level = (values * (511 / most)).round().long().clamp(0, 511)
+    inside = mask[:, None].expand_as(level).long()
+    zero = torch.zeros(*level.shape[:-1], 512, dtype=torch.int64, device=level.device)
+    below = zero.scatter_add(-1, level, inside).cumsum(-1)
+    half = (inside.sum(-1, keepdim=True) + 1) // 2
+    return (below < half).sum(-1).to(values.dtype) * (most / 511)
 
 
 def background_of(small: Tensor, stain: str) -> Tensor:
@@ -96,7 +108,7 @@ def find(small: Tensor, background: Tensor, stain: str) -> Cell:
     height, width = small.shape[-2:]
     level = levels(nuclear, 1.0)
     dark = level > three_classes(level)[:, None, None]
-    nucleus = unpacked(around(packed(central(dark)), packed(dark), width, GRID // LOBES, LOBES), width)
+    nucleus = unpacked(around(packed(central(_thick(dark))), packed(dark), width, GRID // LOBES, LOBES), width)
     area = nucleus.flatten(1).sum(1)
     found = (area >= 0.002 * height * width) & (area <= 0.6 * height * width)
     nucleus = nucleus & found[:, None, None]
@@ -104,7 +116,15 @@ def find(small: Tensor, background: Tensor, stain: str) -> Cell:
     level = levels(anything, 0.4)
     tissue = level > two_classes(level)[:, None, None]
     cell = unpacked(_outline(packed(nucleus), packed(tissue), diameter * min(height, width), width), width)
-    return Cell(nucleus, cell | ~found[:, None, None], found, _centre(nucleus, area, found), diameter)
+    stained_by_it = unpacked(grown(packed(dark), width), width)
+    red = tissue & ~cell & ~stained_by_it
+    return Cell(nucleus, cell | ~found[:, None, None], found, _centre(nucleus, area, found), diameter, red)
+
+
+def _thick(mask: Tensor) -> Tensor:
+    """(N, h, w) bool: the mask without its rim, so without platelets and specks; the mask itself if nothing is left."""
+    inner = F.avg_pool2d(mask[:, None].float(), 3, 1, padding=1, count_include_pad=False)[:, 0] > 0.999
+    return torch.where(inner.flatten(1).any(1)[:, None, None], inner, mask)
 
 
 def _centre(nucleus: Tensor, area: Tensor, found: Tensor) -> Tensor:

@@ -11,12 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslcells.standardise.cell import Cell, at_rank, background_of, density, find, reduced
+from sslcells.standardise.cell import DYES, GRID, Cell, at_rank, background_of, density, find, middle, reduced
 
 ZOOM = 2.5
 """a cell is magnified or shrunk by at most this factor"""
 GAIN = 4.0
 """a density is multiplied or divided by at most this factor"""
+POWER = 2.5
+"""a density is raised to at most this power, or its inverse"""
+RED = 0.2
+"""density of a red cell as a part of the nucleus's, for images that show fewer red cells than SEEN"""
+SEEN = 0.02
+"""share of an image"""
+BLACK = 0.1
+"""where no channel is brighter, a rotation or a stitch has filled the image"""
+REPEATED = 0.015
+"""mean difference up to which rows or columns at a border repeat the last one"""
 RUDERMAN = ((0.3811, 0.5783, 0.0402), (0.1967, 0.7244, 0.0782), (0.0241, 0.1288, 0.8444))
 """RGB → LMS, as in Reinhard et al. 2001, eq. 4"""
 OPPONENT = ((3**-0.5, 3**-0.5, 3**-0.5), (6**-0.5, 6**-0.5, -2 * 6**-0.5), (2**-0.5, -(2**-0.5), 0.0))
@@ -47,8 +57,9 @@ class Standard(nn.Module):
         self.stain: str = spec["stain"]
         self._moves = spec["scale"] == "nucleus" or spec["centre"]
         self._blank = spec["outside"] == "blank"
-        self.needs_cell = self._moves or self._blank or self.colour == "two_point"
-        self.does_something = self.needs_cell or self.colour != "none"
+        self._red_green = spec.get("channels", "all") == "red_green"
+        self.needs_cell = self._moves or self._blank or self.colour in ("two_point", "three_point")
+        self.does_something = self.needs_cell or self.colour != "none" or self._red_green
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """(N, C, H, W) → the same; with `rows` (N, P), as `measure` gives them, in place of each image's own."""
@@ -58,28 +69,39 @@ class Standard(nn.Module):
         """The images, with the outlines of their cells if `cell` is true or the standardisation needs them."""
         if not (self.does_something or cell):
             return Found(x, None, torch.zeros(x.shape[0], dtype=torch.bool, device=x.device))
+        x = self._unfilled(x)
         own, at, failed = self._measured(x, cell)
         row = own if rows is None else rows.to(x.device, x.dtype)
         out = self._coloured(x, row)
         if self.colour == "macenko" and rows is None:
             out = torch.where(failed[:, None, None, None], x, out)
+        if self._red_green:
+            out = torch.cat([out[:, :2], out[:, :2].mean(1, keepdim=True)], 1)
         mask = None if at is None else _enlarged(at.cell, x)
         if self._blank and at is not None and mask is not None:
             out = blanked(out, mask, self.background(out))
         if self._moves and at is not None and mask is not None:
             zoom = row[:, -1] if self.spec["scale"] == "nucleus" else torch.ones_like(row[:, -1])
             centre = at.centre.to(x.dtype) * self.spec["centre"]
-            out, mask = _moved(torch.cat([out, mask], 1), zoom, centre).tensor_split([x.shape[1]], 1)
+            empty = self.background(out)[:, :, None, None]
+            out, mask = _moved(torch.cat([out - empty, mask], 1), zoom, centre).tensor_split([x.shape[1]], 1)
+            out = (out + empty).clamp(0, 1)
         return Found(out, mask, failed)
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C, H, W) → what is measured of each image, (N, P) float32, and whether it failed, (N,) bool."""
-        row, _, failed = self._measured(x, cell=False)
+        row, _, failed = self._measured(self._unfilled(x), cell=False)
         return row, failed
 
     def background(self, x: Tensor) -> Tensor:
         """The colour of the background of images (N, C, H, W): (N, C)."""
         return background_of(reduced(x), self.stain)
+
+    def _unfilled(self, x: Tensor) -> Tensor:
+        """Images whose borders have the colour of the background where a program has filled them."""
+        if self.stain not in DYES:
+            return x
+        return blanked(x, 1 - filled(x), self.background(x))
 
     def _measured(self, x: Tensor, cell: bool) -> tuple[Tensor, Cell | None, Tensor]:
         small = reduced(x)
@@ -94,6 +116,9 @@ class Standard(nn.Module):
         elif self.colour == "two_point":
             assert at is not None
             row = torch.cat([background, self._nuclear(small, background, at)], 1)
+        elif self.colour == "three_point":
+            assert at is not None
+            row = torch.cat([background, *self._red_and_nuclear(small, background, at)], 1)
         elif self.colour == "reinhard":
             row = torch.cat(moments(opponent(small)), 1)
         elif self.colour == "macenko":
@@ -111,6 +136,13 @@ class Standard(nn.Module):
         above = self._above(small, background)
         weight = at.nucleus[:, None].to(small.dtype)
         return (above.mean(1, keepdim=True) * weight).flatten(2).sum(2) / weight.flatten(2).sum(2).clamp_min(1)
+
+    def _red_and_nuclear(self, small: Tensor, background: Tensor, at: Cell) -> tuple[Tensor, Tensor]:
+        """(N, C) each: median optical density of the red cells and of the nucleus above the background."""
+        above = self._above(small, background).flatten(2)
+        nucleus = middle(above, at.nucleus.flatten(1), 4.0)
+        seen = at.red.flatten(1).to(above.dtype).mean(1) >= SEEN
+        return torch.where(seen[:, None], middle(above, at.red.flatten(1), 2.0), RED * nucleus), nucleus
 
     def _above(self, x: Tensor, background: Tensor) -> Tensor:
         empty = background[:, :, None, None]
@@ -132,6 +164,9 @@ class Standard(nn.Module):
             gain = (reference[-1] / nucleus.clamp_min(1e-3)).clamp(1 / GAIN, GAIN)
             gain = torch.where(nucleus > 1e-3, gain, 1.0)  # 0 where no nucleus was found
             return self._shown(self._above(x, background) * gain[:, :, None, None])
+        if self.colour == "three_point":
+            background, red, nucleus = row.chunk(3, 1)
+            return self._shown(curved(self._above(x, background), red, nucleus, *reference[None].chunk(3, 1)[1:]))
         if self.colour == "reinhard":
             return transferred(x, *parts, *(part[None] for part in reference.chunk(2)))
         return restained(x, row, reference)
@@ -146,6 +181,34 @@ def blanked(x: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
     return empty + (x - empty) * mask
 
 
+def curved(od: Tensor, red: Tensor, nucleus: Tensor, to_red: Tensor, to_nucleus: Tensor) -> Tensor:
+    """Densities (N, C, H, W) on a power law for each channel on which red cells and nuclei (N, C) become others'.
+
+    A camera that compresses dark colours, and a stain of another strength, then give the same. In a channel in which
+    the nucleus is not denser than the red cells, the red cells alone set the gain.
+    """
+    red, nucleus = red.clamp_min(1e-2), nucleus.clamp_min(1e-2)
+    two = (nucleus > 1.2 * red) & (to_nucleus > 1.2 * to_red)
+    power = (to_nucleus / to_red).log() / (nucleus / red).log().clamp_min(0.1)
+    power = torch.where(two, power.clamp(1 / POWER, POWER), 1.0)
+    at, to = torch.where(two, nucleus, red), torch.where(two, to_nucleus, to_red)
+    relative = (od / at[:, :, None, None]).clamp_min(1e-3)
+    return to[:, :, None, None] * relative.pow(power[:, :, None, None])
+
+
+def filled(x: Tensor) -> Tensor:
+    """Where a program has filled images (N, C, H, W), with black or by repeating the edge: (N, 1, H, W), 1 or 0."""
+    k = 2 * (-(-max(x.shape[-2:]) // GRID)) + 1  # and the pixels between
+    black = F.max_pool2d((x.amax(1, keepdim=True) < BLACK).to(x.dtype), k, 1, k // 2)
+    for axis in (2, 3):
+        for ends in (x, x.flip(axis)):
+            edge = (ends - ends.narrow(axis, 0, 1)).abs().mean((1, 5 - axis), keepdim=True)
+            run = ((edge >= REPEATED).long().cumsum(axis) == 0).to(x.dtype)
+            run = run * (run.sum(axis, keepdim=True) > 3)
+            black = black.maximum(run if ends is x else run.flip(axis))
+    return black
+
+
 def _enlarged(mask: Tensor, x: Tensor) -> Tensor:
     """A mask (N, h, w) of reduced images, at the size of the images: (N, 1, H, W), soft at its edge."""
     k = -(-max(x.shape[-2:]) // mask.shape[-1]) if mask.shape[-1] < x.shape[-1] else 1
@@ -156,11 +219,18 @@ def _enlarged(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _moved(x: Tensor, zoom: Tensor, centre: Tensor) -> Tensor:
-    """Images around a new centre (N, 2), showing `zoom` (N,) times as much to each side; reflected at their edges."""
+    """Squares (N, C, S, S) around a new centre (N, 2), S being the shorter side; 0 beyond the image's edges.
+
+    They show `zoom` (N,) times as much to each side.
+    """
+    height, width = x.shape[-2:]
+    side = min(height, width)
     zero = torch.zeros_like(zoom)
-    theta = torch.stack([zoom, zero, centre[:, 0], zero, zoom, centre[:, 1]], 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    theta = torch.stack(
+        [zoom * (side / width), zero, centre[:, 0], zero, zoom * (side / height), centre[:, 1]], 1
+    ).view(-1, 2, 3)
+    grid = F.affine_grid(theta, [x.shape[0], x.shape[1], side, side], align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def opponent(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from sslcells.standardise.cell import (
     central,
     find,
     grown,
+    middle,
     packed,
     reduced,
     three_classes,
@@ -58,6 +59,33 @@ def test_all_lobes_of_a_nucleus_belong_to_it_and_a_platelet_does_not():
     image[:, lobes | platelet] = stained()[0][:, 48, 48][:, None]
     at = found(image)
     assert overlap(at.nucleus[0], lobes) > 0.8
+
+
+def test_a_platelet_in_the_middle_is_not_the_cell():
+    image, core, _ = stained(x=30, y=66)
+    image[:, disc(96, 50, 46, 2.5)] = image[:, 66, 30][:, None]
+    assert overlap(found(image).nucleus[0], core) > 0.85
+    alone = torch.ones(3, 96, 96)
+    alone[:, disc(96, 50, 46, 2.5)] = image[:, 66, 30][:, None]
+    assert found(alone).nucleus[0].any()
+
+
+def test_red_cells_are_told_from_the_cell_and_other_nuclei():
+    image, core, inside = stained()
+    image[:, disc(96, 84, 48, 6)] = image[:, 48, 48][:, None]
+    red = found(image).red[0]
+    assert 200 < red.sum() < 300
+    assert not (red & (reduced((core | inside | disc(96, 84, 48, 6))[None, None].float())[0, 0] > 0.5)).any()
+
+
+def test_the_median_inside_a_mask():
+    torch.manual_seed(0)
+    values, mask = torch.rand(2, 3, 500), torch.rand(2, 500) < 0.3
+    for n in range(2):
+        torch.testing.assert_close(
+            middle(values, mask, 1.0)[n], values[n][:, mask[n]].median(1).values, rtol=0, atol=1 / 511
+        )
+    assert (middle(values, mask & False, 1.0) == 0).all()
 
 
 def test_a_neighbour_that_touches_the_cell_is_cut_off():

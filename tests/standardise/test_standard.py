@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from cells_drawn import stained
+from cells_drawn import NUCLEUS, RED, disc, stained
 from PIL import Image
 from test_train import tiny
 from torch.nn import functional
@@ -17,7 +17,7 @@ from sslcells.config import ConfigError, Standardise, load
 from sslcells.data import open_splits
 from sslcells.delivery.export import export
 from sslcells.standardise import Standard, fit
-from sslcells.standardise.standard import colours, opponent, restained
+from sslcells.standardise.standard import colours, curved, filled, opponent, restained
 from sslcells.train import train
 
 PINK = {"lamp": (0.95, 0.85, 0.8), "density": 0.7}
@@ -74,7 +74,76 @@ def test_percentiles_of_each_channel_become_black_and_white():
     assert y.flatten(2).amin(2).max() < 0.002
 
 
-@pytest.mark.parametrize("colour", ["none", "background", "two_point", "reinhard", "macenko", "percentiles"])
+def by_another_camera(x, lamp=(0.8, 0.82, 0.85), power=(0.75, 0.7), gain=(0.4, 0.5), blue=0.1):
+    """It compresses dark red and green, and sees little blue in what is dense."""
+    od = -x.log()
+    out = [g * od[:, c] ** p for c, (g, p) in enumerate(zip(gain, power, strict=True))]
+    return torch.tensor(lamp)[:, None, None] * (-torch.stack([*out, blue * od[:, 2]], 1)).exp()
+
+
+def test_a_camera_that_compresses_dark_colours_is_taken_away_by_red_cells_and_nuclei():
+    ours, theirs = images(), by_another_camera(images())
+    apart = {}
+    for colour in ("two_point", "three_point"):
+        change = standard(ours, colour=colour, channels="red_green")
+        apart[colour] = (change(ours) - change(theirs)).abs().mean().item()
+        torch.testing.assert_close(change(theirs)[:, 2], change(theirs)[:, :2].mean(1), rtol=0, atol=1e-6)
+    assert apart["three_point"] < 0.006 < apart["two_point"] / 4
+    rows = standard(ours, colour="three_point").measure(theirs)[0]
+    torch.testing.assert_close(
+        rows[0, 3:5], torch.tensor([0.4 * RED[0] ** 0.75, 0.5 * RED[1] ** 0.7]), rtol=0, atol=0.01
+    )
+
+
+def test_densities_of_red_cells_and_nuclei_become_the_references():
+    red, nucleus = torch.tensor([[0.12, 0.23, 0.23]]), torch.tensor([[0.39, 0.73, 0.01]])
+    to_red, to_nucleus = torch.tensor([[0.23, 0.33, 0.23]]), torch.tensor([[1.1, 1.7, 0.44]])
+    od = torch.stack([red, nucleus], 2)[..., None]
+    red_there, nucleus_there = curved(od, red, nucleus, to_red, to_nucleus)[..., 0].unbind(2)
+    torch.testing.assert_close(red_there, to_red)
+    torch.testing.assert_close(nucleus_there[:, :2], to_nucleus[:, :2])
+    torch.testing.assert_close(nucleus_there[:, 2], nucleus[:, 2])  # no nucleus in blue: a gain alone, 1
+
+
+def test_without_red_cells_the_nucleus_sets_the_gain():
+    alone = images(neighbours=False)
+    red, nucleus = standard(images(), colour="three_point").measure(alone)[0][:, 3:9].chunk(2, 1)
+    torch.testing.assert_close(red, 0.2 * nucleus)
+    torch.testing.assert_close(nucleus, torch.tensor([NUCLEUS]).expand(3, -1), rtol=0, atol=0.05)
+
+
+def test_borders_that_a_program_filled_are_background():
+    x = images(lamp=(0.8, 0.9, 0.85))
+    black, repeated = x.clone(), x.clone()
+    black[:, :, :14, :] = 0
+    repeated[:, :, :, 80:] = repeated[:, :, :, 79:80]
+    repeated += 0.004 * torch.rand(x.shape)  # as JPEG leaves it
+    assert filled(black)[:, :, :14].all()
+    assert filled(repeated)[:, :, :, 81:].all()
+    for y, cut in ((black, filled(black)), (repeated, filled(repeated))):
+        assert cut.mean() < 0.3
+        change = standard(x, colour="background")
+        torch.testing.assert_close(change(y).where(cut > 0, torch.ones(())), torch.ones_like(y), rtol=0, atol=0.01)
+        centred = standard(x, scale="nucleus", centre=True)
+        torch.testing.assert_close(centred.measure(y), centred.measure(x), rtol=0, atol=0.05)
+
+
+def test_an_oblong_image_gives_a_square_of_round_cells():
+    wide = torch.ones(1, 3, 96, 160)
+    wide[:, :, :, 40:136] = images()[:1]
+    change = standard(images(), scale="nucleus", centre=True)
+    square = change(images())[:1]
+    assert change(wide).shape == square.shape
+    middle = disc(96, 48, 48, 36)  # without neighbours that lie beyond the image that is narrow
+    assert (change(wide) - square)[..., middle].abs().mean() < 0.04  # masks are found on another grid
+    edge = torch.ones(1, 3, 96, 96)
+    edge[:, :, :, :60] = images()[:1, :, :, 36:]
+    torch.testing.assert_close(change(edge)[:, :, 48, :8], torch.ones(1, 3, 8), rtol=0, atol=0.01)  # not a mirror image
+
+
+@pytest.mark.parametrize(
+    "colour", ["none", "background", "two_point", "three_point", "reinhard", "macenko", "percentiles"]
+)
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_an_empty_image_stays_finite_and_is_counted(colour, value):
     change = standard(images(), colour=colour, scale="nucleus", centre=True, outside="blank")
@@ -177,6 +246,7 @@ def test_a_resumed_run_keeps_what_was_measured(finished, tmp_path):
     ("changes", "message"),
     [
         (["standardise.colour=reinhard", "standardise.stain=bright"], "colour=reinhard is for light that dyes absorb"),
+        (["standardise.colour=three_point", "standardise.stain=dark"], "three_point is for blood smears"),
         (["standardise.color=reinhard"], "did you mean standardise.colour"),
     ],
 )
