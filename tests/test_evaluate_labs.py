@@ -9,7 +9,7 @@ from PIL import Image
 from trained import SMALL, make_run
 
 from sslcells.cli import main
-from sslcells.data import folder, synthetic
+from sslcells.data import folder, open_split, synthetic
 from sslcells.data._smear import CLASSES, draw_smear
 from sslcells.evaluation.new_labs import opened
 
@@ -92,7 +92,7 @@ def test_two_laboratories_of_one_name(run, tmp_path, capsys):
 
 
 def images(path, config=None):
-    train = synthetic.open_split(synthetic.Config(size=32, train=10), "train")
+    train = open_split(synthetic.Config(size=32, train=10), "train")
     return opened([f"x={path}"], config or synthetic.Config(size=32), train, 32)[0]
 
 

@@ -12,7 +12,7 @@ from sslcells import compare as comparison
 from sslcells.cli import main
 from sslcells.compare import compare
 from sslcells.config import ConfigError, load
-from sslcells.data import DataError, holdout, synthetic
+from sslcells.data import DataError, holdout, open_split, synthetic
 from sslcells.evaluation.classifier import read_predictions
 from sslcells.run.interrupt import Stopped
 from sslcells.run.metrics import read_metrics
@@ -70,7 +70,7 @@ def test_what_is_held_out_is_never_trained_on_and_the_same_after_a_resume(read, 
 
     whole = train(tiny(tmp_path / "whole", *NO_VAL), watch)
     held = json.loads((whole / holdout.FILE).read_text())
-    images = synthetic.open_split(load(None, ["data.size=32", "data.train=80"]).data, "train")
+    images = open_split(load(None, ["data.size=32", "data.train=80"]).data, "train")
     of = {images.name(i): images.pixels(i).numpy().tobytes() for i in range(80)}
     assert len(held) == 10  # one or two of each class of 16: 0.1 rounded
     assert not seen & {of[name] for name in held}

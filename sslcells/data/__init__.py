@@ -1,7 +1,7 @@
 """Images as uint8, with their labels and sources; one file per kind of data set.
 
-A kind is a module with a `Config` and `open_split(config, split) -> ImageSet | None`; where the splits have something
-in common that is read once, also with `open_splits(config) -> dict[str, ImageSet]`.
+A kind is a module with a `Config` and `open_splits(config, wanted=SPLITS) -> dict[str, ImageSet]`: those of the wanted
+splits that there are; what they have in common is read once.
 """
 
 import importlib
@@ -165,11 +165,7 @@ def open_splits(config: Section) -> dict[str, ImageSet]:
 
 
 def _open_splits(config: Section) -> dict[str, ImageSet]:
-    module = _module(config)
-    if hasattr(module, "open_splits"):
-        splits: dict[str, ImageSet] = module.open_splits(config)
-    else:
-        splits = {name: images for name in SPLITS if (images := open_split(config, name)) is not None}
+    splits = present_splits(config)
     if "train" not in splits:
         raise ConfigError(f"data: there is no train split, only {', '.join(splits) or 'nothing'}")
     channels = {name: images.channels for name, images in splits.items()}
@@ -179,18 +175,20 @@ def _open_splits(config: Section) -> dict[str, ImageSet]:
     return splits
 
 
-def open_split(config: Section, split: str) -> ImageSet | None:
-    """Open the split "train", "val" or "test" of the data set in `config`; None if it has no such split.
+def present_splits(config: Section, wanted: Sequence[str] = SPLITS) -> dict[str, ImageSet]:
+    """Open those of the wanted splits that the data set in `config` has, train or not, in this process alone.
 
     Raises:
         ConfigError: if the data set is missing, or contradicts the configuration.
     """
-    images: ImageSet | None = _module(config).open_split(config, split)
-    return images
+    module = importlib.import_module(f"sslcells.data.{config.kind}")  # type: ignore[attr-defined]
+    splits: dict[str, ImageSet] = module.open_splits(config, wanted)
+    return splits
 
 
-def _module(config: Section) -> Any:
-    return importlib.import_module(f"sslcells.data.{config.kind}")  # type: ignore[attr-defined]
+def open_split(config: Section, split: str) -> ImageSet | None:
+    """One split, as `present_splits` opens it; None if the data set has no such split."""
+    return present_splits(config, [split]).get(split)
 
 
 def reading(config: Section | None, size: int) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import re
 import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from sslcells.config import ConfigError
@@ -36,6 +38,8 @@ class Config(Files):
     """An image that cannot be read stops the run, and is named."""
     z: Literal["middle", "max"] = "middle"
     """Of planes that a file calls Z or T: the `middle` one, or their maximum (`max`)."""
+    path: str = Field(min_length=1)
+    """Folder with the files, at any depth, or one of them."""
     train: str | None = None
     """Pattern for the names of the training files, such as train-*; none: those with train or training in their path,
     or all if no path has the name of a split."""
@@ -123,13 +127,13 @@ def in_file(data: bytes, use: Any) -> Any:
         return use(file.name)
 
 
-def find_files(path: str, ending: str, given: Mapping[str, str | None]) -> tuple[Path, dict[str, list[str]], list[str]]:
-    """The folder of the files of this ending below `path`, those of each split sorted by path, and those of none.
+def find_files(config: Config, ending: str) -> tuple[Path, dict[str, list[str]], list[str]]:
+    """The folder of the files of this ending, those of each split sorted by path, and those of none.
 
     Raises:
         ConfigError: if there is no such folder or file, no file is there, a pattern fits none, or two fit one.
     """
-    root = place(path)
+    path, root = config.path, place(config.path)
     if is_file(root) and root.name.lower().endswith(ending):
         return root.parent, {"train": [root.name]}, []
     if not is_folder(root):
@@ -147,7 +151,7 @@ def find_files(path: str, ending: str, given: Mapping[str, str | None]) -> tuple
     named = {name: next((s for word in _words(name) if (s := split_of(word))), None) for name in names}
     splits: dict[str, list[str]] = {}
     for split in SPLITS:
-        pattern = given[split]
+        pattern = getattr(config, split)
         chosen = [n for n in names if (named[n] == split if pattern is None else _fits(n, pattern))]
         if pattern is not None and not chosen:
             raise ConfigError(f"data.{split}={pattern!r} fits none of the files in {root}: {some(names)}")
@@ -170,16 +174,17 @@ def _words(name: str) -> list[str]:
 
 
 def label_numbers(
-    texts: Sequence[str | None], given: Sequence[str], known: Sequence[str], where: str
-) -> tuple[tuple[str, ...], Tensor]:
-    """Classes, and (N,) int64 class of each text; −1 where there is none.
+    by_split: Mapping[str, Sequence[str | None]], given: Sequence[str], known: Sequence[str], where: str
+) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Classes, and of each split (N,) int64 class of each text; −1 where there is none.
 
-    Numbers are places in `given`, the names from the configuration, or in `known`, those from the files. `texts` are of
-    all splits, so that a number means the same class in each.
+    Numbers are places in `given`, the names from the configuration, or in `known`, those from the files. A number means
+    the same class in each split.
 
     Raises:
         ConfigError: if a number has no name.
     """
+    texts = [text for of in by_split.values() for text in of]
     distinct = sorted({text for text in texts if text is not None})
     names = tuple(given or known)
     if distinct and all(text.isdecimal() for text in distinct):
@@ -197,7 +202,8 @@ def label_numbers(
         at = {name: k for k, name in enumerate(names)}
         numbers = [-1 if text is None else at[text] for text in texts]
     check_classes(names, where)
-    return names, torch.tensor(numbers, dtype=torch.int64)
+    left = iter(numbers)
+    return names, {split: torch.tensor([*islice(left, len(of))], dtype=torch.int64) for split, of in by_split.items()}
 
 
 def sources_of(names: Sequence[str], sources: Sequence[str | None] | None) -> tuple[Tensor, Tensor | None]:

@@ -113,6 +113,13 @@ def one_group(pattern: str | None) -> str | None:
     return pattern
 
 
+def one_lab(pattern: str | None) -> str | None:
+    """As `one_group`, where the group is the laboratory."""
+    if pattern is not None:
+        check_pattern(pattern, "the laboratory")
+    return pattern
+
+
 def verify(
     config: Files, root: Path, listing: Listing, decoder: Decoder, folder: str, asked: Set[str] = frozenset()
 ) -> Looks:

@@ -1,7 +1,7 @@
 """Laboratories of the images of a folder: from a pattern in their paths, or from the folders above or below a class."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
@@ -34,9 +34,20 @@ def _part(path: str, place: int) -> str | None:
 def _lab_in(path: str, prefix: str, pattern: str | None, lab_folder: LabFolder) -> str | None:
     """The laboratory in an image's path, which is relative to its split; `prefix` leads there from data.path."""
     if pattern is not None:
-        found = re.search(pattern, prefix + path)
-        return found[1] or None if found is not None else None
+        return next(labs_in([prefix + path], pattern))
     return _part(path, int(lab_folder == "below"))
+
+
+def labs_in(paths: Iterable[str | None], pattern: str) -> Iterator[str | None]:
+    """The laboratory that a pattern finds in each path; None where it finds none."""
+    for path in paths:
+        found = re.search(pattern, path) if path is not None else None
+        yield found[1] or None if found is not None else None
+
+
+def no_lab(how: str, example: str, root: Path) -> str:
+    """What is said where no image gets a laboratory."""
+    return f"{how} gives no image a laboratory: {example!r} (below {root}) has none"
 
 
 def lab_names(
@@ -56,7 +67,7 @@ def lab_names(
                 found.add(lab)
     if not found:
         how = f"data.lab_pattern={pattern!r}" if pattern is not None else f"data.lab_folder={lab_folder}"
-        raise ConfigError(f"{how} gives no image a laboratory: {example!r} (below {root}) has none")
+        raise ConfigError(no_lab(how, example, root))
     check_classes(sorted(found), str(root), "laboratories")
     return tuple(sorted(found))
 

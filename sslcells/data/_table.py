@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sslcells.config import ConfigError, nearest
 from sslcells.data import SPLITS
 from sslcells.data._columns import Table, find, names_of, read
+from sslcells.data._labs import labs_in, no_lab
 from sslcells.data._names import check_classes, some
 from sslcells.data._places import Place, below
 from sslcells.data._splits import split_of
@@ -75,9 +74,8 @@ class Rows:
         self.names, _ = names_of(self.file)
         self.columns = _columns(config, self.file, self.names)
         self.table = read(self.file, None if every else self.columns.used)
-        self.classes = _names(self.table, self.columns.label)
+        self.classes = _names(self.column(self.columns.label))
         check_classes(self.classes, f"{self.file}, column {self.columns.label}")
-        self.sites = _names(self.table, self.columns.site)
         self._splits = {} if every else _splits(config, self.table, self.columns.split)
         given = None if config.path is None else place(config.path)
         if given is not None and not is_folder(given):
@@ -92,6 +90,30 @@ class Rows:
         """of each row, its path below the root; None if it names none"""
         for row, found in zip(used.tolist(), Place(self.root).files(paths), strict=True):
             self.files[row] = found
+        self.sites: tuple[str, ...] = ()
+        """the laboratories of all rows"""
+        self.labs: NDArray[np.int64] | None = None
+        """(N,): 1 + the place of each row's laboratory in `sites`, 0 where unknown; None if nothing says it"""
+        if not every and (self.columns.site is not None or config.lab_pattern is not None):
+            self.sites, self.labs = self._laboratories(config.lab_pattern)
+
+    def _laboratories(self, pattern: str | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+        """The laboratories: what the column says, and where it says nothing what the pattern finds in the path."""
+        texts = self.column(self.columns.site)
+        if pattern is not None:
+            by_path = [*labs_in(self.files, pattern)]
+            given = zip(texts.to_pylist(), by_path, strict=True)
+            texts = pa.array([said if said is not None else found for said, found in given], pa.string())
+            if not any(by_path):
+                example = next((name for name in self.files if name is not None), "")
+                raise ConfigError(no_lab(f"data.lab_pattern={pattern!r}", example, self.root))
+        names = _names(texts)
+        check_classes(names, str(self.file), "laboratories")
+        return names, numbers(texts, names) + 1
+
+    def column(self, name: str | None) -> pa.ChunkedArray | pa.Array:
+        """The text of a column, nothing but nulls where the name is None."""
+        return pa.nulls(self.table.columns.num_rows, pa.string()) if name is None else self.table.text(name)
 
     def of(self, split: str) -> tuple[NDArray[np.int64], str]:
         """The rows of a split, and how they were chosen."""
@@ -162,21 +184,18 @@ def _columns(config: "Config", file: Path, names: Sequence[str]) -> Columns:
     )
 
 
-def _names(table: Table, column: str | None) -> tuple[str, ...]:
-    """The distinct values of a column in the whole table, so that a number means the same in each split."""
-    if column is None:
-        return ()
-    names: list[str] = [name for name in pc.unique(table.text(column)).to_pylist() if name is not None]
+def _names(texts: pa.ChunkedArray | pa.Array) -> tuple[str, ...]:
+    """The distinct texts of all rows, so that a number means the same in each split."""
+    names: list[str] = [name for name in pc.unique(texts).to_pylist() if name is not None]
     whole = all(name.isascii() and name.isdigit() for name in names)
     return tuple(sorted(names, key=lambda name: (int(name), name) if whole else (0, name)))
 
 
-def numbers(table: Table, column: str | None, names: Sequence[str]) -> Tensor:
-    """(N,) int64: the place of each row's value in `names`; −1 where it has none."""
-    if column is None:
-        return torch.full((table.columns.num_rows,), -1)
-    places = pc.index_in(table.text(column), pa.array(names, pa.string()))
-    return torch.from_numpy(pc.fill_null(places, -1).to_numpy().astype(np.int64))
+def numbers(texts: pa.ChunkedArray | pa.Array, names: Sequence[str]) -> NDArray[np.int64]:
+    """(N,): the place of each text in `names`; −1 where it has none."""
+    places = pc.index_in(texts, pa.array(names, pa.string()))
+    found: NDArray[np.int64] = pc.fill_null(places, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return found
 
 
 def _splits(config: "Config", table: Table, column: str | None) -> dict[str, str]:

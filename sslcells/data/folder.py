@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch import Tensor
 
 from sslcells.config import ConfigError, nearest
-from sslcells.data import DataError, ImageSet
+from sslcells.data import SPLITS, DataError, ImageSet
 from sslcells.data._decode import ZARR, Decoder, Header, Unreadable
-from sslcells.data._files import Files, one_group, verify
+from sslcells.data._files import Files, one_group, one_lab, verify
 from sslcells.data._found import Clock, Found
 from sslcells.data._labs import LabFolder, class_in, lab_names, labs_of
 from sslcells.data._names import check_classes
@@ -24,7 +24,7 @@ from sslcells.data._patterns import Patterns, checked
 from sslcells.data._planes import file_of, images_of, to_look_at
 from sslcells.data._scales import Scales, unknown
 from sslcells.data._scan import EVERY, KINDS, Listing, find_root, is_image, subfolders, walk
-from sslcells.data._sources import check_pattern, look_up_sources, read_table, source_ids
+from sslcells.data._sources import look_up_sources, read_table, source_ids
 from sslcells.data._splits import class_below, find_splits, refuse_hidden
 from sslcells.data._verified import headers_of
 from sslcells.storage import is_file, is_folder, patiently
@@ -72,13 +72,7 @@ class Config(Files):
     PATH/[split/]class/lab/…; not with `lab_pattern`."""
 
     _one_group = field_validator("source_pattern")(one_group)
-
-    @field_validator("lab_pattern")
-    @classmethod
-    def _one_lab(cls, pattern: str | None) -> str | None:
-        if pattern is not None:
-            check_pattern(pattern, "the laboratory")
-        return pattern
+    _one_lab = field_validator("lab_pattern")(one_lab)
 
     @model_validator(mode="after")
     def _one_way_to_labs(self) -> Self:
@@ -205,53 +199,85 @@ def nearest_folder(missing: Path) -> str:
     return nearest(missing.name, subfolders(missing.parent)) if missing.parent.is_dir() else ""
 
 
-def open_split(config: Config, split: str) -> FolderImages | None:
-    """The images of one split, sorted by path; None if the folder has no such split.
+def open_splits(config: Config, wanted: Sequence[str] = SPLITS) -> dict[str, ImageSet]:
+    """Those of the wanted splits that the folder has, their images sorted by path.
 
     Raises:
         ConfigError: if folders, images or sources contradict the configuration.
     """
     clock = Clock()
-    root = find_root(config.path)
-    given = {"train": config.train, "val": config.val, "test": config.test}
-    folders = find_splits(root, given)
-    if split not in folders:
-        return None
-    prefix, patterns = f"{folders[split]}/" if folders[split] else "", Patterns(config.include, config.exclude)
-    if split == "train":
-        patterns.check_used(_every(root, folders), root, ("data.include", "data.exclude"))
-    listing = Listing.of(root / folders[split], prefix, patterns)
+    opened = dict[str, ImageSet]()
+    whole = _Whole.of(config, wanted)
+    clock.lap("listing")
+    for split in wanted:
+        if split in whole.folders:
+            opened[split] = _opened(config, whole, split, clock)
+            clock = Clock()
+    return opened
+
+
+class _Whole(NamedTuple):
+    """What the splits of a folder have in common."""
+
+    root: Path
+    folders: dict[str, str]
+    """split → sub-folder"""
+    listings: dict[str, Listing]
+    """of the wanted splits"""
+    classes: tuple[str, ...]
+    labs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Config, wanted: Sequence[str]) -> Self:
+        """List the folder; classes and laboratories are of all splits, so that a number means the same in each."""
+        root, patterns = find_root(config.path), Patterns(config.include, config.exclude)
+        folders = find_splits(root, {"train": config.train, "val": config.val, "test": config.test})
+        if "train" in wanted:
+            patterns.check_used(_every(root, folders), root, ("data.include", "data.exclude"))
+        listings = {split: _listed(config, root, folders, split, patterns) for split in wanted if split in folders}
+        classes = _classes(root, folders, config.lab_folder, patterns) if config.labels == "folder" else ()
+        by_lab = (config.lab_pattern, config.lab_folder)
+        labs = lab_names(root, folders.values(), *by_lab, patterns) if by_lab != (None, "none") else ()
+        return cls(root, folders, listings, classes, labs)
+
+
+def _listed(config: Config, root: Path, folders: dict[str, str], split: str, patterns: Patterns) -> Listing:
+    folder = folders[split]
+    listing = Listing.of(root / folder, f"{folder}/" if folder else "", patterns)
     if not listing.names:
         but = " that data.include and data.exclude take" * bool(patterns)
-        raise ConfigError(f"{root / folders[split]} holds no images ({', '.join(KINDS)}) at any depth{but}")
-    if given[split] is None:
-        refuse_hidden(root, split, folders[split], listing.names)
-    classes = _classes(root, folders, config.lab_folder, patterns) if config.labels == "folder" else ()
-    by_lab = (config.lab_pattern, config.lab_folder)
-    labs = lab_names(root, folders.values(), *by_lab, patterns) if by_lab != (None, "none") else ()
-    clock.lap("listing")
+        raise ConfigError(f"{root / folder} holds no images ({', '.join(KINDS)}) at any depth{but}")
+    if getattr(config, split) is None:
+        refuse_hidden(root, split, folder, listing.names)
+    return listing
+
+
+def _opened(config: Config, whole: _Whole, split: str, clock: Clock) -> FolderImages:
+    root, folder, listing = whole.root, whole.folders[split], whole.listings[split]
+    start = len(f"{folder}/") if folder else 0
     decoder = config.decoder()
-    looks = verify(config, root, listing, decoder, folders[split], unknown(config, listing.names))
+    looks = verify(config, root, listing, decoder, folder, unknown(config, listing.names))
     kept = [(n, h) for n, h in zip(listing.names, looks.headers, strict=True) if n not in looks.broken]
     images = images_of([n for n, _ in kept], [h for _, h in kept], decoder)
     names = images.names
     scales = Scales(config, names, images.headers)
-    scales.check(root / folders[split])
+    scales.check(root / folder)
     clock.lap("verifying")
-    labels = _labels(names, len(prefix), classes, config.lab_folder)
+    labels = _labels(names, start, whole.classes, config.lab_folder)
     sources, sourced = _sources(config, root, [file_of(name, decoder) for name in names])
     clock.lap("sources")
     found = Found(
-        where=_where(root, folders[split], given[split], split),
-        ignored=listing.ignored | images.parts | (_beside(root, folders) if split == "train" else {}),
+        where=_where(root, folder, getattr(config, split), split),
+        ignored=listing.ignored | images.parts | (_beside(root, whole.folders) if split == "train" else {}),
         broken=looks.broken,
         looked=looks.looked,
         scales=scales.lines(),
         seconds=clock.laps,
     ).with_headers(*images.known)
-    opened = FolderImages(root, names, decoder, classes, labels, sources, looks.broken, found, sourced)
-    if labs:
-        opened.labs, opened.lab_names = labs_of(names, len(prefix), labs, *by_lab), labs
+    opened = FolderImages(root, names, decoder, whole.classes, labels, sources, looks.broken, found, sourced)
+    if whole.labs:
+        opened.labs = labs_of(names, start, whole.labs, config.lab_pattern, config.lab_folder)
+        opened.lab_names = whole.labs
     return opened
 
 

@@ -75,8 +75,8 @@ class Config(Section):
         return self
 
 
-def open_split(config: Config, split: str) -> ImageSet | None:
-    """One split, in memory; None if the file has neither images nor labels for it.
+def open_splits(config: Config, wanted: Sequence[str] = SPLITS) -> dict[str, ImageSet]:
+    """Those of the wanted splits that the file has images or labels for, in memory; train always.
 
     A set with several labels per image, such as chestmnist, has `targets` and counts as unlabelled.
 
@@ -86,9 +86,8 @@ def open_split(config: Config, split: str) -> ImageSet | None:
     file = _file(config)
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            if split != "train" and not {f"{split}_images", f"{split}_labels"} & {*arrays.files}:
-                return None
-            return _read(config, file, arrays, split)
+            there = [s for s in SPLITS if s == "train" or {f"{s}_images", f"{s}_labels"} & {*arrays.files}]
+            return {split: _read(config, file, arrays, split) for split in wanted if split in there}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sslcells.config import ConfigError, Section
-from sslcells.data import DataError, ImageSet
+from sslcells.data import SPLITS, DataError, ImageSet
 from sslcells.data._checksums import wrong
 from sslcells.data._found import Clock, Found
 from sslcells.data._names import some
@@ -178,17 +178,19 @@ class PackImages(ImageSet):
         return self._names[index]
 
 
-def open_split(config: Config, split: str) -> PackImages | None:
-    """One split of the pack; None if it has no such split. Only the table is in memory.
+def open_splits(config: Config, wanted: Sequence[str] = SPLITS) -> dict[str, ImageSet]:
+    """Those of the wanted splits that the pack has. Only their tables are in memory.
 
     Raises:
         ConfigError: if there is no pack, it is not complete, or a file of it is missing or damaged.
     """
-    clock = Clock()
     folder = place(config.path)
     manifest = _manifest(config, folder)
-    if split not in manifest.splits:
-        return None
+    return {split: _opened(config, folder, manifest, split) for split in wanted if split in manifest.splits}
+
+
+def _opened(config: Config, folder: Path, manifest: Manifest, split: str) -> PackImages:
+    clock = Clock()
     part = manifest.splits[split]
     files = {file.name: (file.bytes, file.sha256) for file in (part.table, *part.shards)}
     bad = wrong(folder, files, whole=config.verify == "full")

@@ -3,16 +3,15 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from sslcells.config import ConfigError, nearest
-from sslcells.data import ImageSet
+from sslcells.data import SPLITS, ImageSet
 from sslcells.data._encoded import Config as Base
 from sslcells.data._encoded import Encoded, find_files, label_numbers, sources_of
 from sslcells.data._found import Clock, Found
@@ -27,8 +26,6 @@ class Config(Base):
 
     kind: Literal["parquet"] = "parquet"
     """Parquet files whose rows hold the images themselves; data.kind=table reads a table of paths."""
-    path: str = Field(min_length=1)
-    """Folder with the .parquet files, at any depth, or one of them."""
     image_column: str | None = None
     """Column with the images: bytes, or a struct with a field `bytes`; none: the only one."""
     label_column: str | None = None
@@ -81,63 +78,107 @@ class ParquetImages(Encoded):
         return self.__dict__ | {"_kept": {}}
 
 
-def open_split(config: Config, split: str) -> ImageSet | None:
-    """One split of the files; None if there is none. Only labels and sources are in memory.
+def open_splits(config: Config, wanted: Sequence[str] = SPLITS) -> dict[str, ImageSet]:
+    """Those of the wanted splits that the files have. Only labels and sources are in memory.
 
     Raises:
         ConfigError: if there are no files, one cannot be read, or columns are missing.
     """
     clock = Clock()
-    given = {"train": config.train, "val": config.val, "test": config.test}
-    root, files, unused = find_files(config.path, ".parquet", given)
-    if split not in files:
-        return None
-    opened = {name: _opened(root / name) for chosen in files.values() for name in chosen}
-    schema = opened[files[split][0]].schema_arrow
-    for name, file in opened.items():
-        if file.schema_arrow.names != schema.names:
-            raise ConfigError(
-                f"{root / name} has other columns than {files[split][0]}: {some(file.schema_arrow.names)}"
-            )
-    image = _image_column(config.image_column, schema, root / files[split][0])
-    names = _class_names(schema)
-    label = _label_column(config.label_column, schema, names, root / files[split][0])
+    root, names, unused = find_files(config, ".parquet")
+    files = _Opened(root, {name: _file(root / name) for chosen in names.values() for name in chosen})
+    columns = _columns(config, files)
     clock.lap("listing")
-    texts = {part: _texts(root, chosen, opened, label) for part, chosen in files.items()}
-    groups = [
-        [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-        for file in (opened[name] for name in files[split])
-    ]
-    paths = [str(root / name) for name in files[split]]
-    images = ParquetImages(paths, groups, image, config)
-    where = f"{root}, column {label}"
-    classes, labels = label_numbers(
-        [t for of in texts.values() for t in of], config.class_names, names.get(label or "", ()), where
-    )
-    start = sum(len(texts[part]) for part in [*files][: [*files].index(split)])
-    images.classes, images.labels = classes, labels[start : start + len(texts[split])]
-    if not len(images):
-        raise ConfigError(f"{paths[0]} has no rows")
+    texts = {split: files.texts(chosen, columns.label) for split, chosen in names.items()}
+    classes, labels = label_numbers(texts, config.class_names, columns.classes, f"{root}, column {columns.label}")
+    opened = dict[str, ImageSet]()
+    for split in (split for split in wanted if split in names):
+        groups = [files.groups(name) for name in names[split]]
+        images = ParquetImages([str(root / name) for name in names[split]], groups, columns.image, config)
+        if not len(labels[split]):
+            raise ConfigError(f"{root / names[split][0]} has no rows")
+        images.classes, images.labels = classes, labels[split]
+        sources = None if columns.source is None else files.texts(names[split], columns.source)
+        images.sources, images.sourced = sources_of([images.name(i) for i in range(len(images))], sources)
+        images.found = Found(
+            where=f"{root}, {len(groups)} files such as {names[split][0]}",
+            ignored={"files of no split": (len(unused), unused[0])} if unused and split == "train" else {},
+            columns=columns.said(max(max(each, default=0) for each in groups)),
+            seconds=clock.laps,
+        )
+        clock.lap("labels and sources")
+        clock, opened[split] = Clock(), images
+    return opened
+
+
+class _Opened(NamedTuple):
+    """The files of all splits, opened; all have the same columns."""
+
+    root: Path
+    files: dict[str, pq.ParquetFile]
+    """by path below the root"""
+
+    def groups(self, name: str) -> list[int]:
+        """The number of rows of each row group of a file."""
+        file = self.files[name]
+        return [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+
+    def texts(self, names: Sequence[str], column: str | None) -> list[str | None]:
+        """A column of these files as text; None where it says nothing.
+
+        Raises:
+            ConfigError: if it cannot be read.
+        """
+        out: list[str | None] = []
+        for name in names:
+            if column is None:
+                out += [None] * self.files[name].metadata.num_rows
+                continue
+            try:
+                values = pc.cast(self.files[name].read(columns=[column]).column(0), pa.string())
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+                raise ConfigError(
+                    f"{self.root / name}: column {column!r} cannot be read as text: "
+                    f"{next(iter(str(error).splitlines()), error)}"
+                ) from None
+            out += [None if value in (None, "", "-1") else value for value in values.to_pylist()]
+        return out
+
+
+class _Columns(NamedTuple):
+    """Which column says what."""
+
+    image: str
+    label: str | None
+    source: str | None
+    classes: Sequence[str]
+    """names that the files give to the classes"""
+
+    def said(self, group: int) -> list[str]:
+        """How the columns were understood, and the largest row group, for a person."""
+        return [
+            f"columns: image from {self.image}; label from {self.label or 'nothing'}; source from "
+            f"{self.source or 'nothing'}",
+            f"rows are read in groups of up to {group:,}: sampler.block={group}, or sslcells pack, reads few",
+        ]
+
+
+def _columns(config: Config, files: _Opened) -> _Columns:
+    first, *others = files.files
+    schema = files.files[first].schema_arrow
+    for name in others:
+        if (theirs := files.files[name].schema_arrow.names) != schema.names:
+            raise ConfigError(f"{files.root / name} has other columns than {first}: {some(theirs)}")
+    named = _class_names(schema)
+    image = _image_column(config.image_column, schema, files.root / first)
+    label = _label_column(config.label_column, schema, named, files.root / first)
     source = config.source_column
     if source is not None and source not in schema.names:
         raise ConfigError(f"data.source_column={source!r}: no such column{nearest(source, schema.names)}")
-    sources = None if source is None else _texts(root, files[split], opened, source)
-    images.sources, images.sourced = sources_of([images.name(i) for i in range(len(images))], sources)
-    of_groups = max(max(each, default=0) for each in groups)
-    images.found = Found(
-        where=f"{root}, {len(paths)} files such as {files[split][0]}",
-        ignored={"files of no split": (len(unused), unused[0])} if unused and split == "train" else {},
-        columns=[
-            f"columns: image from {image}; label from {label or 'nothing'}; source from {source or 'nothing'}",
-            f"rows are read in groups of up to {of_groups:,}: sampler.block={of_groups}, or sslcells pack, reads few",
-        ],
-        seconds=clock.laps,
-    )
-    clock.lap("labels and sources")
-    return images
+    return _Columns(image, label, source, named.get(label or "", ()))
 
 
-def _opened(file: Path) -> Any:
+def _file(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, memory_map=False)
     except (OSError, pa.ArrowInvalid) as error:
@@ -192,21 +233,3 @@ def _label_column(given: str | None, schema: pa.Schema, classes: dict[str, list[
     if len(named) == 1:
         return named[0]
     return next((name for name in ("label", "labels") if name in schema.names), None)
-
-
-def _texts(root: Path, names: Sequence[str], opened: dict[str, Any], column: str | None) -> list[str | None]:
-    """A column of these files as text; None where it says nothing."""
-    out: list[str | None] = []
-    for name in names:
-        rows = opened[name].metadata.num_rows
-        if column is None:
-            out += [None] * rows
-            continue
-        try:
-            values = pc.cast(opened[name].read(columns=[column]).column(0), pa.string())
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-            raise ConfigError(
-                f"{root / name}: column {column!r} cannot be read as text: {next(iter(str(error).splitlines()), error)}"
-            ) from None
-        out += [None if value in (None, "", "-1") else value for value in values.to_pylist()]
-    return out

@@ -1,5 +1,6 @@
 """Generated images of stained blood smears, any number, any size, no download: for first trials and for tests."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -7,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sslcells.config import Section
-from sslcells.data import Found, ImageSet
+from sslcells.data import SPLITS, Found, ImageSet
 from sslcells.data._smear import CLASSES, draw_smear
 
 _SPLITS = {"train": 0, "val": 1, "test": 2}
@@ -58,6 +59,6 @@ class Smears(ImageSet):
         return f"synthetic/{self._split}/{index}"
 
 
-def open_split(config: Config, split: str) -> ImageSet | None:
-    """The split, or None if it has no images."""
-    return Smears(config, split) if getattr(config, split) else None
+def open_splits(config: Config, wanted: Sequence[str] = SPLITS) -> dict[str, ImageSet]:
+    """Those of the wanted splits that have images."""
+    return {split: Smears(config, split) for split in wanted if getattr(config, split)}

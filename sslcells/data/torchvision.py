@@ -1,5 +1,6 @@
 """Data sets of torchvision: MNIST, FashionMNIST, CIFAR10, STL10."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -8,6 +9,7 @@ from pydantic import field_validator, model_validator
 from torchvision import datasets
 
 from sslcells.config import ConfigError, Section, nearest
+from sslcells.data import SPLITS, ImageSet
 from sslcells.data._array import ArrayImages
 from sslcells.values import place
 
@@ -44,14 +46,16 @@ class Config(Section):
         return self
 
 
-def open_split(config: Config, split: str) -> ArrayImages | None:
-    """The set's train or test images, in memory; None for val.
+def open_splits(config: Config, wanted: Sequence[str] = SPLITS) -> dict[str, ImageSet]:
+    """The set's train and test images, in memory; it has no val.
 
     Raises:
         ConfigError: if the set is missing, damaged, or cannot be downloaded.
     """
-    if split == "val":
-        return None
+    return {split: _opened(config, split) for split in wanted if split != "val"}
+
+
+def _opened(config: Config, split: str) -> ArrayImages:
     root = place(config.root)
     part: dict[str, Any] = {"train": split == "train"}
     if config.name == "STL10":

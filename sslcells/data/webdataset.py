@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,11 +16,11 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from sslcells import launcher
 from sslcells.config import ConfigError
-from sslcells.data import ImageSet
+from sslcells.data import SPLITS, ImageSet
 from sslcells.data._encoded import Config as Base
 from sslcells.data._encoded import Encoded, find_files, label_numbers, sources_of
 from sslcells.data._found import Clock, Found
@@ -41,8 +42,6 @@ class Config(Base):
 
     kind: Literal["webdataset"] = "webdataset"
     """Tar shards of WebDataset, read as they are."""
-    path: str = Field(min_length=1)
-    """Folder with the .tar files, at any depth, or one of them."""
     image: str | None = None
     """Ending of the images in a sample, such as jpg; none: the only one that is an image's."""
     label: str | None = None
@@ -85,45 +84,47 @@ class TarImages(Encoded):
         return self._files.read(*self._place[index])
 
 
-def open_split(config: Config, split: str) -> ImageSet | None:
-    """One split of the shards; None if there is none.
+def open_splits(config: Config, wanted: Sequence[str] = SPLITS) -> dict[str, ImageSet]:
+    """Those of the wanted splits that the shards have; the shards of all are listed once.
 
     Raises:
         ConfigError: if there are no shards, one cannot be read, or samples have several images.
     """
     clock = Clock()
-    given = {"train": config.train, "val": config.val, "test": config.test}
-    root, shards, unused = find_files(config.path, ".tar", given)
-    if split not in shards:
-        return None
+    root, shards, unused = find_files(config, ".tar")
     names = sorted({name for chosen in shards.values() for name in chosen})
     members = dict(zip(names, _members(root, names), strict=True))
-    samples = {part: _samples(root, chosen, members, config.image) for part, chosen in shards.items()}
+    samples = {split: _samples(root, chosen, members, config.image) for split, chosen in shards.items()}
     clock.lap("listing")
     label = config.label or ("cls" if any("cls" in s.words for of in samples.values() for s in of) else None)
-    said = {part: [_said(s, label, root / shards[part][s.shard]) for s in of] for part, of in samples.items()}
-    mine = samples[split]
-    if not mine:
-        raise ConfigError(f"{root / shards[split][0]} has no images ({', '.join(SUFFIXES)})")
-    named = [f"{shards[split][s.shard]}#{s.key}.{s.ending}" for s in mine]
-    if len({*named}) < len(named):
-        twice = next(name for i, name in enumerate(named) if name in named[:i])
-        raise ConfigError(f"{root}: {twice} is there twice")
-    images = TarImages(Files([str(root / name) for name in shards[split]]), mine, named, config)
-    every = [text for part in samples for text in said[part]]
-    start = sum(len(said[part]) for part in [*samples][: [*samples].index(split)])
-    images.classes, labels = label_numbers(every, config.class_names, (), f"{root}, {label or 'no labels'}")
-    images.labels = labels[start : start + len(mine)]
-    source = config.source
-    sources = None if source is None else [_said(s, source, root / shards[split][s.shard]) for s in mine]
-    images.sources, images.sourced = sources_of(named, sources)
-    images.found = Found(
-        where=f"{root}, {len(shards[split])} shards such as {shards[split][0]}",
-        ignored={"shards of no split": (len(unused), unused[0])} if unused and split == "train" else {},
-        columns=[f"label from {label or 'nothing'}; source from {source or 'nothing'}"],
-        seconds=clock.laps,
-    )
-    clock.lap("labels and sources")
+    said = {split: [_said(s, label, root / shards[split][s.shard]) for s in of] for split, of in samples.items()}
+    classes, labels = label_numbers(said, config.class_names, (), f"{root}, {label or 'no labels'}")
+    opened = dict[str, ImageSet]()
+    for split in (split for split in wanted if split in shards):
+        images = _opened(config, root, shards[split], samples[split])
+        images.classes, images.labels = classes, labels[split]
+        images.found = Found(
+            where=f"{root}, {len(shards[split])} shards such as {shards[split][0]}",
+            ignored={"shards of no split": (len(unused), unused[0])} if unused and split == "train" else {},
+            columns=[f"label from {label or 'nothing'}; source from {config.source or 'nothing'}"],
+            seconds=clock.laps,
+        )
+        clock.lap("labels and sources")
+        clock, opened[split] = Clock(), images
+    return opened
+
+
+def _opened(config: Config, root: Path, shards: Sequence[str], samples: Sequence[_Sample]) -> TarImages:
+    if not samples:
+        raise ConfigError(f"{root / shards[0]} has no images ({', '.join(SUFFIXES)})")
+    names = [f"{shards[s.shard]}#{s.key}.{s.ending}" for s in samples]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"{root}: {twice[0]} is there twice")
+    images = TarImages(Files([str(root / name) for name in shards]), samples, names, config)
+    sources = None
+    if config.source is not None:
+        sources = [_said(s, config.source, root / shards[s.shard]) for s in samples]
+    images.sources, images.sourced = sources_of(names, sources)
     return images
 
 

@@ -3,10 +3,11 @@
 import math
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,9 @@ from sslcells.delivery.cell_table import (
     write,
     write_left_out,
 )
+from sslcells.delivery.cells_done import Done
+from sslcells.delivery.shards import spelt
+from sslcells.run.lock import Lock
 from sslcells.storage import is_file, is_folder
 from sslcells.values import place
 
@@ -55,7 +59,8 @@ def cells(
     """Cut the cells of fields; returns the table, OUT/cells.parquet or .csv, which data.kind=table opens.
 
     `images` is a folder of fields, or a table with the path of one in each row, whose further columns each cell gets.
-    Cut images, OUT/images/FIELD/LABEL.tif, keep the numbers of the field.
+    Cut images, OUT/images/FIELD/LABEL.tif, keep the numbers of the field. After a kill the same call goes on with the
+    fields that are left.
 
     Raises:
         ConfigError: if fields, masks or the request contradict each other; the message names the files.
@@ -70,28 +75,78 @@ def cells(
     if root_of_masks is not None:
         fields = _without(fields, root_of_masks)
     found = pair(fields.names, fields.root, root_of_masks, label)
-    rows = {name: i for i, name in enumerate(fields.names)}
-    stated = [float(fields.um[rows[name]]) for name in found.fields]
-    stems = _stems(found.fields)
-
-    def cut(i: int) -> Cut:
-        um = None if np.isnan(stated[i]) else stated[i]
-        file = str(fields.root / found.fields[i])
-        return _cut(file, found.masks[i], target / IMAGES / stems[i], rule, how, um, um_per_pixel)
-
     say(f"{len(found.fields):,} fields with masks below {fields.root}")
+    stems, rows = _stems(found.fields), {name: i for i, name in enumerate(fields.names)}
+    asked = _asked(fields, root_of_masks, label, rule, how, um_per_pixel)
+    file = target / f"{TABLE}.{format}"
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(launcher.cores()) as pool:
-            each = list(pool.map(cut, range(len(found.fields))))
-        whole = table_of(found.fields, stems, each, fields, rows)
-        file = target / f"{TABLE}.{format}"
-        write(whole, file)
-        write_left_out(target / LEFT_OUT, found.without, found.alone)
+        with _owned(target):
+            done = Done(target, asked)
+            todo = [
+                _Todo(str(fields.root / name), mask, target / IMAGES / stem, _stated(fields.um[rows[name]]))
+                for name, mask, stem in zip(found.fields, found.masks, stems, strict=True)
+            ]
+            each = _cut_all(todo, done, lambda one: _cut(one, rule, how, um_per_pixel), say)
+            write(table_of(found.fields, stems, each, fields, rows), file)
+            write_left_out(target / LEFT_OUT, found.without, found.alone)
+            done.forget()
     except OSError as error:
         raise DataError(f"{error.filename or target}: {error.strerror or error}") from None
     tell(say, each, found.without, found.alone, file, fields, rule)
     return file
+
+
+class _Todo(NamedTuple):
+    """A field to be cut."""
+
+    field: str
+    mask: str
+    images: Path
+    """the folder of its cells"""
+    um: float | None
+    """µm per pixel, if the table says it"""
+
+
+def _stated(um: float) -> float | None:
+    return None if np.isnan(um) else float(um)
+
+
+def _asked(
+    fields: Fields, masks: Path | None, label: str | None, rule: Rule, how: How, um: float | None
+) -> dict[str, Any]:
+    """What cells that are there already must have been cut by."""
+    folders = [None if folder is None else spelt(os.path.realpath(folder)) for folder in (fields.root, masks)]
+    return {"fields": folders[0], "masks": folders[1], "label": label, "um_per_pixel": um, **rule._asdict()} | {
+        f"fields' {key}": value for key, value in how._asdict().items()
+    }
+
+
+@contextmanager
+def _owned(target: Path) -> Iterator[None]:
+    """The folder, made if it is missing, is this process's inside the block."""
+    target.mkdir(parents=True, exist_ok=True)
+    lock = Lock(target, otherwise="choose another --out")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _cut_all(todo: Sequence[_Todo], done: Done, cut: Callable[[_Todo], Cut], say: Callable[[str], None]) -> list[Cut]:
+    """The cells of all fields, cut by as many threads as there are cores; those that are there are not cut again."""
+
+    def new(one: _Todo) -> Cut:
+        for left in one.images.glob("*.tif") if done.resumed else ():  # of another mask, or not whole
+            left.unlink()
+        made = cut(one)
+        done.keep(one.images, one.field, one.mask, one.um, made)
+        return made
+
+    with ThreadPoolExecutor(launcher.cores()) as pool:
+        before = list(pool.map(lambda one: done.cut(one.images, one.field, one.mask, one.um), todo))
+        if there := sum(one is not None for one in before):
+            say(f"going on: {there:,} of {len(todo):,} fields were cut before")
+        return list(pool.map(lambda i: before[i] or new(todo[i]), range(len(todo))))
 
 
 def _check(rule: Rule, how: How, um: float | None, at_1x: float | None) -> None:
@@ -182,10 +237,9 @@ def _stems(names: Sequence[str]) -> list[str]:
     return [stem if count[stem.casefold()] == 1 else name for stem, name in zip(short, names, strict=True)]
 
 
-def _cut(
-    file: str, mask_file: str, folder: Path, rule: Rule, how: How, stated: float | None, default: float | None
-) -> Cut:
-    """Cut the cells of one field into `folder`."""
+def _cut(todo: _Todo, rule: Rule, how: How, default: float | None) -> Cut:
+    """Cut the cells of one field."""
+    file, mask_file, folder, stated = todo
     field, mask = _read(file, mask_file, how)
     um = stated or field.scale.um or default
     if rule.fov is not None and not um:

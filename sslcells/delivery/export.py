@@ -184,8 +184,7 @@ def noise(encoder: Encoder, count: int) -> Tensor:
 def drawn(encoder: Encoder, count: int) -> Tensor:
     """(count, C, H, W) uint8: drawn cells, in grey if the encoder does not take RGB."""
     side = min(max(encoder.size, 16), 1024)
-    cells = synthetic.open_split(synthetic.Config(size=side, train=count), "train")
-    assert cells is not None
+    cells = synthetic.open_splits(synthetic.Config(size=side, train=count))["train"]
     x = torch.stack([cells.pixels(i) for i in range(count)]).float() / 255
     if encoder.channels != 3:
         x = x.mean(1, keepdim=True).expand(-1, encoder.channels, -1, -1)

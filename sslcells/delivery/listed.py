@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -18,7 +18,7 @@ from sslcells.data._columns import CSV, PARQUET
 from sslcells.data._patterns import Patterns
 from sslcells.data.folder import FolderImages, class_of, list_images
 from sslcells.delivery.encoder import Encoder, find_run
-from sslcells.delivery.shards import OURS, list_digest, spelt
+from sslcells.delivery.shards import OURS, SHOWN, list_digest, spelt
 from sslcells.storage import is_file, is_folder
 from sslcells.values import place
 
@@ -82,18 +82,34 @@ def listed(
     names = list_images(root, encoder.decoder, patterns)
     unknown = torch.full((len(names),), -1)
     files = FolderImages(root, names, encoder.reader(), (), unknown, unknown, {})
-    return Listed(str(root), files, list_digest(names), root.resolve().name, lab_above=_lab_above(run))
+    return Listed(
+        str(root),
+        files,
+        list_digest(names),
+        root.resolve().name,
+        lab_above=_data_section(run).get("lab_folder") == "above",
+    )
 
 
-def _lab_above(run: str) -> bool:
-    """True if the run was trained on folders of laboratories with classes below them.
-
-    Of its configuration, which may be of another version, this alone is read.
-    """
+def _data_section(run: str) -> dict[str, Any]:
+    """The section data of the run's configuration as it is written, which may be of another version; empty without."""
     saved = find_run(run) / "config.yaml"
-    tree = yaml.safe_load(saved.read_text(encoding="utf-8")) if is_file(saved) else None
+    try:
+        tree = yaml.safe_load(saved.read_text(encoding="utf-8")) if is_file(saved) else None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{saved} cannot be read: {' '.join(str(error).split())}") from None
     data = tree.get("data") if isinstance(tree, dict) else None
-    return isinstance(data, dict) and data.get("lab_folder") == "above"
+    return data if isinstance(data, dict) else {}
+
+
+def _of_own_table(data: Mapping[str, Any], file: Path) -> bool:
+    """True if the run with this section was trained on this very table."""
+    named = data.get("table")
+    return (
+        data.get("kind") == "table"
+        and isinstance(named, str)
+        and os.path.realpath(place(named)) == os.path.realpath(file)
+    )
 
 
 def _config(run: str, file: Path, encoder: Encoder, overrides: Sequence[str]) -> table.Config:
@@ -109,12 +125,9 @@ def _config(run: str, file: Path, encoder: Encoder, overrides: Sequence[str]) ->
             raise ConfigError(f"{word}: only settings of data can be given, such as data.path=")
         if key in own:
             raise ConfigError(f"{word}: data.{key} is not a choice here: images are read as the encoder of {run} does")
-    saved = find_run(run) / "config.yaml"
-    of_run = load(str(saved)).data if is_file(saved) else None
-    if isinstance(of_run, table.Config) and os.path.realpath(place(of_run.table)) == os.path.realpath(file):
-        data = load(str(saved), overrides).data
-    else:
-        data = load(None, ["data.kind=table", "data.table=x", *overrides]).data
+    own_table = _of_own_table(_data_section(run), file)
+    saved = str(find_run(run) / "config.yaml") if own_table else None
+    data = load(saved, overrides if own_table else ["data.kind=table", "data.table=x", *overrides]).data
     given = data.model_dump() | encoder.reading | {"channels": encoder.channels, "table": str(file)}
     try:
         return table.Config.model_validate(given)
@@ -146,7 +159,7 @@ def _of_table(file: Path, config: table.Config, labels: bool) -> Listed:
 
 def _called(rows: table.AllRows, labels: bool) -> dict[str, str]:
     """The table's columns that the shards get → what they are called there: the shards' own keep their names."""
-    taken, called = {*OURS, "image_file", "image_box"}, dict[str, str]()
+    taken, called = {*OURS, *SHOWN}, dict[str, str]()
     for name in rows.columns.column_names:
         if labels and name == "label" == rows.label:
             continue  # the shards have it

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from sslcells.config import ConfigError, extra, installed, nearest
 from sslcells.data import Unreadable, check_pattern, look_up_sources, read_table, source_ids
 from sslcells.data._boxes import cut
 from sslcells.delivery.encoder import Encoder, embed, find_run, load_encoder
-from sslcells.delivery.shards import MANIFEST, Embeddings, Shard, spelt
+from sslcells.delivery.shards import MANIFEST, SHOWN, Embeddings, Shard, spelt
 from sslcells.evaluation.knn import neighbours
 from sslcells.evaluation.sheets import Image, found_sheet
 from sslcells.losses import unit
@@ -45,6 +45,8 @@ class Found(NamedTuple):
     """of a row of a table, below the folder of images; its path is the same without a box and an id of a cell"""
     box: list[int] | None = None
     """left, upper, right and lower edge in px, if it was cut from its file"""
+    table: Mapping[str, Any] = {}
+    """column → value of its row of the embedded table, except what is said above"""
 
 
 class _Query(NamedTuple):
@@ -225,7 +227,9 @@ def approximately(
 
 
 def _found(shard: Shard, index: int) -> Found:
-    return Found(shard.path[index], 0.0, shard.label[index] if shard.label else None, *shard.shown(index))
+    more = {} if shard.more is None else shard.more.slice(index, 1).to_pylist()[0]
+    table = {name: value for name, value in more.items() if name not in SHOWN}
+    return Found(shard.path[index], 0.0, shard.label[index] if shard.label else None, *shard.shown(index), table)
 
 
 def _files_of(shard: Shard) -> list[str]:
@@ -360,10 +364,13 @@ def _lines(near: Sequence[Found]) -> list[str]:
 def _write_csv(file: Path, queries: Sequence[str], found: Sequence[Sequence[Found]]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["query", "rank", "distance", "path", "label"])
+    own = ["query", "rank", "distance", "path", "label"]
+    columns = [*dict.fromkeys(name for near in found for one in near for name in one.table)]
+    writer.writerow([*own, *(f"table_{name}" if name in own else name for name in columns)])
     for query, near in zip(queries, found, strict=True):
         for rank, one in enumerate(near, 1):
-            writer.writerow([spelt(query), rank, f"{one.distance:.6f}", one.path, one.label or ""])
+            of_table = ["" if (value := one.table.get(name)) is None else value for name in columns]
+            writer.writerow([spelt(query), rank, f"{one.distance:.6f}", one.path, one.label or "", *of_table])
     write_atomically(file, lambda opened: opened.write(text.getvalue().encode()))
 
 

@@ -26,6 +26,8 @@ UNREADABLE = "unreadable.csv"
 FORMATS = ("parquet", "npz", "h5ad")
 OURS = ("path", "id", "vector", "label")
 """Columns of a shard beside those of an embedded table"""
+SHOWN = ("image_file", "image_box")
+"""and of its file and box, which are columns of our own too"""
 _TABLE = "table/"
 
 

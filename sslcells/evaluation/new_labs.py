@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sslcells.config import ConfigError, Section, nearest
-from sslcells.data import SPLITS, ImageSet, folder, open_split, reading, table
+from sslcells.data import ImageSet, folder, present_splits, reading, table
 from sslcells.data._files import Files
 from sslcells.data._names import some
 from sslcells.data.subset import Subset
@@ -60,7 +60,7 @@ def _opened(name: str, path: str, config: Section, train: ImageSet, size: int) -
     fields = _fields(config, train, size)
     kind = table if place(path).suffix.lower() in TABLES else folder
     found = kind.Config(**fields, **({"table": path} if kind is table else {"path": path}))
-    splits = [images for split in SPLITS if (images := open_split(found, split)) is not None]
+    splits = [*present_splits(found).values()]
     theirs = splits[0].classes
     to = _matched(theirs, train.classes)
     if not any(c is not None for c in to):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from sslcells import ranks
 from sslcells.config import ConfigError, Sampler
-from sslcells.data import Batch, folder, open_splits
+from sslcells.data import Batch, folder, open_splits, table
 from sslcells.data.describe import brief, describe
 from sslcells.data.loader import read, read_in_parts
 from sslcells.data.sampler import Steps, build
@@ -109,6 +109,42 @@ def test_two_spellings_of_a_laboratory_are_refused(tmp_path):
 def test_mistakes_in_the_fields(fields, words):
     with pytest.raises(ValidationError, match=words):
         folder.Config(path="x", **fields)
+
+
+def table_of(tmp_path, site=None):
+    """The images as rows of a table, with what `site` says of each in a column."""
+    written(tmp_path, "{split}/{cell}/{lab}_{i}.png")
+    names = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.png"))
+    rows = [[name, *name.split("/")[:2], *([site(name)] if site else [])] for name in names]
+    header = ["path", "split", "label", *(["site"] if site else [])]
+    file = tmp_path / "t.csv"
+    file.write_text("\n".join(",".join(row) for row in [header, *rows]))
+    return file
+
+
+def test_a_pattern_names_the_laboratories_of_a_table(tmp_path):
+    splits = open_splits(table.Config(table=str(table_of(tmp_path)), lab_pattern=r"/([a-z]+)_\d"))
+    assert counts(splits["train"]) == LAYOUT
+    assert counts(splits["test"]) == {lab: dict.fromkeys(classes, 1) for lab, classes in LAYOUT.items()}
+    assert "2 sites: north 10, south 10" in describe(splits)
+
+
+def test_the_column_is_before_the_pattern(tmp_path):
+    file = table_of(tmp_path, lambda name: "east" if "north" in name else "")
+    splits = open_splits(table.Config(table=str(file), lab_pattern=r"/([a-z]+)_\d"))
+    assert set(counts(splits["train"])) == {"east", "south"}
+
+
+def test_mistakes_in_the_laboratories_of_a_table(tmp_path):
+    file = table_of(tmp_path, lambda name: "North" if "a/north" in name else "north")
+    with pytest.raises(ConfigError, match="the laboratories 'North' and 'north' differ only in spelling"):
+        open_splits(table.Config(table=str(file)))
+    with pytest.raises(
+        ConfigError, match=r"lab_pattern='site_\(.\)' gives no image a laboratory: 'test/a/north_0.png'"
+    ):
+        open_splits(table.Config(table=str(file), lab_pattern="site_(.)"))
+    with pytest.raises(ValidationError, match="needs one group in parentheses, the laboratory"):
+        table.Config(table="x", lab_pattern="ab")
 
 
 @pytest.fixture

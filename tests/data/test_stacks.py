@@ -12,7 +12,7 @@ from PIL import Image
 import sslcells
 from sslcells.cli import main
 from sslcells.config import ConfigError, load
-from sslcells.data import folder
+from sslcells.data import open_split
 from sslcells.data._decode import Decoder, Unreadable
 from sslcells.delivery.embedding import embed_folder
 from sslcells.delivery.shards import Embeddings
@@ -180,7 +180,7 @@ def test_from_a_folder_of_five_channels_to_embeddings(tmp_path, tiffs, capsys):
     vectors = sslcells.embed(tiffs, encoder)
     assert vectors.shape == (24, encoder.features)
     assert vectors.isfinite().all()
-    one = folder.open_split(run.data, "train").pixels(3)
+    one = open_split(run.data, "train").pixels(3)
     torch.testing.assert_close(encoder(one[None]), vectors[3:4], rtol=1e-4, atol=1e-5)
     shards = Embeddings.open(embed_folder(str(made), str(tiffs), workers=0, cpu=True))
     assert shards.count == 24

@@ -1,6 +1,10 @@
 """Cells cut from fields by masks: the right pixels, the right numbers, and what does not match is named."""
 
 import csv
+import signal
+import subprocess
+import sys
+import time
 
 import imagecodecs
 import numpy as np
@@ -12,12 +16,15 @@ import zarr
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from sslcells import launcher
 from sslcells.cli import main
 from sslcells.config import ConfigError
 from sslcells.data import DataError, open_split, table
-from sslcells.data._fields import How, read_field
+from sslcells.data._fields import How, read_field, write_cell
+from sslcells.delivery import cells as module
 from sslcells.delivery.cell_table import Rule
 from sslcells.delivery.cells import cells
+from sslcells.delivery.cells_done import FOLDER
 
 SHAPE = (60, 80)
 FIELD = np.random.default_rng(0).integers(100, 4000, SHAPE, np.uint16)
@@ -393,6 +400,95 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     assert other == rows
     each = [(tmp_path / out / rows[0]["path"]).read_bytes() for out in ("out", "other")]
     assert each[0] == each[1]
+
+
+def fields_of(folder, count=6):
+    """Fields and masks that differ."""
+    for i in range(count):
+        tif(folder / "fields" / f"f{i}.tif", np.roll(FIELD, i, 1))
+        tif(folder / "masks" / f"f{i}_masks.tif", np.roll(MASK, i, 1), metadata=None)
+
+
+def everything(folder):
+    """Path → bytes of the files in a folder."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def killed_after(monkeypatch, count):
+    """The process ends as if it were killed while it writes the cell after `count` others."""
+    left = iter(range(count))
+
+    def write(file, *args):
+        if next(left, None) is None:
+            file.write_bytes(b"half")
+            raise KeyboardInterrupt
+        write_cell(file, *args)
+
+    monkeypatch.setattr(module, "write_cell", write)
+    monkeypatch.setattr(launcher, "cores", lambda: 1)
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv"])
+def test_after_a_kill_it_goes_on_and_gives_the_same(tmp_path, monkeypatch, format):
+    fields_of(tmp_path)
+    run(tmp_path, out="whole", format=format)
+    killed_after(monkeypatch, 7)  # in the third field
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, format=format)
+    monkeypatch.setattr(module, "write_cell", write_cell)
+    read, seen = module.read_field, []
+    monkeypatch.setattr(module, "read_field", lambda file, how: seen.append(file[-6:]) or read(file, how))
+    _, said = run(tmp_path, format=format)
+    assert seen == [f"f{i}.tif" for i in range(2, 6)]
+    assert "going on: 2 of 6 fields were cut before" in said
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
+def test_what_changed_since_the_kill_is_cut_again(tmp_path, monkeypatch):
+    fields_of(tmp_path)
+    killed_after(monkeypatch, 13)  # in the fifth field
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(module, "write_cell", write_cell)
+    tif(tmp_path / "masks/f0_masks.tif", np.where(MASK == 3, 4, MASK), metadata=None)
+    tif(tmp_path / "fields/f1.tif", FIELD + 1)
+    (tmp_path / "out/images/f2/9.tif").write_bytes(b"")
+    records = sorted((tmp_path / "out" / FOLDER).glob("*.npz"))
+    assert len(records) == 4
+    records[0].write_bytes(records[0].read_bytes()[:-40])
+    rows, said = run(tmp_path)
+    run(tmp_path, out="whole")
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+    assert [row["mask_label"] for row in rows][:3] == [4, 9, 1000]
+    assert "going on: " not in said or "1 of 6" in said
+
+
+def test_cells_that_were_begun_in_another_way_are_refused(tmp_path, monkeypatch):
+    fields_of(tmp_path)
+    killed_after(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    with pytest.raises(ConfigError, match=r"begun in another way: size 16, now 12; background None, now 0.0; choose"):
+        run(tmp_path, rule=rule(size=12, background=0.0))
+    with pytest.raises(ConfigError, match=r"begun in another way: fields' level 0, now 1"):
+        run(tmp_path, how=How(level=1))
+    assert (tmp_path / "out" / FOLDER).is_dir()
+
+
+@pytest.mark.slow
+def test_killed_at_any_time(tmp_path):
+    """By the system, in the middle of many fields."""
+    fields_of(tmp_path, 200)
+    arguments = ["cells", str(tmp_path / "fields"), "--masks", str(tmp_path / "masks"), "--size", "16", "--out"]
+    assert main(None, [*arguments, str(tmp_path / "whole")]) == 0
+    for most in (20, 90):
+        process = subprocess.Popen([sys.executable, "-m", "sslcells", *arguments, str(tmp_path / "out")])
+        while len([*(tmp_path / "out" / FOLDER).glob("*.npz")]) < most and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert main(None, [*arguments, str(tmp_path / "out")]) == 0
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
 
 
 def test_cells_in_parts_are_counted_and_labels_may_be_large(tmp_path):

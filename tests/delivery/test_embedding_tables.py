@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from test_embedding import LAUNCH, finish, start
 from trained import make_cells, make_run
 
 import sslcells
@@ -172,6 +173,45 @@ def test_search_finds_rows_by_name_and_by_cell(run, fields, tmp_path):
     assert {near.file for near in other} == {"f0.png", "f2.png"}
     with pytest.raises(ConfigError, match=r"c99: no such image, neither here .* nor a row of"):
         search(str(tmp_path / "out"), ["c99"], cpu=True)
+
+
+@pytest.mark.parametrize("form", ["parquet", "npz"])
+@pytest.mark.parametrize("way", ["exact", "faiss"])
+def test_what_is_found_has_the_columns_of_the_table(run, fields, tmp_path, way, form):
+    if way == "faiss":
+        pytest.importorskip("faiss", reason="the faiss extra is not installed")
+    fields.write_text(fields.read_text(encoding="utf-8-sig").replace("donor", "rank").replace("c11;1.5", "c11;"))
+    out = tmp_path / "out"
+    assert embed(run, fields, out, "--shard", "5", "--format", form) == 0
+    (near,) = search(str(out), ["c12"], k=20, faiss=way == "faiss", cpu=True)
+    assert {one.path for one in near} == {f"f{i}.png#c{i}{j}" for i in range(3) for j in range(4)} - {"f1.png#c12"}
+    with (out / "search" / "neighbours.csv").open(newline="") as opened:
+        found = [*csv.DictReader(opened)]
+    assert [*found[0]][:7] == ["query", "rank", "distance", "path", "label", "table_path", "split"]
+    assert {"image_file", "image_box"}.isdisjoint(found[0])
+    for place, (row, one) in enumerate(zip(found, near, strict=True), 1):
+        i, j = map(int, one.table["cell_id"].removeprefix("c"))
+        assert (row["rank"], row["path"], row["cell_id"]) == (str(place), one.path, f"c{i}{j}")
+        assert (row["table_rank"], row["plate"], row["x_min"]) == (f"d{i}", f"0{i}", str(32 * (j % 2)))
+        assert (row["area"] in ("", "nan")) == ((i, j) == (1, 1))
+        assert (row["area"] == str(j + 0.5)) == ((i, j) != (1, 1))
+
+
+def test_a_configuration_that_cannot_be_read(run, fields, tmp_path, capsys):
+    (run / "config.yaml").write_text("data: [")
+    assert embed(run, fields, tmp_path / "out") == 2
+    assert "config.yaml cannot be read: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_give_what_one_gives(run, fields, tmp_path):
+    assert embed(run, fields, tmp_path / "one", "--shard", "3", "--batch", "2") == 0
+    two = ["--out", str(tmp_path / "two"), "--shard", "3", "--batch", "2", "--workers", "0"]
+    assert "2 ranks" in finish(start(*LAUNCH, "-m", "sslcells", "embed", str(run), str(fields), *two))
+    parts = sorted((tmp_path / "one").glob("part-*"))
+    assert len(parts) == 4
+    for part in parts:
+        assert part.read_bytes() == (tmp_path / "two" / part.name).read_bytes()
 
 
 @pytest.mark.slow

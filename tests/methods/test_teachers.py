@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from sslcells import methods, models, optim
 from sslcells.config import ConfigError, Model, Optim, load
-from sslcells.data import Batch, synthetic
+from sslcells.data import Batch, open_split
 from sslcells.learner import build
 from sslcells.models import files
 from sslcells.plan import consequences
@@ -35,7 +35,7 @@ def tiny(folder, *changes):
 
 def learner(*changes):
     run = tiny(".", *changes)
-    images = synthetic.open_split(run.data, "train")
+    images = open_split(run.data, "train")
     return build(run, images, sync_batchnorm=False)
 
 
