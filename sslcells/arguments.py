@@ -33,6 +33,7 @@ RUN/report.html. It uses the test split, which training never reads; use evaluat
   sslcells evaluate runs/my_cells
   sslcells evaluate runs/my_cells data.sources=sources.csv evaluate.split=val
   sslcells evaluate runs/my_cells --lab clinic=path/to/clinic --lab other=cells.csv
+  sslcells evaluate runs/my_cells --against vit_small_patch14_dinov2.lvd142m --against runs/before
   accelerate launch --config_file launch/gpu8.yaml -m sslcells.evaluate runs/my_cells
 """
 
@@ -165,6 +166,11 @@ def _evaluate(commands: _Commands) -> None:
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to data, evaluate or train")
     words = "images of a laboratory that training never saw, classes as sub-folders, or a table; may be repeated"
     sub.add_argument("--lab", action="append", default=[], metavar="NAME=FOLDER", help=words)
+    words = (
+        "an encoder to measure beside the run's, frozen: published weights (as model.weights names them), a run or an "
+        "export; {weights: FILE, backbone: NAME} for a file; may be repeated"
+    )
+    sub.add_argument("--against", action="append", default=[], metavar="NAME", help=words)
     words = "first fine-tune the encoder on fractions of the labels (set by compare.*): minutes to hours"
     sub.add_argument("--fine-tune", action="store_true", help=words)
 

@@ -17,7 +17,7 @@ from sslcells import __version__, commandline, inputs, launcher, methods, ranks
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, installed, load
 from sslcells.data import ImageSet, holdout, open_splits
-from sslcells.evaluation import lab_pictures, new_labs
+from sslcells.evaluation import against, lab_pictures, new_labs
 from sslcells.evaluation.across import Across
 from sslcells.evaluation.classifier import Predictions, predict
 from sslcells.evaluation.during_training import VIEWED
@@ -41,23 +41,28 @@ RESULTS, REPORT = "evaluation.json", "report.html"
 
 
 def evaluate(
-    folder: Path, overrides: Sequence[str] = (), also: Sequence[dict[str, Any]] = (), labs: Sequence[str] = ()
+    folder: Path,
+    overrides: Sequence[str] = (),
+    also: Sequence[dict[str, Any]] = (),
+    labs: Sequence[str] = (),
+    frozen: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate a finished run, print the results and write them to the run's folder; returns them on rank 0.
 
     `also` holds rows for the table of classifiers that were measured before, by fine-tuning; `labs` are laboratories
-    that training never saw, NAME=FOLDER each.
+    that training never saw, NAME=FOLDER each; `frozen` names encoders to measure beside the run's.
 
     Every rank encodes its part of each split once; rank 0 does the rest. The figures are the same to the last digit on
     any number of ranks.
 
     Raises:
-        ConfigError: if the folder is not a finished run's, or the data does not fit the encoder.
+        ConfigError: if the folder is not a finished run's, the data does not fit the encoder, or another encoder cannot
+            be had.
         DataError: if an image cannot be read, or features are not finite.
     """
     began = time.perf_counter()
     run = _run(folder, overrides)
-    result, pictures = measured(run, folder, launcher.accelerator(run).device, also, labs)
+    result, pictures = measured(run, folder, launcher.accelerator(run).device, also, labs, frozen)
     if result:
         seconds = round(time.perf_counter() - began, 1)
         result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": ranks.world()}
@@ -69,7 +74,12 @@ def evaluate(
 
 
 def measured(
-    run: Run, folder: Path, device: torch.device, also: Sequence[dict[str, Any]] = (), labs: Sequence[str] = ()
+    run: Run,
+    folder: Path,
+    device: torch.device,
+    also: Sequence[dict[str, Any]] = (),
+    labs: Sequence[str] = (),
+    frozen: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[Picture]]:
     """Compute, print and draw the results of `evaluate`; returned on rank 0, empty on the others."""
     if run.evaluate.umap:
@@ -78,11 +88,14 @@ def measured(
     splits = holdout.hold_out_named(open_splits(run.data), names)
     encoder, spec = ranks.together(lambda: _encoder(folder, run, splits["train"].channels))
     outside = ranks.together(lambda: new_labs.opened(labs, run.data, splits["train"], run.augment.size))
+    others = ranks.together(lambda: against.opened(frozen, splits))
     console = Console(highlight=False, quiet=ranks.rank() > 0)
     with bars(console) as bar:
         augment = inputs.augment(run, splits["train"], standard_of(spec.get("standardise")))
         encoded = Encoded(run, encoder.to(device), augment, splits, device, bar)
         new = {lab.name: encoded.lab_features(lab) for lab in outside}
+        encoding = against.Encoding(run, device, bar)
+        beside = [encoding.of(one, splits, encoded.by_split, outside, new) for one in others]
         predictions, why_not = _predictions(run, folder, splits, encoded.augment, device, bar)
     if ranks.rank() > 0:
         return {}, []
@@ -98,10 +111,19 @@ def measured(
         figures = Figures(run, encoded.by_split, query_split, classes, asked)
         lab_names = splits["train"].lab_names
         across = Across(encoded.by_split, query_split, lab_names, new, classes, run.evaluate, run.seed)
+        rivals = [
+            against.compared(
+                one,
+                figures,
+                Figures(run, one.by_split, query_split, classes, one.by_split[shown].at(chosen), brief=True),
+                Across(one.by_split, query_split, lab_names, one.labs, classes, run.evaluate, run.seed),
+            )
+            for one in beside
+        ]
     figures.health["train"]["alignment"] = alignment(*encoded.views)
     left_out = _left_out(splits, encoded.by_split, shown, len(chosen))
     figures.notes = [*left_out, *figures.notes, *_of_val(splits, names), *why_not]
-    figures.notes += [lab.about() for lab in outside]
+    figures.notes += [lab.about() for lab in outside] + [one.about() for one in others]
     figures.notes += _colour_is_better(found["shortcut"].get(query_split), figures.rows)
     result: dict[str, Any] = {
         "run": run.name,
@@ -116,6 +138,7 @@ def measured(
         "figures": [*figures.rows, *_of_classifier(predictions, run), *also],
         "by class": figures.by_class,
         "labs": across.result,
+        "against": rivals,
         "health": figures.health,
         "notes": figures.notes,
     }
@@ -384,7 +407,7 @@ def command(args: argparse.Namespace) -> None:
         from sslcells.compare import fine_tuned
 
         also = fine_tuned(args.run, args.overrides)
-    evaluate(args.run, args.overrides, also, args.lab)
+    evaluate(args.run, args.overrides, also, args.lab, args.against)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,12 @@ class Figures:
         query_split: str | None,
         classes: Sequence[str],
         asked: SplitFeatures | None = None,
+        brief: bool = False,
     ) -> None:
-        """`asked` are those images of the query split that are measured; all of them where None."""
+        """`asked` are those images of the query split that are measured; all of them where None.
+
+        With `brief` kNN and the linear probe alone are computed.
+        """
         self.rows: list[dict[str, Any]] = []
         self.by_class: list[dict[str, Any]] = []
         self.notes: list[str] = []
@@ -56,7 +60,9 @@ class Figures:
         self._run, self._classes = run, classes
         chooses = run.evaluate.split == "val"  # then no figure may use test
         self.health = {
-            split: _health(features) for split, features in by_split.items() if not (chooses and split == "test")
+            split: _health(features)
+            for split, features in by_split.items()
+            if not (brief or (chooses and split == "test"))
         }
         if query_split is None:
             self.notes.append("no labels: only figures that need none")
@@ -69,11 +75,24 @@ class Figures:
         if len(self._bank.labels):
             self._knn()
             self._probe(val)
-            self._few_shot()
         else:
             self.notes.append("train has no labels: no kNN, no linear probe, no few-shot")
+        if brief:
+            return
+        if len(self._bank.labels):
+            self._few_shot()
         self._retrieval()
         self._clustering()
+
+    @property
+    def labels(self) -> Tensor:
+        """(M,) int64 classes of the images that were asked."""
+        return self._query.labels
+
+    @property
+    def units(self) -> Units:
+        """The units of these images, and their resamples."""
+        return self._units
 
     def _add_caveats(self, query_split: str) -> None:
         units, sources = self._units, "images" if not self._units.known else "sources"

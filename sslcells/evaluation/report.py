@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from sslcells.config import ConfigError
+from sslcells.evaluation.against import against_tables
 from sslcells.evaluation.gallery import Picture
 from sslcells.evaluation.lab_tables import lab_tables
 from sslcells.evaluation.tables import Table as Table
@@ -120,6 +121,10 @@ def say_figures(console: Console, result: Mapping[str, Any]) -> None:
         for table in lab_tables(result["labs"]):
             say_table(console, table)
         _say_findings(console, "Across laboratories", result["labs"]["findings"])
+    if result.get("against"):
+        for table in against_tables(result):
+            say_table(console, table)
+        _say_findings(console, "Against frozen encoders", [one["finding"] for one in result["against"]])
     for note in result["notes"]:
         console.print(f"  · {note}", markup=False, soft_wrap=True)
 
@@ -153,6 +158,9 @@ def page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     if result.get("labs"):
         body += section_of("Across laboratories", lab_tables(result["labs"]), ())
         body += _list(result["labs"]["findings"])
+    if result.get("against"):
+        body += section_of("Against frozen encoders", against_tables(result), ())
+        body += _list([one["finding"] for one in result["against"]])
     if result["notes"]:
         body += ["<h3>Notes</h3>", "<ul>", *(f"<li>{escape(note)}</li>" for note in result["notes"]), "</ul>"]
     body += section_of("Pictures", (), pictures)

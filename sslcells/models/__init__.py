@@ -166,7 +166,7 @@ def _remedy(config: Model, channels: int, size: int, key: str) -> str:
     for one in [*sizes, *(s for s in (size - size % 32, size - size % 32 + 32) if s not in sizes)]:
         args: list[dict[str, Any]] = [{"img_size": one}, {"dynamic_img_size": True}]
         for change in args if key == "augment.size" else args[1:]:  # images of two sizes need the second
-            if one > 0 and _takes(config, channels, one, change):
+            if one > 0 and takes(config, channels, one, change):
                 given = ", ".join(f"{k}: {str(v).lower()}" for k, v in (config.args | change).items())
                 where = "" if one == size else f"{key}={one} and "
                 patches = f" (its patches are {patch} px)" if size % patch else ""
@@ -183,7 +183,7 @@ def _patch(config: Model, channels: int) -> int:
         return 1
 
 
-def _takes(config: Model, channels: int, size: int, change: dict[str, Any]) -> bool:
+def takes(config: Model, channels: int, size: int, change: dict[str, Any]) -> bool:
     """True if the backbone with these arguments takes such images; nothing is computed."""
     try:
         with torch.device("meta"):

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import timm
 import torch
+from timm.models import get_arch_name
 from torch import Tensor, nn
 
 from sslcells.config import ConfigError, Model
@@ -20,6 +22,43 @@ from sslcells.models.weights._layouts import (
     networks,
     renamed,
 )
+
+
+class Described(NamedTuple):
+    """What published weights say of their network; None and empty where they say nothing."""
+
+    architecture: str | None
+    """timm's name"""
+    args: dict[str, Any]
+    """arguments of timm.create_model that it was made with"""
+    size: int | None
+    """height and width in pixels of the images that it was trained with"""
+
+
+def described(given: str) -> Described:
+    """What the weights that `given` names, as `model.weights` does, say of their network; timm's are not downloaded.
+
+    Raises:
+        ConfigError: if there are none, or they cannot be read.
+    """
+    if _read.names_timm(given):
+        return Described(get_arch_name(given), {}, _size(_read.timm_cfg(given)))
+    found = _read.find(given)
+    args: Any = found.config.get("model_args") or {}
+    return Described(
+        found.architecture, {k: v for k, v in args.items() if k not in _SIZES}, _size(found.pretrained_cfg)
+    )
+
+
+def default_size(backbone: str) -> int | None:
+    """Height and width in pixels of the images of timm's default weights of a backbone; None where it has none."""
+    cfg: Any = timm.get_pretrained_cfg(backbone)
+    return None if cfg is None else _size(cfg.to_dict())
+
+
+def _size(cfg: Mapping[str, Any]) -> int | None:
+    size = cfg.get("input_size")
+    return int(size[-1]) if size else None
 
 
 class Network(NamedTuple):
@@ -168,7 +207,7 @@ def preparation(config: Model, channels: int) -> tuple[Preparation, str]:
             prepared, who = _of(_read.find(given), config, channels)
     except ConfigError as error:
         raise ConfigError(f"model.weights={given}: {error}") from None
-    mean, std = (_shared(values, channels) for values in prepared[:2])
+    mean, std = (shared(values, channels) for values in prepared[:2])
     return prepared._replace(mean=mean, std=std), who
 
 
@@ -220,7 +259,7 @@ def _known(interpolation: Any) -> str:
     return "bicubic" if interpolation in ("bicubic", "lanczos", "hamming") else "bilinear"
 
 
-def _shared(values: Sequence[float], channels: int) -> tuple[float, ...]:
+def shared(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """A value for each channel: the mean of those of the published channels that it takes."""
     if len(values) in (1, channels):
         return tuple(values) * (channels // len(values))
