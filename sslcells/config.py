@@ -613,6 +613,15 @@ def _fields(path: Sequence[Any], tree: dict[str, Any]) -> dict[str, FieldInfo]:
     section = str(path[0])
     if section in PLUGINS:
         plugin = PLUGINS[section]
-        return plugin.config(plugin.choice(_mapping(tree[section]))).model_fields
-    annotation = Run.model_fields[section].annotation
+        fields = plugin.config(plugin.choice(_mapping(tree[section]))).model_fields
+    else:
+        fields = _of_section(Run.model_fields[section])
+    for key in path[1:]:
+        fields = _of_section(fields[key]) if key in fields else {}
+    return fields
+
+
+def _of_section(field: FieldInfo) -> dict[str, FieldInfo]:
+    """The keys of a field that is a section; empty for others."""
+    annotation = field.annotation
     return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}

@@ -14,6 +14,7 @@ from sslcells.config import ConfigError, Run, Standardise
 from sslcells.data import ImageSet
 from sslcells.data.sampler import permutation
 from sslcells.models import files
+from sslcells.models.frozen import FrozenEncoder
 from sslcells.standardise import SAMPLE, Standard, fit, standard_of
 from sslcells.storage import is_file, json_text, write_atomically
 from sslcells.values import place
@@ -110,6 +111,14 @@ def augment(run: Run, images: ImageSet, standard: Standard | None) -> Augment:
         standard = Standard(run.standardise.model_dump(mode="json"))
     pixels, lab = ranks.from_main(lambda: in_equal_parts(images, run.augment.bank, run.seed))  # type: ignore[attr-defined]
     return Augment(run.augment, *preparation, standard, Bank(pixels, lab, standard))
+
+
+def of_teacher(augment: Augment, teacher: FrozenEncoder | None) -> Augment | None:
+    """The augmentation that makes the same views for a frozen teacher; None where there is none."""
+    if teacher is None:
+        return None
+    size, mean, std, *_ = teacher.prepared
+    return augment.at(size, mean, std, standard_of(teacher.standardise))
 
 
 def in_equal_parts(images: ImageSet, count: int, seed: int) -> tuple[Tensor, Tensor]:

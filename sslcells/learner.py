@@ -33,7 +33,9 @@ def build(
     if not resumes:
         for line in ranks.together(lambda: _start(encoder, run.model, images.channels)):
             say(line)
-    method = methods.build(run.method, features, images)
+    method = ranks.together(lambda: methods.build(run.method, features, images))
+    for line in method.about:
+        say(line)
     if method.local:
         models.width(encoder, images.channels, method.local.size, "method.local_size", run.model)
     learner = methods.Learner(encoder, method, frozen=run.model.freeze)

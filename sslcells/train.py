@@ -95,6 +95,7 @@ def _steps(
     standard = inputs.prepared(run, images, resumes=resumes)
     augment = inputs.augment(run, images, standard)
     augment_local = augment.local(method.local.size, method.local.scale) if method.local else None
+    augment_taught = inputs.of_teacher(augment, method.frozen_teacher)
     evaluation = Evaluation(run, splits, augment, device)
     state = State(net, optimizer, accelerator.scaler, Meter(run, plan, device, scaled=accelerator.scaler is not None))
     start.lap("building")
@@ -114,12 +115,17 @@ def _steps(
         start.lap("figures of the untrained encoder")
 
     def views(part: Batch) -> list[Tensor]:
-        """Augmented views on the device, the same for the same image and step: (V·b, C, S, S), and the local ones."""
+        """Augmented views on the device, the same for the same image and step: (V·b, C, S, S).
+
+        Then the local ones, and those for a frozen teacher.
+        """
         pixels = part.pixels.to(device, non_blocking=True)
         key: dict[str, Any] = {"seed": run.seed, "step": state.step, "occurrence": part.occurrence, "lab": part.lab}
         crops = [augment(pixels, part.image, views=method.views, **key)]
         if augment_local is not None and method.local is not None:
             crops.append(augment_local(pixels, part.image, views=method.local.views, first=method.views, **key))
+        if augment_taught is not None:
+            crops.append(augment_taught(pixels, part.image, views=method.views, **key))
         return [x.contiguous(memory_format=plan.memory_format) for x in crops]
 
     def embed(part: Batch, index: int) -> Outputs:

@@ -83,6 +83,14 @@ class Augment:
         made = *self.normalisation, *self._whole, self.standard, self._bank
         return Augment(self.config.model_copy(update=changes), *made)
 
+    def at(self, size: int, mean: Sequence[float], std: Sequence[float], standard: Standard | None = None) -> "Augment":
+        """The same views of `size` px and normalised otherwise, for another network.
+
+        With `standard`, they are of images that it prepares.
+        """
+        config = self.config.model_copy(update={"size": size})
+        return Augment(config, mean, std, *self._whole, standard or self.standard, self._bank)
+
     @torch.no_grad()
     def plain(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) uint8 → (B, C, S, S) float32: standardised, resized and normalised, without augmentation."""

@@ -84,8 +84,9 @@ class Encoding:
 
     def z(self, encoder: FrozenEncoder, images: ImageSet, index: Sequence[int], what: str) -> Tensor:
         """(N, F) features of the images with these indices."""
-        size, *rest = encoder.prepared
-        augment = Augment(none.Config(size=size), *rest, standard_of(encoder.standardise))  # type: ignore[arg-type]
+        size, mean, std, interpolation, crop = encoder.prepared
+        recipe, standard = none.Config(size=size), standard_of(encoder.standardise)
+        augment = Augment(recipe, mean, std, interpolation, crop, standard)
         evaluate, bar = self._run.evaluate, self._bar(f"{what} by {encoder.name}", len(index))
         network = encoder.network.to(self._device)
         return encode(
@@ -109,10 +110,9 @@ def compared(one: Beside, ours: Figures, theirs: Figures, across: Across) -> dic
         for mine, other in zip(ours.predictions, theirs.predictions, strict=True)
         for unit, scores in _differences(ours, mine, other)
     ]
-    both = [(figures.rows, figures.predictions) for figures in (ours, theirs)]
     said = [
-        _said(*(_value(rows, answers[i].name) for rows, answers in both), differences, _method(answer))
-        for i, answer in enumerate(ours.predictions)
+        _said(_value(ours, mine), _value(theirs, other), differences, _method(mine))
+        for mine, other in zip(ours.predictions, theirs.predictions, strict=True)
     ]
     lower = any(_high(of) < 0 for of in differences if of["unit"] == "image")
     text = f"this run and {encoder.name}, frozen, in {METRIC}: " + ("; ".join(said) or "no classifier can be trained")
@@ -174,11 +174,10 @@ def _said(ours: str, theirs: str, differences: Sequence[Mapping[str, Any]], meth
     return f"{method} {ours} and {theirs}: {verdict(score)}"
 
 
-def _value(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """The score that a method of this name has by image, in percent."""
-    score = next(
-        r["scores"][METRIC]["value"] for r in rows if f"{r['task']}, {r['name']}" == name and r["unit"] == "image"
-    )
+def _value(figures: Figures, answer: ClassScores) -> str:
+    """The score of an answer by image, in percent."""
+    rows = (r for r in figures.rows if f"{r['task']}, {r['name']}" == answer.name and r["unit"] == "image")
+    score = next(rows)["scores"][METRIC]["value"]
     return "–" if score is None else f"{100 * score:.1f} %"
 
 

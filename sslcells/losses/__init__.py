@@ -2,6 +2,7 @@
 
 from sslcells.losses._rows import row_std, sound, unit
 from sslcells.losses.contrastive import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
+from sslcells.losses.distillation import FeatureDistillationLoss, SimilarityDistillationLoss
 from sslcells.losses.gather import gather_ids, gather_with_grad
 from sslcells.losses.moco import MoCoLoss
 from sslcells.losses.pairs import BatchAllTripletLoss, PairLoss
@@ -14,10 +15,12 @@ __all__ = [
     "BatchAllTripletLoss",
     "BatchHardTripletLoss",
     "DCLLoss",
+    "FeatureDistillationLoss",
     "HardNegativeLoss",
     "MoCoLoss",
     "NTXentLoss",
     "PairLoss",
+    "SimilarityDistillationLoss",
     "SupConLoss",
     "VICRegLoss",
     "gather_ids",

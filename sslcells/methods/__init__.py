@@ -8,6 +8,7 @@ import copy
 import importlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from sslcells import models
 from sslcells.config import Section
 from sslcells.data import Batch, ImageSet
+from sslcells.models.frozen import FrozenEncoder
 
 
 class Local(NamedTuple):
@@ -34,7 +36,8 @@ class Outputs(NamedTuple):
     rows: Tensor
     """(A + L·B, D) of the student"""
     teacher: Tensor | None = None
-    """(A, D) of the teacher, for the full-size views, without gradient; None where there is no teacher"""
+    """(A, D) of the teacher, for the full-size views, without gradient; None where there is no teacher. Of a frozen one
+    (A, D'), its features"""
 
 
 class Method(nn.Module, ABC):
@@ -51,6 +54,10 @@ class Method(nn.Module, ABC):
     """negatives of a row from earlier steps"""
     local: Local | None = None
     """the small views of each image; their rows come after those of the full-size views"""
+    frozen_teacher: FrozenEncoder | None = None
+    """an encoder that never learns; it sees the full-size views as it was trained to"""
+    about: Sequence[str] = ()
+    """what the log says of it, in lines"""
     momentum: float
     """of the teacher at the first step; methods with a teacher set it"""
     exported: Literal["student", "teacher"] = "student"
@@ -146,10 +153,17 @@ class Learner(nn.Module):
         return self
 
     def forward(self, *crops: Tensor, progress: float) -> Outputs:
-        """Full-size views (A, C, S, S), and local views (L·B, C, s, s) where the method has them → Outputs."""
-        rows: Tensor = self.method(torch.cat([self.backbone(x) for x in crops]), progress)
+        """Full-size views (A, C, S, S), local views (L·B, C, s, s) where the method has them → Outputs.
+
+        Where it has a frozen teacher, that one's views (A, C, T, T) come last.
+        """
+        frozen = self.method.frozen_teacher
+        own = crops if frozen is None else crops[:-1]
+        rows: Tensor = self.method(torch.cat([self.backbone(x) for x in own]), progress)
         for parameter in self.method.loss_parameters():
             rows = rows + 0 * parameter.sum()  # DDP sees no loss: this makes it wait for the gradient and average it
+        if frozen is not None:
+            return Outputs(rows, frozen(crops[-1]))
         return Outputs(rows, None if self.teacher is None else self.teacher(crops[0]))
 
     def follow(self, progress: float) -> None:

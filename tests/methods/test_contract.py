@@ -1,12 +1,18 @@
 """What every method owes: found by its file, two steps of training, N ranks = one, survives save and resume."""
 
+import atexit
 import copy
+import functools
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from gloo import launched, on_ranks
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from trained import make_run
 
 from sslcells import launcher, methods, micro_batch, models, ranks
 from sslcells.config import PLUGINS, Model, load
@@ -16,6 +22,7 @@ from sslcells.run import checkpoint
 NAMES = PLUGINS["method"].names()
 IMAGES, SIZE = 8, 32
 VARIANTS = {
+    "distill": [{}, {"views": 2, "loss": "mse", "layers": 2}, {"loss": "similarity"}],
     "dino": [
         {"prototypes": 32, "local_size": SIZE // 2, "freeze": 0.0},
         {"prototypes": 32, "local_views": 0, "freeze": 1.0, "norm": "none"},
@@ -76,8 +83,22 @@ class Images(ImageSet):
         return str(index)
 
 
+@functools.cache
+def teacher():
+    """The folder of an encoder that methods with a frozen teacher learn from, the same in every process."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return str(make_run(folder / "teacher", "augment.size=24", "model.mean=[0.3]"))
+
+
+def needed(name):
+    """Options that a method cannot do without."""
+    return {"teacher": {"weights": teacher()}} if name == "distill" else {}
+
+
 def learner(name, options):
     """Without BatchNorm, whose statistics differ between ranks of a CPU."""
+    options = needed(name) | options
     torch.manual_seed(0)
     kind = PLUGINS["method"].config(name)
     small = {k: v for k, v in {"norm": "layer", "hidden": 16, "dimension": 8}.items() if k in kind.model_fields}
@@ -94,11 +115,13 @@ def batch(rows=slice(None)):
 
 
 def crops(b, method):
-    """The full-size views of a batch, and its local ones."""
+    """The full-size views of a batch, its local ones, and those for a frozen teacher."""
     views = [b.pixels[: method.views].flatten(0, 1)]
     if method.local:
         small = F.interpolate(b.pixels[0], (method.local.size, method.local.size))
         views.append(torch.cat([small.roll(i, 3) for i in range(method.local.views)]))
+    if method.frozen_teacher:
+        views.append(F.interpolate(views[0], [method.frozen_teacher.prepared.size] * 2))
     return views
 
 
@@ -180,6 +203,7 @@ IN_MICRO_BATCHES = [
     ("vicreg", {}),
     ("simsiam", {}),
     ("moco", {"queue": 24}),
+    ("distill", {"views": 2, "loss": "similarity"}),
     ("dino", {"prototypes": 32, "local_size": SIZE // 2, "freeze": 0.0}),
 ]
 
@@ -277,8 +301,8 @@ def test_training_lowers_the_loss_and_resumes_exactly(name, options, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_and_registry(name):
-    """The method builds from a configuration that names it and nothing else."""
-    run = load(None, [f"method.name={name}"])
+    """The method builds from a configuration that names it, and what it cannot do without."""
+    run = load(None, [f"method.name={name}", *(f"method.{key}={value}" for key, value in needed(name).items())])
     method = methods.build(run.method, 24, Images())
     assert method.views in (1, 2)
     assert method(torch.randn(6, 24), 0.0).shape[0] == 6

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from gloo import on_ranks
-from test_contract import CASES, IMAGES, Images
+from test_contract import CASES, IMAGES, Images, needed
 
 from sslcells import methods, ranks
 from sslcells.config import PLUGINS
@@ -23,11 +23,13 @@ def rows_of(name, options):
     torch.manual_seed(0)
     kind = PLUGINS["method"].config(name)
     small = {k: v for k, v in {"norm": "layer", "hidden": 16, "dimension": 8}.items() if k in kind.model_fields}
-    method = methods.build(kind(**{**small, **options}), FEATURES, Images())
+    method = methods.build(kind(**{**small, **needed(name), **options}), FEATURES, Images())
     features = torch.randn(method.views_in_all * IMAGES, FEATURES)
     with torch.no_grad():
         copied = method.teacher_copies()
         teacher = None if copied is None else copied(features[: method.views * IMAGES])
+        if method.frozen_teacher:
+            teacher = torch.randn(method.views * IMAGES, method.frozen_teacher.features)
         outputs = methods.Outputs(method(features, 0.0), teacher)
     image = torch.arange(IMAGES)
     label = image % 3 if options.get("loss") == "bce" else torch.where(image < 6, image % 3, -1)
