@@ -5,12 +5,14 @@ import math
 import torch
 from torch import Tensor
 
+from sslcells import launcher
+from sslcells.evaluation.screen import GROUP, PAIRS, UnitRows, may_exceed, one_by_one
 from sslcells.losses import unit
 
 QUERIES, _BANK = 1024, 16384
 """Queries and rows of the bank compared at a time: 64 MiB of cosines, whatever the number of rows."""
-_GROUP = 64
-"""Rows of the bank of which only the nearest is looked at, unless it is among the k nearest."""
+_SCREENED = 64
+"""Of more neighbours than that each tile holds too many candidates for a screen."""
 
 
 @torch.no_grad()
@@ -28,7 +30,8 @@ def neighbours(
     donor, which would be recognised rather than classified.
 
     The rows are compared in tiles and the bank is never copied whole: the memory is that of a tile and of what is
-    returned.
+    returned. On a CPU with bfloat16 in hardware, once k neighbours of each query are known, a product in bfloat16 finds
+    the rows that may be nearer, by a bound on its error, and float32 decides among these.
 
     Returns cosines (M, k) float32, −inf where fewer rows were left, and bank indices (M, k) int64, with
     k = min(k, N). Among equal cosines the lowest index comes first.
@@ -50,45 +53,81 @@ def neighbours(
     index = torch.zeros(len(query), k, dtype=torch.int64, device=query.device)
     # Where no query has the source of any row, as between train and val, there is nothing to leave out.
     apart = query_source is None or bank_source is None or not torch.isin(bank_source, query_source).any()
+    screens = k <= _SCREENED and len(bank) > _BANK and _has_fast_bfloat16(query.device)
     for first in range(0, len(query) if k else 0, _BANK):
         rows = query[first : first + _BANK]
-        queries = [_Rows(rows[i : i + QUERIES]) for i in range(0, len(rows), QUERIES)]
+        queries = [UnitRows(rows[i : i + QUERIES]) for i in range(0, len(rows), QUERIES)]
         for start in range(0, len(bank), _BANK):
-            tile = _Rows(bank[start : start + _BANK])
+            tile = UnitRows(bank[start : start + _BANK])
             for i, block in enumerate(queries):
                 part = slice(first + i * QUERIES, first + i * QUERIES + len(block.z))
-                cosine = block.cosines(tile)  # (m, n)
+                own = None
                 if not apart and query_source is not None and bank_source is not None:
-                    _leave_out(cosine, query_source[part], bank_source[start : start + _BANK])
+                    own = query_source[part], bank_source[start : start + _BANK]
+                if screens and _screen(best[part], index[part], block, tile, own, start):
+                    continue
+                cosine = block.cosines(tile)  # (m, n)
+                _leave_out(cosine, own)
                 _merge(best[part], index[part], cosine, start)
+                if screens:
+                    _recompute(best[part], index[part], block, bank)
     return best, index
 
 
-class _Rows:
-    """Some rows with norm 1, (n, F) float32; those that are not finite are marked."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.z = unit(rows).float()
-        self._bad = (~self.z.isfinite().all(1)).nonzero()[:, 0]
-        if len(self._bad):
-            self.z[self._bad] = 0
-
-    def cosines(self, others: "_Rows") -> Tensor:
-        """Cosines with other rows, −inf for rows that are not finite, as a diverged encoder's: they are near none."""
-        cosine = self.z @ others.z.T
-        if len(self._bad):
-            cosine[self._bad] = -math.inf
-        if len(others._bad):
-            cosine[:, others._bad] = -math.inf
-        return cosine
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    """True on a CPU that multiplies matrices in bfloat16; a GPU is quick enough without."""
+    return device.type == "cpu" and launcher.precision_for(device) == "bf16"
 
 
-def _leave_out(cosine: Tensor, query_source: Tensor, bank_source: Tensor) -> None:
-    """Set the cosines (m, n) of rows of the query's own source to −inf."""
+def _leave_out(cosine: Tensor, own: tuple[Tensor, Tensor] | None) -> None:
+    """Set the cosines (m, n) of rows of the query's own source to −inf; `own` has the sources (m,) and (n,)."""
+    if own is None:
+        return
+    query_source, bank_source = own
     columns = torch.isin(bank_source, query_source).nonzero()[:, 0]
     if len(columns):
-        own = query_source[:, None] == bank_source[columns]
-        cosine[:, columns] = cosine[:, columns].masked_fill(own, -math.inf)
+        same = query_source[:, None] == bank_source[columns]
+        cosine[:, columns] = cosine[:, columns].masked_fill(same, -math.inf)
+
+
+def _screen(
+    best: Tensor, index: Tensor, block: UnitRows, tile: UnitRows, own: tuple[Tensor, Tensor] | None, start: int
+) -> bool:
+    """`_merge` for the few rows of a tile that may be among the k nearest; False, and nothing done, if many may."""
+    floor = best[:, -1]
+    if not floor.isfinite().any():
+        return False
+    rough, error = block.rough_cosines(tile)
+    _leave_out(rough, own)
+    found = may_exceed(rough, floor - error)
+    if found is None:
+        return False
+    row, column = found
+    cosine = one_by_one(block.z, tile.z, row, column)
+    nearer = cosine > floor[row]
+    row, column, cosine = row[nearer], column[nearer], cosine[nearer]
+    if len(row):
+        count = row.bincount(minlength=len(floor))
+        place = row, torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+        cosines = cosine.new_full((len(floor), int(count.max())), -math.inf)
+        numbers = torch.zeros_like(cosines, dtype=torch.int64)
+        cosines[place], numbers[place] = cosine, column + start
+        _keep(best, index, count > 0, cosines[count > 0], numbers[count > 0])
+    return True
+
+
+def _recompute(best: Tensor, index: Tensor, block: UnitRows, bank: Tensor) -> None:
+    """Put the digits of `one_by_one` in place of a product's, so that equal rows of the bank stay equal."""
+    index_by_number, order = index.sort(1)
+    cosine = best.gather(1, order)
+    row, place = cosine.isfinite().nonzero().unbind(1)
+    for start in range(0, len(row), PAIRS):
+        few = row[start : start + PAIRS], place[start : start + PAIRS]
+        near = unit(bank[index_by_number[few]]).float()
+        cosine[few] = one_by_one(block.z, near, few[0], torch.arange(len(near), device=row.device))
+    value, order = largest(cosine, best.shape[1])
+    best.copy_(value)
+    index.copy_(index_by_number.gather(1, order))
 
 
 def _merge(best: Tensor, index: Tensor, cosine: Tensor, start: int) -> None:
@@ -99,18 +138,18 @@ def _merge(best: Tensor, index: Tensor, cosine: Tensor, start: int) -> None:
     are lower ones, and the groups stand in their order.
     """
     k, (m, n) = best.shape[1], cosine.shape
-    if n < 2 * k * _GROUP or n % _GROUP:
+    if n < 2 * k * GROUP or n % GROUP:
         numbers = torch.arange(start, start + n, device=cosine.device).expand(m, -1)
         _keep(best, index, slice(None), cosine, numbers)
         return
-    groups = cosine.view(m, -1, _GROUP)
+    groups = cosine.view(m, -1, GROUP)
     nearest = groups.amax(2)  # (m, n / group)
     hits = (nearest > best[:, -1:]).sum(1)
     rows, most = hits.nonzero()[:, 0], min(k, int(hits.max()))
     if not most:
         return
     chosen = largest(nearest[rows], most)[1].sort(1).values  # (r, most)
-    numbers = start + chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=cosine.device)
+    numbers = start + chosen[:, :, None] * GROUP + torch.arange(GROUP, device=cosine.device)
     _keep(best, index, rows, groups[rows[:, None], chosen].flatten(1), numbers.flatten(1))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from sslcells.evaluation import knn
+from sslcells.evaluation import knn, screen
 from sslcells.evaluation.knn import knn_accuracy, knn_predictions, knn_scores, neighbours
 
 
@@ -78,7 +78,7 @@ def test_tiles_and_groups_do_not_change_anything(monkeypatch, queries, bank, gro
     whole = whole.mul(2**20).round().div(2**20).nan_to_num(nan=-math.inf)  # products of thirds tie as numbers do
     whole[source[:, None] == source] = -math.inf
     expected = whole.sort(dim=1, descending=True, stable=True)
-    for name, size in (("QUERIES", queries), ("_BANK", bank), ("_GROUP", group)):
+    for name, size in (("QUERIES", queries), ("_BANK", bank), ("GROUP", group)):
         monkeypatch.setattr(knn, name, size)
     cosine, index = neighbours(z, z, k, source, source)
     torch.testing.assert_close(cosine.double(), expected.values[:, :k], rtol=0, atol=2e-6)
@@ -90,12 +90,69 @@ def test_tiles_and_groups_do_not_change_anything(monkeypatch, queries, bank, gro
 
 
 def test_equal_rows_come_in_their_order_across_tiles(monkeypatch):
-    for name, size in (("QUERIES", 2), ("_BANK", 32), ("_GROUP", 2)):
+    for name, size in (("QUERIES", 2), ("_BANK", 32), ("GROUP", 2)):
         monkeypatch.setattr(knn, name, size)
     bank = torch.eye(4).repeat(25, 1)  # row i is axis i % 4
     cosine, index = neighbours(torch.eye(4)[:3], bank, 5)
     assert index.tolist() == [[a, a + 4, a + 8, a + 12, a + 16] for a in range(3)]
     assert (cosine == 1).all()
+
+
+@pytest.fixture
+def screened(monkeypatch):
+    """A screen in bfloat16 whatever the processor; counts the tiles that it decided and those left to float32."""
+    tiles = {True: 0, False: 0}
+
+    def counted(*args):
+        decided = kept(*args)
+        tiles[decided] += 1
+        return decided
+
+    kept = knn._screen
+    monkeypatch.setattr(knn, "_screen", counted)
+    monkeypatch.setattr(knn, "_has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(knn, "_BANK", 1024)
+    return tiles
+
+
+@pytest.mark.parametrize("sources", [False, True])
+def test_a_screen_changes_no_neighbour(monkeypatch, screened, sources):
+    query, bank = rows(70, 48), rows(20_000, 48, seed=1)
+    query[5], bank[3000] = torch.nan, torch.inf
+    bank[7000:7070] = query  # the own row is nearest, unless it is of the own source
+    ids = (torch.arange(70), torch.arange(20_000) % 70 if sources else torch.arange(70, 20_070))
+    found = neighbours(query, bank, 5, *ids)
+    assert screened[True] > 10
+    assert screened[False] >= 1
+    monkeypatch.setattr(knn, "_has_fast_bfloat16", lambda device: False)
+    expected = neighbours(query, bank, 5, *ids)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-6)
+
+
+def test_a_screen_keeps_equal_rows_in_their_order(screened):
+    few = rows(8, 48)
+    bank = torch.cat([rows(3000, 48, seed=1), few, rows(4000, 48, seed=2), few, few, rows(3000, 48, seed=3)])
+    cosine, index = neighbours(few, bank, 3)
+    assert screened[True] >= 5
+    assert index.tolist() == [[3000 + i, 7008 + i, 7016 + i] for i in range(8)]
+    assert (cosine == cosine[:, :1]).all()
+
+
+def test_rows_that_are_all_alike_are_left_to_float32(screened):
+    """As a collapsed encoder's: no bound parts them."""
+    bank = 1 + 1e-4 * rows(4096, 48)
+    cosine, _ = neighbours(bank[:10], bank, 2)
+    assert screened[True] == 0
+    assert (cosine > 1 - 1e-6).all()
+
+
+def test_the_error_of_bfloat16_is_within_its_bound():
+    for width in (3, 48, 700):
+        a, b = screen.UnitRows(rows(300, width)), screen.UnitRows(rows(900, width, seed=1).abs())
+        rough, error = a.rough_cosines(b)
+        worst = (rough.double() - a.z.double() @ b.z.double().T).abs().max()
+        assert worst < error < 0.012
 
 
 def test_the_bank_is_not_copied(monkeypatch):
