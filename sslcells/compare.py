@@ -172,14 +172,21 @@ _OF_THE_ENCODER: dict[str, Any] = {
 """A model that starts from an encoder reads no published weights, and prepares images as for the encoder."""
 
 
+_WHOLE: dict[str, Any] = {"freeze": False, "lora_rank": None, "lora_alpha": None, "lora_layers": ("*",)}
+"""All of an encoder learns, until `compare.fine_tuned` says otherwise: how the run adapted its own start is past."""
+
+
 def _start(run: Run, model: str) -> dict[str, Any]:
-    return {} if model == "supervised" else {"encoder": str(run.folder), "freeze": model == "probe", **_OF_THE_ENCODER}
+    fixed = {"freeze": True} if model == "probe" else {}
+    return {} if model == "supervised" else {"encoder": str(run.folder), **_OF_THE_ENCODER, **fixed}
 
 
 def _run(run: Run, model: str, fixed: Mapping[str, Any]) -> Run:
     """The run with changes: first `compare.classifier`, then the model's section, then `fixed`."""
     of_model = {"supervised": run.compare.supervised, "probe": run.compare.probe, "fine-tuned": run.compare.fine_tuned}
     tree = run.model_dump(mode="json") | {"method": {"name": "supervised"}}
+    if model != "supervised":
+        tree = values.merged(tree, {"model": _WHOLE})
     for changes in (run.compare.classifier, of_model[model], fixed):
         tree = values.merged(_without_other_choices(tree, changes), changes)
     try:

@@ -168,6 +168,15 @@ class Standardise(Section):
         return self
 
 
+def _frozen(value: Any) -> Any:
+    """The value of model.freeze, if it can be one."""
+    value = values.plain(values.typed(value)) if isinstance(value, str) else value
+    fits = isinstance(value, bool) or (isinstance(value, int) and value > 0)
+    if not fits and not (isinstance(value, float) and 0 < value < 1):
+        raise ValueError("expected true, false, a number of layers from 1, or a fraction of them between 0 and 1")
+    return value
+
+
 class Model(Section):
     """The encoder: a backbone from timm."""
 
@@ -194,8 +203,16 @@ class Model(Section):
     """Published tensors that may be left over, by name or pattern; parts known to be heads or decoders are always."""
     encoder: str | None = None
     """Start from the encoder in this folder (a finished run, or an export), to fine-tune it."""
-    freeze: bool = False
-    """Train only the head; the encoder stays fixed, in eval mode: a linear probe."""
+    freeze: Annotated[bool | int | float, BeforeValidator(_frozen)] = False
+    """Train only the head; the encoder stays fixed, in eval mode: a linear probe. A number freezes so many of its first
+    layers, the stem and then blocks; one below 1 that fraction of its layers."""
+    lora_rank: int | None = Field(None, ge=1)
+    """Rank of low-rank adapters (LoRA) of the encoder's linear layers; all else of it stays fixed, and they are merged
+    in what is exported. none: the weights themselves learn."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """Scale of the adapters, times the rank; none: the rank, for a scale of 1."""
+    lora_layers: tuple[str, ...] = Field(("*",), min_length=1)
+    """Which linear layers have an adapter, by name or pattern, such as `*.attn.*` and `*.mlp.*`."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel, for pixels in 0..1; a single value is used for all channels. none: the one of the weights
     that training starts from, or 0.5."""
@@ -216,6 +233,14 @@ class Model(Section):
             raise ValueError(f"{' and '.join(starts)} are both a starting point: set only one")
         if self.start is None and (self.weights_key or self.allow_missing or self.allow_left_over):
             raise ValueError("weights_key, allow_missing and allow_left_over say how weights= is read: set weights")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_layers != ("*",)):
+            raise ValueError("lora_alpha and lora_layers are for adapters: set lora_rank")
+        if self.lora_rank is not None and self.freeze is True:
+            raise ValueError(f"freeze=true fixes the encoder, and lora_rank={self.lora_rank} trains it: set only one")
+        if self.lora_rank is not None and not starts:
+            raise ValueError(
+                f"lora_rank={self.lora_rank} adapts weights that are there: set weights, pretrained or encoder"
+            )
         if self.pretrained and self.norm == "group":
             raise ValueError(
                 "norm=group and pretrained=true: the published weights go with the statistics of their BatchNorm. Keep "
@@ -248,6 +273,9 @@ class Optim(Section):
     """Length of the linear warm-up, in epochs."""
     encoder_scale: float = Field(1.0, gt=0)
     """Learning rate of the encoder, as a multiple of the head's; below 1 for gentle fine-tuning."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of each layer of the encoder, as a multiple of the next one's; the last has that of
+    `encoder_scale`. 1: the same for all; 0.65 to 0.8 are usual for fine-tuning vision transformers."""
     clip_norm: float | None = Field(None, gt=0)
     """Clip the gradient to this global norm; none for no clipping."""
 

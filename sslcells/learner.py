@@ -9,7 +9,7 @@ from torch import nn
 from sslcells import methods, models, ranks
 from sslcells.config import ConfigError, Model, Run
 from sslcells.data import ImageSet
-from sslcells.models import files, weights
+from sslcells.models import adapt, files, weights
 
 
 def build(
@@ -22,7 +22,7 @@ def build(
     """Build the learner, with the same first weights on every rank; all ranks must call it.
 
     Where it `resumes`, the weights or the encoder that training started from are not read: a checkpoint has them all.
-    `say` is told what became of each tensor of published weights.
+    `say` is told what became of each tensor of published weights, and which part of the encoder learns.
 
     Raises:
         ConfigError: if backbone, method, image size, weights and data do not fit each other.
@@ -33,12 +33,21 @@ def build(
     if not resumes:
         for line in ranks.together(lambda: _start(encoder, run.model, images.channels)):
             say(line)
+    if run.model.freeze is True and not methods.classifies(run.method):
+        raise ConfigError(
+            f"model.freeze=true: nothing would be left of the training, as method.name={_name(run)} hands out the "
+            f"encoder without its head. A number freezes the first layers, model.lora_rank trains adapters, and "
+            f"method.name=supervised a classifier on the frozen encoder"
+        )
+    fixed, lines = adapt.adapt(encoder, run.model)
+    for line in [*lines, *adapt.rates(encoder, run.optim)]:
+        say(line)
     method = ranks.together(lambda: methods.build(run.method, features, images))
     for line in method.about:
         say(line)
     if method.local:
         models.width(encoder, images.channels, method.local.size, "method.local_size", run.model)
-    learner = methods.Learner(encoder, method, frozen=run.model.freeze)
+    learner = methods.Learner(encoder, method, fixed)
     if sync_batchnorm and run.train.sync_batchnorm:
         ranks.sync_batchnorm(learner)
     if run.train.channels_last is True:
@@ -48,6 +57,10 @@ def build(
         if learner.teacher is not None:
             learner.teacher.backbone.compile()
     return learner
+
+
+def _name(run: Run) -> str:
+    return str(run.method.name)  # type: ignore[attr-defined]
 
 
 def _start(encoder: nn.Module, config: Model, channels: int) -> list[str]:
@@ -62,13 +75,13 @@ def check_rows(
 ) -> None:
     """Raise a ConfigError where a forward pass would have a single row, as BatchNorm needs two.
 
-    It runs copies of the networks, so that no running statistic changes.
+    It runs copies of the networks, so that no running statistic changes; the encoder is in the mode it trains in.
     """
     sizes = [run.augment.size] * (micro_batch * method.views == 1)
     if method.local is not None:
         sizes += [method.local.size] * (micro_batch * method.local.views == 1)
     for size in sizes:
-        alone, head = copy.deepcopy(encoder).train(not run.model.freeze), copy.deepcopy(method).train()
+        alone, head = copy.deepcopy(encoder), copy.deepcopy(method).train()
         x = torch.zeros(1, channels, size, size)
         try:
             with torch.no_grad():

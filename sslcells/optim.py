@@ -1,6 +1,7 @@
 """The optimizer, from timm, and its learning rate as a function of the step."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
@@ -14,14 +15,17 @@ def check(config: Optim) -> None:
     names = [str(name) for name in list_optimizers()]
     if config.name not in names:
         raise ConfigError(f"optim.name={config.name!r}: timm has no such optimizer{nearest(config.name, names)}")
+    if own := sorted({"layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale"} & set(config.args)):
+        raise ConfigError(f"optim.args: {own[0]}={config.args[own[0]]!r} cannot be: set optim.layer_decay")
 
 
-def build(config: Optim, model: nn.Module, encoder: nn.Module | None = None) -> torch.optim.Optimizer:
+def build(config: Optim, model: nn.Module, encoder: Sequence[Sequence[nn.Parameter]] = ()) -> torch.optim.Optimizer:
     """The optimizer of what can learn in `model`, without weight decay on biases and normalisation parameters.
 
     Nor on what `model.no_weight_decay()` names, where it has that method of timm's models. LARS and LAMB adapt the rate
-    of what weight decay is for, also where it is 0, unless `args` say what they adapt. Parameters of `encoder`, a part
-    of the model, have a learning rate of their own.
+    of what weight decay is for, also where it is 0, unless `args` say what they adapt. `encoder` holds parameters of
+    the model by layer, first to last: the last layer's learning rate is `encoder_scale` times the head's, that of each
+    one before it `layer_decay` times the next one's.
 
     Raises:
         ConfigError: for a name or argument that timm does not know.
@@ -36,8 +40,8 @@ def build(config: Optim, model: nn.Module, encoder: nn.Module | None = None) -> 
                 group["always_adapt"], group["weight_decay"] = group["weight_decay"] > 0, 0.0
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"optim.name={config.name!r} with args={config.args}: {error}") from error
-    if encoder is not None and config.encoder_scale != 1:
-        _scale(optimizer, {id(p) for p in encoder.parameters()}, config.encoder_scale)
+    if encoder and (config.encoder_scale, config.layer_decay) != (1, 1):
+        _scale(optimizer, encoder, config)
     return optimizer
 
 
@@ -48,12 +52,15 @@ def _create(config: Optim, model: nn.Module, weight_decay: float) -> torch.optim
     return optimizer
 
 
-def _scale(optimizer: torch.optim.Optimizer, members: set[int], scale: float) -> None:
-    """Split every group: the members' learning rate is scaled."""
+def _scale(optimizer: torch.optim.Optimizer, layers: Sequence[Sequence[nn.Parameter]], config: Optim) -> None:
+    """Split every group: the head, and each layer with its own scale of the learning rate."""
+    place = {id(p): number for number, layer in enumerate(layers, start=1) for p in layer}  # 0 is the head
+    scales = [1.0, *(config.encoder_scale * config.layer_decay**after for after in reversed(range(len(layers))))]
     groups = []
     for group in optimizer.param_groups:
-        parts = [([p for p in group["params"] if (id(p) in members) is inside], inside) for inside in (False, True)]
-        groups += [{**group, "params": some, "lr_scale": scale if inside else 1.0} for some, inside in parts if some]
+        parts = [[p for p in group["params"] if place.get(id(p), 0) == number] for number in range(len(scales))]
+        pairs = zip(parts, scales, strict=True)
+        groups += [{**group, "params": some, "lr_scale": scale} for some, scale in pairs if some]
     optimizer.param_groups[:] = groups
 
 

@@ -23,7 +23,7 @@ from sslcells.data.loader import read_in_parts, with_workers
 from sslcells.evaluation.during_training import Evaluation
 from sslcells.evaluation.encode import NotFinite
 from sslcells.methods import Outputs
-from sslcells.models import files, weights
+from sslcells.models import depth, files, weights
 from sslcells.plan import Plan, consequences, open_run
 from sslcells.run import checkpoint
 from sslcells.run.folder import Claim, claimed, resolve_auto
@@ -90,7 +90,8 @@ def _steps(
     net = learner.build(run, images, sync_batchnorm=sync, resumes=resumes, say=started.append)
     method = net.method
     learner.check_rows(net.backbone, method, run, images.channels, plan.micro_batch, world)
-    network, optimizer = accelerator.prepare(net, optim.build(run.optim, net, net.backbone))
+    by_layer = depth.parameters(net.backbone, apart=run.optim.layer_decay != 1)
+    network, optimizer = accelerator.prepare(net, optim.build(run.optim, net, by_layer))
     method.repeated = sampling.repeats
     standard = inputs.prepared(run, images, resumes=resumes)
     augment = inputs.augment(run, images, standard)

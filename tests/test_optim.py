@@ -112,7 +112,7 @@ def test_what_timm_takes_no_weight_decay_of_is_spared():
     learner = methods.Learner(vit, method)
     for encoder_scale in (1.0, 0.1):
         config = Optim(weight_decay=0.1, encoder_scale=encoder_scale)
-        groups = optim.build(config, learner, learner.backbone).param_groups
+        groups = optim.build(config, learner, [[*learner.backbone.parameters()]]).param_groups
         decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
         spared = {name for name, p in learner.backbone.named_parameters() if decay[id(p)] == 0 and p.ndim > 1}
         assert spared == {name for name, p in vit.named_parameters() if name in named}

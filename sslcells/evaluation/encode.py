@@ -5,7 +5,6 @@ over the ranks, and gathers the rows on every rank.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple, overload
 
 import torch
@@ -15,6 +14,7 @@ from sslcells import ranks
 from sslcells.data import DataError, ImageSet
 from sslcells.data.loader import InOrder, Readable, read_readable, with_workers
 from sslcells.data.sampler import permutation
+from sslcells.models import eval_mode as eval_mode
 
 Prepare = Callable[[Tensor, Tensor], Tensor]
 """Pixels (B, C, H, W) uint8 on the device and image ids (B,) on the CPU → what the encoder takes."""
@@ -72,17 +72,6 @@ def drawn(labels: Tensor, most: int | None) -> list[int]:
     share = (place + 0.5) / sizes.repeat_interleave(sizes) - (place == 0).double()
     share += 2 * (labels[order] < 0)
     return sorted(order[share.argsort(stable=True)[:most]].tolist())
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """The module is in eval mode inside the block, and as it was afterwards."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sslcells import models
 from sslcells.config import Section
 from sslcells.data import Batch, ImageSet
+from sslcells.models import lora
 from sslcells.models.frozen import FrozenEncoder
 
 
@@ -95,12 +96,14 @@ class Method(nn.Module, ABC):
 class Teacher(nn.Module):
     """An exponential moving average of the backbone and of the head after it.
 
-    BatchNorm uses the batch's statistics, as the student's does; dropout and drop path are off.
+    BatchNorm uses the batch's statistics, as the student's does; dropout and drop path are off. Adapters of the
+    backbone are merged: the average is of the weights that the student computes with.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone, self.head = copy.deepcopy(backbone), copy.deepcopy(head)
+        lora.merge(self.backbone)  # a mean of adapters is no mean of what they do
         self.requires_grad_(False)
         models.without_dropout(self)
 
@@ -113,8 +116,11 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def follow(self, backbone: nn.Module, head: nn.Module, momentum: float) -> None:
         """Every weight becomes momentum · itself + (1 − momentum) · the student's, in the weights' own float32."""
-        for ours, theirs in zip(self.parameters(), [*backbone.parameters(), *head.parameters()], strict=True):
-            ours.lerp_(theirs, 1 - momentum)
+        theirs = lora.merged(backbone)
+        for name, ours in self.backbone.named_parameters():
+            ours.lerp_(theirs[name], 1 - momentum)
+        for ours, of_head in zip(self.head.parameters(), head.parameters(), strict=True):
+            ours.lerp_(of_head, 1 - momentum)
 
 
 class Classifier(Method, ABC):
@@ -131,25 +137,28 @@ class Classifier(Method, ABC):
 class Learner(nn.Module):
     """What is trained: the backbone and the method's head, and the teacher that follows them where there is one.
 
-    A frozen backbone stays in eval mode, and only the head is trained.
+    What of the backbone requires no gradient is not trained; its modules named in `fixed`, and the teacher's, stay in
+    eval mode, "" being all of it.
     """
 
     teacher: Teacher | None
 
-    def __init__(self, backbone: nn.Module, method: Method, frozen: bool = False) -> None:
+    def __init__(self, backbone: nn.Module, method: Method, fixed: Sequence[str] = ()) -> None:
         super().__init__()
-        self.backbone, self.method, self._frozen = backbone, method, frozen
+        self.backbone, self.method, self._fixed = backbone, method, fixed
         # The method's own buffers, such as a queue, are equal on all ranks: DDP need not send them each forward pass.
         self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name, _ in method.named_buffers(recurse=False)]
-        backbone.requires_grad_(not frozen)
         copied = method.teacher_copies()
         self.teacher = None if copied is None else Teacher(backbone, copied)
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode as in every module; a frozen backbone stays in eval mode."""
+        """Set training mode as in every module; what of the backbone is fixed stays in eval mode."""
         super().train(mode)
-        self.backbone.train(mode and not self._frozen)
+        for name in self._fixed:
+            self.backbone.get_submodule(name).eval()
+            if self.teacher is not None:
+                self.teacher.backbone.get_submodule(name).eval()
         return self
 
     def forward(self, *crops: Tensor, progress: float) -> Outputs:

@@ -1,5 +1,7 @@
 """Backbones from timm, with a stem for small images, and the encoder file that timm loads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -135,6 +137,18 @@ def without_dropout(network: nn.Module) -> None:
             module.prob = 0.0
 
 
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """The module is in eval mode inside the block, and each of its modules as it was afterwards."""
+    trained = [one for one in module.modules() if one.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for one in trained:
+            one.training = True
+
+
 @torch.no_grad()
 def width(encoder: nn.Module, channels: int, size: int, key: str = "augment.size", config: Model | None = None) -> int:
     """F: how many features the encoder gives to an image of `size` pixels, which `key` says.
@@ -142,17 +156,15 @@ def width(encoder: nn.Module, channels: int, size: int, key: str = "augment.size
     Raises:
         ConfigError: if the encoder does not take images of this size; the message gives a remedy if `config` built it.
     """
-    training = encoder.training
     try:
-        features: Tensor = encoder.eval()(torch.zeros(1, channels, size, size))
+        with eval_mode(encoder):
+            features: Tensor = encoder(torch.zeros(1, channels, size, size))
     except Exception as error:  # each backbone refuses sizes in its own way
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         remedy = _remedy(config, channels, size, key) if config is not None else ""
         raise ConfigError(
             f"{key}={size}: the backbone takes no images of {size}×{size} px: {reason}{remedy}"
         ) from error
-    finally:
-        encoder.train(training)
     shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise ConfigError(f"the backbone gives features of shape {shape}, not (N, F): see model.args")

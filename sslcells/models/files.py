@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sslcells.config import ConfigError, Model
-from sslcells.models import CROP, INTERPOLATION, MEAN, STD, arguments, create, normalisation, small_stem
+from sslcells.models import CROP, INTERPOLATION, MEAN, STD, arguments, create, lora, normalisation, small_stem
 from sslcells.models import preparation as prepared
 from sslcells.storage import denied, is_file, json_text, write_atomically
 from sslcells.values import place
@@ -55,7 +55,7 @@ def export(
     }
     if (interpolation, crop) != (INTERPOLATION, CROP):
         spec |= {"interpolation": interpolation, "crop": crop}
-    weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
+    weights = {key: value.detach().cpu().contiguous() for key, value in lora.merged(encoder).items()}
     if bad := not_finite(weights.items()):
         raise ConfigError(f"the encoder is not exported to {folder}: {said_of(bad)}")
     content = save(weights, metadata={"format": "pt"})

@@ -1,5 +1,7 @@
 """A small convolutional network for MNIST-like images, known to timm as `small_cnn`."""
 
+import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +22,10 @@ class SmallCNN(nn.Module):
         self.features = nn.Sequential(*layers[:-1])
         self.num_features = widths[-1]
         self.head = nn.Linear(widths[-1], num_classes) if num_classes else nn.Identity()
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int | float]:
+        """Timm's: which layer a name is of, each a convolution and its BatchNorm."""
+        return lambda name: int(name.split(".")[1]) // 4 if name.startswith("features.") else math.inf
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, 4·width), or (N, num_classes)."""

@@ -143,7 +143,7 @@ def changed(run: Run, may_change: Collection[str] = ()) -> list[str]:
         for section in now
         if isinstance(now[section], dict)
         for key in now[section] | before[section]
-        if before[section].get(key) != now[section].get(key)
+        if not _same(before[section].get(key), now[section].get(key))
         and (f"{section}.{key}" in MUST_STAY or not {section, f"{section}.{key}"} & {*MAY_CHANGE, *may_change})
         and not (section == "train" and key in AUTO and now[section][key] == "auto")
         and not (section == "model" and key in OF_WEIGHTS and None in (now[section][key], before[section][key]))
@@ -151,6 +151,11 @@ def changed(run: Run, may_change: Collection[str] = ()) -> list[str]:
     if before["seed"] != now["seed"]:
         different.append(f"seed: {before['seed']} → {now['seed']}")
     return different
+
+
+def _same(one: Any, other: Any) -> bool:
+    """True for equal values; true and 1, which Python calls equal, are not: `model.freeze` takes both."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _check_same_run(run: Run, images: ImageSet) -> None:

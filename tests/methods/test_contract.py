@@ -17,6 +17,7 @@ from trained import make_run
 from sslcells import launcher, methods, micro_batch, models, ranks
 from sslcells.config import PLUGINS, Model, load
 from sslcells.data import Batch, ImageSet
+from sslcells.models import adapt
 from sslcells.run import checkpoint
 
 NAMES = PLUGINS["method"].names()
@@ -192,6 +193,39 @@ def in_micro_batches(name, options, precision):
         network.load_state_dict(before)
         accelerator.backward(network.method.loss(embed(whole, 0), whole, 0.0)[0])
         return apart, gradients(network)
+
+
+def partly(changes):
+    """A network with a teacher, of whose encoder a part learns."""
+    torch.manual_seed(0)
+    config = Model(backbone="test_vit", args={"img_size": SIZE}, **changes)
+    encoder = models.build(config, 3)
+    fixed = adapt.adapt(encoder, config).fixed
+    for name, p in encoder.named_parameters():
+        if name.endswith("weight.0.b"):  # zero at first, where no gradient reaches the other half of an adapter
+            torch.nn.init.normal_(p, std=0.02)
+    method = methods.build(PLUGINS["method"].config("byol")(norm="layer", hidden=16, dimension=8), 64, Images())
+    return methods.Learner(encoder, method, fixed)
+
+
+def partly_on_a_rank(changes):
+    network = partly(changes)
+    wrapped, part = DistributedDataParallel(network), IMAGES // ranks.world()
+    for _ in range(2):  # the second finds DDP waiting for a gradient that does not come
+        network.zero_grad()
+        backward(wrapped, network.method, slice(ranks.rank() * part, (ranks.rank() + 1) * part))
+    return {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("changes", [{"freeze": 3}, {"freeze": 2, "lora_rank": 4, "pretrained": True}])
+def test_two_ranks_equal_one_where_a_part_of_the_encoder_learns(changes):
+    one = partly(changes)
+    backward(one, one.method)
+    expected = {name: p.grad for name, p in one.named_parameters() if p.requires_grad}
+    assert sum(name.startswith("backbone") for name in expected) > 30
+    for found in on_ranks(2, partly_on_a_rank, changes):
+        assert found.keys() == expected.keys()
+        assert_same([*found.values()], [*expected.values()])
 
 
 IN_MICRO_BATCHES = [
