@@ -44,6 +44,7 @@ are printed and written to RUN/comparison.json, and with curves and predictions 
 stopped, the same command resumes it.
 
   sslcells compare --config compare_pbc28 data.path=pbc28.npz
+  sslcells compare --config compare_pbc28 data.path=pbc28.npz --frozen resnet18.a1_in1k --lab clinic=path/to/clinic
   accelerate launch --config_file launch/gpu8.yaml -m sslcells.compare --config compare_pathmnist
 """
 
@@ -177,7 +178,12 @@ def _evaluate(commands: _Commands) -> None:
 
 def _compare(commands: _Commands) -> None:
     summary = "compare supervised training, a probe and fine-tuning on few labels"
-    _recipe_options(_command(commands, "compare", summary, _COMPARE))
+    sub = _command(commands, "compare", summary, _COMPARE)
+    _recipe_options(sub)
+    words = "an encoder to measure beside the run's, frozen, as in `sslcells evaluate --against`; may be repeated"
+    sub.add_argument("--frozen", action="append", default=[], metavar="NAME", help=words)
+    words = "images of a laboratory that training never saw, to ask all models about; may be repeated"
+    sub.add_argument("--lab", action="append", default=[], metavar="NAME=FOLDER", help=words)
 
 
 def _selfcheck(commands: _Commands) -> None:

@@ -2,7 +2,8 @@
 
 Supervised from scratch, a probe on the run's frozen encoder, and the encoder fine-tuned: the same backbone, data, steps
 and fractions of the labels, each with several seeds. Each is a run of the usual training loop in a folder of its own
-below the run's, and resumes if it was interrupted. When all are trained, each is measured on `evaluate.split`.
+below the run's, and resumes if it was interrupted. When all are trained, each is measured on `evaluate.split`, and on
+laboratories that were left out; beside them logistic regression on frozen encoders.
 """
 
 import argparse
@@ -11,24 +12,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
 
 from sslcells import __version__, commandline, inputs, launcher, ranks, values
 from sslcells.config import PLUGINS, ConfigError, Run, load, validated
-from sslcells.data import ImageSet
-from sslcells.data.subset import labelled_part
-from sslcells.evaluation.classifier import Predictions, predict
+from sslcells.data import ImageSet, open_splits
+from sslcells.data.subset import Subset, labelled_part, without_labs
+from sslcells.evaluation import against, frozen_probes, new_labs
+from sslcells.evaluation.answers import FROZEN, Answer, differences, lab_table, of_lab, rows, said, table
+from sslcells.evaluation.classifier import joined, predict
+from sslcells.evaluation.frozen_probes import Asked
 from sslcells.evaluation.gallery import Picture
 from sslcells.evaluation.pictures import fractions_plot, model_curves
-from sslcells.evaluation.report import Table, document, say_table, section_of, write
-from sslcells.evaluation.scores import Units, of_classes, of_ranking
+from sslcells.evaluation.report import document, say_findings, say_table, section_of, write
 from sslcells.evaluation.sheets import Image, prediction_sheet
 from sslcells.models import files
+from sslcells.models.frozen import Frozen
+from sslcells.models.frozen import opened as frozen_encoder
 from sslcells.plan import open_run
 from sslcells.run.folder import OF_WEIGHTS, changed
 from sslcells.run.metrics import read_metrics
+from sslcells.run.progress import no_bars
 from sslcells.run.state import trained
 from sslcells.standardise import standard_of
 from sslcells.storage import is_file, json_text
@@ -49,11 +54,15 @@ class Part(NamedTuple):
     run: Run
 
 
-def compare(run: Run) -> dict[str, Any]:
+def compare(run: Run, frozen: Sequence[str] = (), labs: Sequence[str] = ()) -> dict[str, Any]:
     """Train the run, then every part of the comparison; print and write the results, and return them on rank 0.
 
+    `frozen` names encoders to measure beside the run's, and `labs` are laboratories that training never saw,
+    NAME=FOLDER each, to ask all models about; so are those of `train.without_labs`.
+
     Raises:
-        ConfigError: if the configuration of the run or of the comparison does not fit the data.
+        ConfigError: if the configuration of the run or of the comparison does not fit the data, or an encoder or a
+            laboratory cannot be had.
         DataError, TrainingError, Stopped, Lost: as training does.
     """
     began = time.perf_counter()
@@ -61,29 +70,75 @@ def compare(run: Run) -> dict[str, Any]:
     splits = open_run(run)
     _check_labels(run, splits)
     parts = list(plan(run, splits, MODELS))
+    others = ranks.together(lambda: against.opened(frozen, splits, "--frozen"))
+    asked = ranks.together(lambda: _asked(run, splits, labs))
     if not ranks.from_main(lambda: _finished(run)):
         train(run)
-    predictions = carry_out(parts, splits, run.evaluate.split, device)
+    answers = carry_out(parts, splits, asked, device)
+    if others:
+        encoding = against.Encoding(run, device, no_bars)
+        own = frozen_encoder(Frozen(weights=str(run.folder)), splits["train"].channels)
+        for encoder in [own, *others]:
+            name = run.name if encoder is own else encoder.name
+            probed = frozen_probes.answers(encoder, name, run, splits, asked, encoding)
+            answers = {what: [*answers[what], *found] for what, found in probed.items()} or answers
     if ranks.rank() > 0:
         return {}
+    first, *left_out = asked
     result: dict[str, Any] = {
         "run": run.name,
         "sslcells": __version__,
         "asked": run.evaluate.split,
         "seeds": run.compare.seeds,
-        "starts": starts(parts),
-        "models": rows(predictions),
+        "starts": starts(parts) | {of.model: _PROBED for of in answers[first] if of.model.startswith(FROZEN)},
+        "models": rows(answers[first]),
+        "frozen": [one.about() for one in others],
+        "differences": differences(answers[first]),
+        "labs": [of_lab(name, answers[name]) for name in left_out],
         "made": {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": round(time.perf_counter() - began, 1)},
     }
-    shown = table(result)
-    say_table(Console(highlight=False, width=160), shown)
-    pictures = draw(run, predictions, splits[run.evaluate.split])
+    findings = said(result["differences"], run.evaluate.split)
+    findings += [one for lab in result["labs"] for one in said(lab["differences"], lab["lab"])]
+    tables = [shown for shown in (table(result), lab_table(result)) if shown.rows]
+    console = Console(highlight=False, width=160)
+    for shown in tables:
+        say_table(console, shown)
+    if findings:
+        say_findings(console, "Against frozen encoders", findings)
+    pictures = draw(run, parts, answers[first], asked[first][0])
     write(run.folder / RESULTS, json_text(result, indent=2) + "\n")
     about = f"sslcells {__version__}, {run.model.backbone}, {run.method.name}"  # type: ignore[attr-defined]
-    body = section_of("Supervised, probe and fine-tuned", [shown], pictures)
+    body = section_of("The models", tables, pictures, findings)
     write(run.folder / REPORT, document(f"{run.name}: what labels are worth", about, body))
     print(f"{run.folder / RESULTS}, {REPORT}; {result['made']['seconds']:.0f} s")
     return result
+
+
+_PROBED = "logistic regression"
+"""What stands beside a frozen encoder in the table."""
+
+
+def _asked(run: Run, splits: Mapping[str, ImageSet], labs: Sequence[str]) -> dict[str, Sequence[ImageSet]]:
+    """What the models are asked about: first the split, then laboratories that were not trained on, by their names.
+
+    Raises:
+        ConfigError: if a laboratory cannot be read, or an image may have several classes there.
+    """
+    split, without = run.evaluate.split, run.train.without_labs
+    query = without_labs(splits[split], without)
+    out: dict[str, Sequence[ImageSet]] = {split: [query if len(query) else splits[split]]}
+    if without:
+        whole = open_splits(run.data)[split]
+        for name in without:
+            assert whole.labs is not None, "without_labs would have refused it"
+            index = torch.nonzero(whole.labs == whole.lab_names.index(name) + 1)[:, 0]
+            if len(index):
+                out[name] = [Subset(whole, index)]
+    for lab in new_labs.opened(labs, run.data, splits["train"], run.augment.size):
+        if lab.name in out:
+            raise ConfigError(f"--lab {lab.name}: choose another name than that of a split")
+        out[lab.name] = lab.parts
+    return out
 
 
 def fine_tuned(folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -100,11 +155,12 @@ def fine_tuned(folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, An
     splits = open_run(run)
     _check_labels(run, splits)
     parts = list(plan(run, splits, ["fine-tuned"]))
-    predictions = carry_out(parts, splits, run.evaluate.split, device)
+    split = run.evaluate.split
+    answers = carry_out(parts, splits, {split: [splits[split]]}, device)
     if ranks.rank() > 0:
         return []
     out = []
-    for row in rows(predictions):
+    for row in rows(answers[split]):
         means = {key: score["mean"] for key, score in row["scores"].items() if key != "loss"}
         scores = {key: {"value": value, "low": None, "high": None} for key, value in means.items()}
         name = f"{100 * row['fraction']:g} % of the labels, {run.compare.seeds} seeds"
@@ -206,26 +262,28 @@ def _without_other_choices(tree: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def carry_out(
-    parts: Sequence[Part], splits: Mapping[str, ImageSet], split: str, device: torch.device
-) -> list[tuple[Part, Predictions]]:
-    """Train or resume the parts that are not finished, then compute all predictions on a split.
+    parts: Sequence[Part], splits: Mapping[str, ImageSet], asked: Asked, device: torch.device
+) -> dict[str, list[Answer]]:
+    """Train or resume the parts that are not finished, then compute all predictions for what is asked.
 
-    The split is read after all training. Every rank calls this; each part's predictions are written to its folder.
+    That is read after all training. Every rank calls this; each part's predictions of the split, which comes first, are
+    written to its folder.
     """
     for part in parts:
         if not ranks.from_main(lambda p=part: _finished(p.run)):  # type: ignore[misc]
             train(part.run)
-    out = []
+    out: dict[str, list[Answer]] = {what: [] for what in asked}
     for part in parts:
         run, images = part.run, splits["train"]
         model = load(str(run.folder / "config.yaml")).model  # which says how its images were prepared
         standard = standard_of(inputs.read(run.folder))
         augment = inputs.augment(run.model_copy(update={"model": model}), images, standard)
-        found = predict(trained(run, run.folder, images, device), splits[split], run, augment, device)
-        assert found is not None, "the split's labels were checked before"
-        if ranks.rank() == 0:
-            found.write(run.folder, split)
-        out.append((part, found))
+        learner = trained(run, run.folder, images, device)
+        for number, (what, sets) in enumerate(asked.items()):
+            found = joined([p for one in sets if (p := predict(learner, one, run, augment, device)) is not None])
+            if ranks.rank() == 0 and number == 0:
+                found.write(run.folder, what)
+            out[what].append(Answer(part.model, part.fraction, part.seed, found))
     return out
 
 
@@ -240,75 +298,20 @@ def starts(parts: Sequence[Part]) -> dict[str, str]:
     return MODELS | ({} if weights is None else {"supervised": f"from {weights}"})
 
 
-def rows(predictions: Sequence[tuple[Part, Predictions]]) -> list[dict[str, Any]]:
-    """Scores of each model and fraction of the labels, by image and by source: mean and deviation over the seeds."""
-    out = []
-    groups = dict.fromkeys((part.model, part.fraction) for part, _ in predictions)
-    for model, fraction in groups:
-        of_seeds = [one for part, one in predictions if (part.model, part.fraction) == (model, fraction)]
-        for unit in Units(of_seeds[0].sources, 0).names if of_seeds[0].labels.ndim == 1 else ["image"]:
-            each = [_scores(one, unit) for one in of_seeds]
-            scores = {key: _over_seeds([e[key] for e in each]) for key in each[0]}
-            images = len(of_seeds[0].labels)
-            out.append({"model": model, "fraction": fraction, "unit": unit, "images": images, "scores": scores})
-    return out
-
-
-def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and sample standard deviation; None if a score is undefined, as for a class without images."""
-    if not np.isfinite(values).all():
-        return {"mean": None, "sd": None}
-    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-
-
-def _scores(predictions: Predictions, unit: str) -> dict[str, float]:
-    if predictions.labels.ndim > 1:
-        return {{"auroc": "AUROC"}.get(key, key): value for key, value in predictions.figures().items()}
-    units = Units(predictions.sources, 0, draws=100)
-    found = units.scored(
-        of_classes(predictions.labels, predictions.probabilities.argmax(1), len(predictions.classes)), unit, 1
-    )
-    found |= units.scored(of_ranking(predictions.labels, predictions.probabilities), unit, 1)
-    return {"loss": predictions.loss(), **{key: score.value for key, score in found.items()}}
-
-
-def table(result: Mapping[str, Any]) -> Table:
-    """The comparison as a table: a row for each model, fraction of the labels and way to count."""
-    metrics = list(dict.fromkeys(m for row in result["models"] for m in row["scores"]))
-    lines = []
-    for row in result["models"]:
-        cells = [_cell(metric, row["scores"].get(metric)) for metric in metrics]
-        start = result["starts"][row["model"]]
-        lines.append([f"{100 * row['fraction']:g} %", row["model"], start, row["unit"], *cells])
-    caption = (
-        f"{result['asked']} split, after the last step, in % except the loss (cross-entropy): mean ± standard "
-        f"deviation over {result['seeds']} seeds, each with labels of its own"
-    )
-    return Table("Three models", ["labels", "model", "", "per", *metrics], lines, caption)
-
-
-def _cell(metric: str, score: Mapping[str, float | None] | None) -> str:
-    if score is None or score["mean"] is None:
-        return "–"
-    scale, digits = (1, 3) if metric == "loss" else (100, 1)
-    sd = "" if score["sd"] is None else f" ± {scale * score['sd']:.{digits}f}"
-    return f"{scale * score['mean']:.{digits}f}{sd}"
-
-
-def draw(run: Run, predictions: Sequence[tuple[Part, Predictions]], images: ImageSet) -> list[Picture]:
-    """Draw curves of the three on val, accuracy against labels, and images of the query split with predictions."""
-    folder, most = run.folder / "plots", max(part.fraction for part, _ in predictions)
-    full = [(part, one) for part, one in predictions if part.fraction == most]
-    logged = [(part.model, read_metrics(part.run.folder)) for part, _ in full]
+def draw(run: Run, parts: Sequence[Part], answers: Sequence[Answer], images: ImageSet) -> list[Picture]:
+    """Draw curves of the trained on val, accuracy against labels, and images of the query split with predictions."""
+    folder, most = run.folder / "plots", max(of.fraction for of in answers)
+    full = [of for of in answers if of.fraction == most]
+    logged = [(part.model, read_metrics(part.run.folder)) for part in parts if part.fraction == most]
     drawn = list[Picture]()
     if any("val/loss" in row for _, metrics in logged for row in metrics):
         curves = model_curves(logged, "val", folder / "comparison_curves.png", f"{100 * most:g} % of the labels")
         drawn.append(Picture("Validation curves", curves, "A line for each seed."))
-    score = "top1" if full[0][1].labels.ndim == 1 else "auroc"
-    points = [(part.model, part.fraction, one.figures()[score]) for part, one in predictions]
+    score = "top1" if full[0].predictions.labels.ndim == 1 else "auroc"
+    points = [(of.model, of.fraction, of.predictions.figures()[score]) for of in answers]
     path = fractions_plot(points, folder / "comparison_labels.png", {"top1": "accuracy"}.get(score, "AUROC"))
     drawn.append(Picture("What labels are worth", path, "A point for each seed, lines through the means."))
-    first = {part.model: found for part, found in full if part.seed == run.seed}
+    first = {of.model: of.predictions for of in full if of.seed == run.seed and of.model in MODELS}
     one = next(iter(first.values()))
     if one.labels.ndim == 1:
         index = {images.name(i): i for i in range(len(images))}
@@ -316,9 +319,9 @@ def draw(run: Run, predictions: Sequence[tuple[Part, Predictions]], images: Imag
         def pixels(row: int) -> Image:
             return images.pixels(index[one.names[row]]).permute(1, 2, 0).numpy()
 
-        answers = {model: torch.stack(w.probabilities.max(1)) for model, w in first.items()}
+        guesses = {model: torch.stack(w.probabilities.max(1)) for model, w in first.items()}
         path = prediction_sheet(
-            pixels, one.labels, one.classes, answers, folder / "comparison_predictions.png", run.seed
+            pixels, one.labels, one.classes, guesses, folder / "comparison_predictions.png", run.seed
         )
         caption = f"Images of {run.evaluate.split} with the true class, and each model's prediction and confidence."
         drawn.append(Picture("Predictions", path, caption))
@@ -327,7 +330,7 @@ def draw(run: Run, predictions: Sequence[tuple[Part, Predictions]], images: Imag
 
 def command(args: argparse.Namespace) -> None:
     """`sslcells compare`."""
-    compare(load(args.config, args.overrides))
+    compare(load(args.config, args.overrides), args.frozen, args.lab)
 
 
 if __name__ == "__main__":

@@ -304,6 +304,8 @@ class Train(Section):
     """Compute BatchNorm statistics over all ranks (CUDA only)."""
     label_fraction: float = Field(1.0, gt=0, le=1)
     """Fraction of each class's labels to use, drawn by `seed` in whole sources; 1 for all images."""
+    without_labs: tuple[str, ...] = ()
+    """Laboratories that are left out of train and val, and stay in test: asked about, but never learned from."""
     workers: int = Field(1, ge=0)
     """Data loader processes per rank."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"

@@ -30,6 +30,7 @@ from sslcells.evaluation.report import page, say_figures, say_leaks, write
 from sslcells.evaluation.scores import Units, of_classes, rounded
 from sslcells.evaluation.sheets import Image
 from sslcells.models import files
+from sslcells.plan import leave_out
 from sslcells.run import checkpoint, wandb_sync
 from sslcells.run.metrics import METRICS, note_steps, read_metrics
 from sslcells.run.progress import Bars, bars
@@ -85,7 +86,7 @@ def measured(
     if run.evaluate.umap:
         installed("umap", "umap", "evaluate.umap=true")
     names = ranks.from_main(lambda: holdout.held_out_by(folder))
-    splits = holdout.hold_out_named(open_splits(run.data), names)
+    splits = holdout.hold_out_named(leave_out(open_splits(run.data), run.train.without_labs), names)
     encoder, spec = ranks.together(lambda: _encoder(folder, run, splits["train"].channels))
     outside = ranks.together(lambda: new_labs.opened(labs, run.data, splits["train"], run.augment.size))
     others = ranks.together(lambda: against.opened(frozen, splits))

@@ -1,5 +1,7 @@
 """What follows from a run's configuration before its first step: splits, sizes, lengths in steps."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from sslcells import inputs, learner, models, optim
@@ -7,7 +9,7 @@ from sslcells.config import ConfigError, Run, check_tracker
 from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.describe import describe
 from sslcells.data.holdout import hold_out, limits, summary
-from sslcells.data.subset import labelled_part
+from sslcells.data.subset import labelled_part, without_labs
 from sslcells.models import weights
 from sslcells.standardise import standard_of
 
@@ -18,7 +20,8 @@ def open_run(run: Run) -> dict[str, ImageSet]:
     Raises:
         ConfigError: if the data is not what the configuration says.
     """
-    splits = hold_out(open_splits(run.data), run.evaluate.holdout)
+    splits = leave_out(open_splits(run.data), run.train.without_labs)
+    splits = hold_out(splits, run.evaluate.holdout)
     train = labelled_part(splits["train"], run.train.label_fraction, run.seed)
     if "val" in splits and splits["val"].about and len(train) < run.train.global_batch:
         raise ConfigError(
@@ -26,6 +29,18 @@ def open_run(run: Run) -> dict[str, ImageSet]:
             f"are trained on; the figures are of {splits['val'].about}: evaluate.holdout"
         )
     return splits | {"train": train}
+
+
+def leave_out(splits: Mapping[str, ImageSet], labs: Sequence[str]) -> dict[str, ImageSet]:
+    """The splits, but train and val without these laboratories; a val that has no others is left out.
+
+    Raises:
+        ConfigError: if train does not know them, or nothing is left of it.
+    """
+    left = {name: images if name == "test" else without_labs(images, labs) for name, images in splits.items()}
+    if not len(left["train"]):
+        raise ConfigError(f"train.without_labs={', '.join(labs)}: train has no images of other laboratories")
+    return {name: images for name, images in left.items() if len(images)}
 
 
 class Plan:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslcells.config import ConfigError
+from sslcells.config import ConfigError, nearest
 from sslcells.data import Header, ImageSet
 
 
@@ -45,8 +45,38 @@ class Subset(ImageSet):
         return self._images.name(int(self._index[index]))
 
 
+def without_labs(images: ImageSet, names: Sequence[str]) -> ImageSet:
+    """The images that are of none of these laboratories; all of `images` if there are no names.
+
+    Raises:
+        ConfigError: if the data does not say the laboratories, or has none of that name.
+    """
+    if not names:
+        return images
+    if images.labs is None:
+        raise ConfigError(f"train.without_labs={', '.join(names)}: the data names no laboratories of its images")
+    number = {name: i for i, name in enumerate(images.lab_names, 1)}
+    for name in names:
+        if name not in number:
+            near = nearest(name, images.lab_names)
+            raise ConfigError(
+                f"train.without_labs: there is no laboratory {name}{near}; there are {', '.join(images.lab_names)}"
+            )
+    kept = (~torch.isin(images.labs, torch.tensor([number[name] for name in names]))).nonzero()[:, 0]
+    return Subset(images, kept, images.about)
+
+
 def labelled_part(images: ImageSet, fraction: float, seed: int) -> ImageSet:
-    """About this fraction of the labelled images of each class, in whole sources; all of `images` if it is 1.
+    """The images of `labelled_index` as a split; all of `images` if the fraction is 1.
+
+    Raises:
+        ConfigError: as `labelled_index`.
+    """
+    return images if fraction == 1 else Subset(images, labelled_index(images, fraction, seed))
+
+
+def labelled_index(images: ImageSet, fraction: float, seed: int) -> Tensor:
+    """Indices of about this fraction of the labelled images of each class, in whole sources; of all images if it is 1.
 
     Whole sources, because a lab that labels a tenth of its images labels a tenth of its photographs. The seed puts the
     sources in a random order. For each class, sources that have it are drawn from the front, as many as come closest to
@@ -58,7 +88,7 @@ def labelled_part(images: ImageSet, fraction: float, seed: int) -> ImageSet:
         ConfigError: if the images have no labels.
     """
     if fraction == 1:
-        return images
+        return torch.arange(len(images))
     if not images.labelled and images.targets is None:
         raise ConfigError(f"train.label_fraction={fraction} needs labels, and the train split has none")
     generator = torch.Generator().manual_seed(seed)
@@ -77,7 +107,7 @@ def labelled_part(images: ImageSet, fraction: float, seed: int) -> ImageSet:
     drawn = torch.zeros(len(numbers), dtype=torch.bool)
     drawn[place_of[closer | (upto == count)]] = True
     labelled = torch.zeros(len(images), dtype=torch.bool).index_fill_(0, image, True)
-    return Subset(images, (drawn[place] & labelled).nonzero()[:, 0])
+    return (drawn[place] & labelled).nonzero()[:, 0]
 
 
 def _kinds(images: ImageSet) -> tuple[Tensor, Tensor]:

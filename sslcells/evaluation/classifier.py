@@ -64,6 +64,15 @@ class Predictions(NamedTuple):
         write_atomically(folder / predictions_file(split), lambda opened: np.savez_compressed(opened, **arrays))  # type: ignore[arg-type]
 
 
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of one classifier for several sets of images, one after the other."""
+    names = [name for part in parts for name in part.names]
+    labels, sources, probabilities = (
+        torch.cat([getattr(part, key) for part in parts]) for key in ("labels", "sources", "probabilities")
+    )
+    return Predictions(names, parts[0].classes, labels, sources, probabilities)
+
+
 def read_predictions(folder: Path, split: str) -> Predictions:
     """Read what `Predictions.write` wrote to a run's folder."""
     with np.load(folder / predictions_file(split)) as arrays:

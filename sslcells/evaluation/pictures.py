@@ -157,7 +157,7 @@ def fractions_plot(points: Sequence[tuple[str, float, float]], out: Path, unit: 
     for number, name in enumerate(dict.fromkeys(model for model, _, _ in points)):
         mine = [(fraction, value) for model, fraction, value in points if model == name]
         means = [(f, np.mean([v for g, v in mine if g == f])) for f in sorted({f for f, _ in mine})]
-        color, marker = OKABE_ITO[number], MARKERS[number]
+        color, marker = OKABE_ITO[number % len(OKABE_ITO)], MARKERS[number % len(MARKERS)]
         ax.plot([f for f, _ in means], [v for _, v in means], color=color, marker=marker, label=name)
         ax.scatter([f for f, _ in mine], [v for _, v in mine], color=color, marker=marker, s=14, alpha=0.5)
     ax.set_xscale("log")

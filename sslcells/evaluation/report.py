@@ -92,10 +92,11 @@ def _number(value: float | None) -> str:
 
 def say_leaks(console: Console, found: Mapping[str, Any]) -> None:
     """Print the leaks, before any figure."""
-    _say_findings(console, "Leaks", found["findings"])
+    say_findings(console, "Leaks", found["findings"])
 
 
-def _say_findings(console: Console, title: str, findings: Sequence[Mapping[str, Any]]) -> None:
+def say_findings(console: Console, title: str, findings: Sequence[Mapping[str, Any]]) -> None:
+    """Print sentences below a title, with a mark before those that warn."""
     console.print(title, style="bold")
     for finding in findings:
         mark = "!" if finding["warning"] else "·"
@@ -120,11 +121,11 @@ def say_figures(console: Console, result: Mapping[str, Any]) -> None:
     if result.get("labs"):
         for table in lab_tables(result["labs"]):
             say_table(console, table)
-        _say_findings(console, "Across laboratories", result["labs"]["findings"])
+        say_findings(console, "Across laboratories", result["labs"]["findings"])
     if result.get("against"):
         for table in against_tables(result):
             say_table(console, table)
-        _say_findings(console, "Against frozen encoders", [one["finding"] for one in result["against"]])
+        say_findings(console, "Against frozen encoders", [one["finding"] for one in result["against"]])
     for note in result["notes"]:
         console.print(f"  · {note}", markup=False, soft_wrap=True)
 
@@ -159,8 +160,8 @@ def page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         body += section_of("Across laboratories", lab_tables(result["labs"]), ())
         body += _list(result["labs"]["findings"])
     if result.get("against"):
-        body += section_of("Against frozen encoders", against_tables(result), ())
-        body += _list([one["finding"] for one in result["against"]])
+        findings = [one["finding"] for one in result["against"]]
+        body += section_of("Against frozen encoders", against_tables(result), (), findings)
     if result["notes"]:
         body += ["<h3>Notes</h3>", "<ul>", *(f"<li>{escape(note)}</li>" for note in result["notes"]), "</ul>"]
     body += section_of("Pictures", (), pictures)
@@ -173,12 +174,15 @@ def _list(findings: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["<ul>", *lines, "</ul>"]
 
 
-def section_of(title: str, found: Sequence[Table], pictures: Sequence[Picture]) -> list[str]:
-    """A heading, tables and pictures as lines of HTML."""
+def section_of(
+    title: str, found: Sequence[Table], pictures: Sequence[Picture], findings: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
+    """A heading, tables, findings and pictures as lines of HTML."""
     body = [f"<h2>{escape(title)}</h2>"]
     for table in found:
         body += [f"<h3>{escape(table.title)}</h3>", f'<div class="scroll" tabindex="0">{_html(table)}</div>']
         body.append(f'<p class="caption">{escape(table.caption)}</p>')
+    body += _list(findings) if findings else []
     for picture in pictures:
         data = base64.b64encode(picture.path.read_bytes()).decode()
         image = f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}">'

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sslcells.config import ConfigError
-from sslcells.data import ImageSet
+from sslcells.data import ImageSet, synthetic
 from sslcells.data.subset import labelled_part
+from sslcells.plan import leave_out
 
 
 class Images(ImageSet):
@@ -104,3 +105,33 @@ def test_all_is_all_and_without_labels_there_is_no_part():
     assert labelled_part(images, 1.0, 0) is images
     with pytest.raises(ConfigError, match=r"^train.label_fraction=0.5 needs labels"):
         labelled_part(images, 0.5, 0)
+
+
+def of_labs(labs, names=("north", "south")):
+    images = synthetic.open_splits(synthetic.Config(train=len(labs), val=0, test=0))["train"]
+    images.labs, images.lab_names = torch.tensor(labs), names
+    return images
+
+
+def test_laboratories_are_left_out_of_train_and_val_alone():
+    splits = {"train": of_labs([1, 2, 0, 2]), "val": of_labs([2, 2]), "test": of_labs([2, 1])}
+    left = leave_out(splits, ["south"])
+    assert left["train"].labs.tolist() == [1, 0]
+    assert left["test"] is splits["test"]
+    assert "val" not in left
+    assert leave_out(splits, []) == splits
+
+
+@pytest.mark.parametrize(
+    ("labs", "without", "words"),
+    [
+        ([1, 2], ["soth"], r"no laboratory soth \(did you mean south\?\)"),
+        ([1, 1], ["north"], "train has no images of other laboratories"),
+        (None, ["north"], "the data names no laboratories"),
+    ],
+)
+def test_laboratories_that_cannot_be_left_out(labs, without, words):
+    images = of_labs(labs or [1, 2])
+    images.labs = images.labs if labs else None
+    with pytest.raises(ConfigError, match=words):
+        leave_out({"train": images}, without)
