@@ -43,6 +43,7 @@ def build(
     for line in [*lines, *adapt.rates(encoder, run.optim)]:
         say(line)
     method = ranks.together(lambda: methods.build(run.method, features, images))
+    method.seed = run.seed
     for line in method.about:
         say(line)
     if method.local:

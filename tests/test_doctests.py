@@ -10,7 +10,10 @@ from sslcells import losses
 
 MODULES = [
     f"sslcells.losses.{name}"
-    for name in ("contrastive", "distillation", "gather", "moco", "pairs", "redundancy", "sinkhorn_knopp", "triplet")
+    for name in (
+        *("contrastive", "distillation", "gather", "lejepa", "moco", "pairs", "redundancy", "sinkhorn_knopp"),
+        "triplet",
+    )
 ]
 
 

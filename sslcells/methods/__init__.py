@@ -63,6 +63,8 @@ class Method(nn.Module, ABC):
     """of the teacher at the first step; methods with a teacher set it"""
     exported: Literal["student", "teacher"] = "student"
     """whose backbone is evaluated and exported"""
+    seed: int = 0
+    """of the run, for what the loss draws at random; `learner.build` sets it"""
     repeated: bool = True
     """True if an image may occur more than once in a global batch; the train loop sets it from the sampler"""
 

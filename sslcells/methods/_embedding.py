@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -107,6 +108,12 @@ def positives(kind: Positive, batch: Batch, views: int) -> Tensor:
 
 _UNKNOWN = 2**32
 """above every class"""
+
+
+def drawn_at(seed: int, progress: float) -> int:
+    """A seed for what a loss draws at a step, which `progress` tells from all others: the same on every rank."""
+    at = int(progress * 2**53)  # exact
+    return int(np.random.SeedSequence([seed, at]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def seed_of(batch: Batch) -> int:
