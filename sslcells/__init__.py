@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sslcells.delivery.encoder import Encoder, embed, load_encoder
+    from sslcells.delivery.encoder import Encoder, load_encoder
+    from sslcells.delivery.vectors import embed
 
 __version__ = "0.1.0"
 __all__ = ["Encoder", "embed", "load_encoder"]
@@ -13,5 +14,6 @@ __all__ = ["Encoder", "embed", "load_encoder"]
 def __getattr__(name: str) -> Any:
     """What a trained encoder is used with, imported when it is first asked for: it needs torch and timm."""
     if name in __all__:
-        return getattr(importlib.import_module("sslcells.delivery.encoder"), name)
+        file = "vectors" if name == "embed" else "encoder"
+        return getattr(importlib.import_module(f"sslcells.delivery.{file}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -195,6 +195,8 @@ def _export(commands: _Commands) -> None:
     sub = _command(commands, "export", summary, _EXPORT)
     sub.add_argument("run", metavar="RUN", type=_path, help="folder of a finished run")
     sub.add_argument("--to", metavar="FOLDER", type=_path, help="output folder (RUN/export)")
+    words = "if the encoder standardises by laboratory: the one whose images the programs (torch.export, ONNX) take"
+    sub.add_argument("--lab", metavar="NAME", help=words)
     onnx = sub.add_mutually_exclusive_group()
     onnx.add_argument("--onnx", action="store_true", help="fail if ONNX cannot be written")
     onnx.add_argument("--no-onnx", action="store_true", help="do not write ONNX")
@@ -208,6 +210,8 @@ def _embed(commands: _Commands) -> None:
     words = "settings of the table, if it is not the one that the run was trained on"
     sub.add_argument("overrides", nargs="*", metavar="data.key=value", help=words)
     sub.add_argument("--out", metavar="FOLDER", type=_path, help="output folder (RUN/embeddings/NAME)")
+    words = "laboratory of all images, if the encoder standardises by laboratory: a known one, or a new one"
+    sub.add_argument("--lab", metavar="NAME", help=words)
     formats, words = ["parquet", "npz", "h5ad"], "file format of the shards (parquet)"
     sub.add_argument("--format", default="parquet", choices=formats, help=words)
     _pattern_options(sub)
@@ -233,6 +237,8 @@ def _search(commands: _Commands) -> None:
     words = "folder for the picture and the table (EMBEDDINGS/search)"
     sub.add_argument("--out", metavar="FOLDER", type=_path, help=words)
     sub.add_argument("--encoder", metavar="RUN", type=_path, help="the run, if it was moved after embedding")
+    words = "laboratory of query images, if the encoder standardises by laboratory and they are not embedded"
+    sub.add_argument("--lab", metavar="NAME", help=words)
     words = "table with columns path and source; neighbours of the query's source are skipped"
     sub.add_argument("--sources", metavar="CSV", type=_path, help=words)
     sub.add_argument("--source-pattern", metavar="REGEX", help="its one group, searched in the path, gives the source")

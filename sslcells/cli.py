@@ -66,7 +66,7 @@ def _export(args: argparse.Namespace) -> None:
     from sslcells.delivery.export import export
 
     one_process("export")
-    export(args.run, args.to, onnx=True if args.onnx else False if args.no_onnx else None)
+    export(args.run, args.to, onnx=True if args.onnx else False if args.no_onnx else None, lab=args.lab)
 
 
 def _recipes(args: argparse.Namespace) -> None:
@@ -111,6 +111,7 @@ def _embed(args: argparse.Namespace) -> None:
         args.include,
         args.exclude,
         args.overrides,
+        args.lab,
     )
 
 
@@ -128,6 +129,7 @@ def _search(args: argparse.Namespace) -> None:
         args.source_pattern,
         args.faiss,
         args.cpu,
+        lab=args.lab,
     )
 
 

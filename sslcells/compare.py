@@ -277,7 +277,8 @@ def carry_out(
         run, images = part.run, splits["train"]
         model = load(str(run.folder / "config.yaml")).model  # which says how its images were prepared
         standard = standard_of(inputs.read(run.folder))
-        augment = inputs.augment(run.model_copy(update={"model": model}), images, standard)
+        rows_of = frozen_probes.lab_rows_of(standard, splits, asked)
+        augment = inputs.augment(run.model_copy(update={"model": model}), splits, standard, rows_of)
         learner = trained(run, run.folder, images, device)
         for number, (what, sets) in enumerate(asked.items()):
             found = joined([p for one in sets if (p := predict(learner, one, run, augment, device)) is not None])

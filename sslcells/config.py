@@ -152,6 +152,10 @@ class Standardise(Section):
     """What surrounds the cell in the middle; `blank` replaces it by the colour of the background."""
     stain: Literal["giemsa", "haematoxylin-eosin", "dark", "bright"] = "giemsa"
     """How the nucleus is found: by the first dye of a stain, as the darkest part, or (fluorescence) the brightest."""
+    by: Literal["image", "lab"] = "image"
+    """`image`: colours and the size of the nucleus are measured in each image by itself. `lab`: once for each
+    laboratory, plate or scanner, as the median of its images; the percentiles are those of all their pixels. Cells of
+    one laboratory then keep their differences."""
 
     @property
     def active(self) -> bool:
@@ -165,6 +169,8 @@ class Standardise(Section):
             raise ValueError(f"colour={self.colour} is for light that dyes absorb; stain=bright says fluorescence")
         if self.colour == "three_point" and self.stain != "giemsa":
             raise ValueError(f"colour=three_point is for blood smears, stain=giemsa; stain={self.stain}: two_point")
+        if self.by == "lab" and self.colour == "none" and self.scale == "none":
+            raise ValueError("by=lab: nothing is measured of a laboratory; set colour, or scale=nucleus")
         return self
 
 

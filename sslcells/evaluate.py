@@ -92,7 +92,9 @@ def measured(
     others = ranks.together(lambda: against.opened(frozen, splits))
     console = Console(highlight=False, quiet=ranks.rank() > 0)
     with bars(console) as bar:
-        augment = inputs.augment(run, splits["train"], standard_of(spec.get("standardise")))
+        standard = standard_of(spec.get("standardise"))
+        labs_now = inputs.lab_rows(standard, splits, {lab.name: lab.parts for lab in outside})
+        augment = inputs.augment(run, splits, standard, labs_now.rows)
         encoded = Encoded(run, encoder.to(device), augment, splits, device, bar)
         new = {lab.name: encoded.lab_features(lab) for lab in outside}
         encoding = against.Encoding(run, device, bar)
@@ -124,7 +126,7 @@ def measured(
     figures.health["train"]["alignment"] = alignment(*encoded.views)
     left_out = _left_out(splits, encoded.by_split, shown, len(chosen))
     figures.notes = [*left_out, *figures.notes, *_of_val(splits, names), *why_not]
-    figures.notes += [lab.about() for lab in outside] + [one.about() for one in others]
+    figures.notes += [*(lab.about() for lab in outside), *labs_now.said, *(one.about() for one in others)]
     figures.notes += _colour_is_better(found["shortcut"].get(query_split), figures.rows)
     result: dict[str, Any] = {
         "run": run.name,
@@ -183,14 +185,14 @@ class Encoded:
         few = spread(len(train), min(COPIES, most or COPIES))
 
         def copied(pixels: Tensor, image: Tensor) -> Tensor:
-            return self.augment.plain(copies(pixels.cpu(), image).to(device))
+            return self.augment.plain(copies(pixels.cpu(), image).to(device), train.labs_of(image))
 
         self.near = (
-            self._z(train, few, self._plain, "images to copy"),
+            self._z(train, few, self._plain(train), "images to copy"),
             self._z(train, few, copied, "their copies"),
         )
         viewed = spread(len(train), min(VIEWED, most or VIEWED))
-        self.views = [self._z(train, viewed, self._view(which), f"view {which + 1} of 2") for which in (0, 1)]
+        self.views = [self._z(train, viewed, self._view(train, which), f"view {which + 1} of 2") for which in (0, 1)]
 
     def pixels_of(self, images: ImageSet) -> Callable[[int], Image]:
         """Row i's image of a split as it was read, (H, W, C) uint8."""
@@ -208,7 +210,7 @@ class Encoded:
         found = encode(
             images,
             self._encoder,
-            self._plain,
+            self._plain(images),
             self._device,
             evaluate.batch,
             self._run.train.workers,
@@ -225,11 +227,14 @@ class Encoded:
         batch, workers, progress = self._run.evaluate.batch, self._run.train.workers, self._bar(what, len(index))
         return encode(images, self._encoder, prepare, self._device, batch, workers, index, progress=progress).z
 
-    def _plain(self, pixels: Tensor, image: Tensor) -> Tensor:
-        return self.augment.plain(pixels)
+    def _plain(self, images: ImageSet) -> Prepare:
+        return lambda pixels, image: self.augment.plain(pixels, images.labs_of(image))
 
-    def _view(self, which: int) -> Prepare:
-        return lambda pixels, image: self.augment(pixels, image, seed=self._run.seed, step=which, views=1)
+    def _view(self, images: ImageSet, which: int) -> Prepare:
+        seed = self._run.seed
+        return lambda pixels, image: self.augment(
+            pixels, image, seed=seed, step=which, views=1, lab=images.labs_of(image)
+        )
 
 
 def _left_out(splits: Mapping[str, ImageSet], read: Mapping[str, SplitFeatures], shown: str, asked: int) -> list[str]:

@@ -97,7 +97,7 @@ def consequences(run: Run, world: int) -> str:
     plan = Plan(run, len(images), world)
     sampling = sampler.build(run.sampler, images, plan.global_batch, run.seed)
     optim.check(run.optim)
-    standard, started = standard_of(inputs.measured(run, images)), list[str]()
+    standard, started = standard_of(inputs.measured(run, splits)), list[str]()
     model, prepared = weights.resolved(run.model, images.channels)
     train = run.train.model_copy(update={"compile": False})
     run = run.model_copy(update={"model": model, "train": train})
@@ -105,7 +105,7 @@ def consequences(run: Run, world: int) -> str:
     encoder, method = net.backbone, net.method
     features = models.width(encoder, images.channels, run.augment.size, config=run.model)
     if method.local:
-        augment = inputs.augment(run, images, standard)
+        augment = inputs.augment(run, inputs.in_training(splits), standard)
         augment.local(method.local.size, method.local.scale)  # which not every recipe has
     learner.check_rows(encoder, method, run, images.channels, plan.micro_batch, world)
     anchors, references = plan.batch * method.views, plan.global_batch * method.views

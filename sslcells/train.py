@@ -93,10 +93,10 @@ def _steps(
     by_layer = depth.parameters(net.backbone, apart=run.optim.layer_decay != 1)
     network, optimizer = accelerator.prepare(net, optim.build(run.optim, net, by_layer))
     method.repeated = sampling.repeats
-    standard = inputs.prepared(run, images, resumes=resumes)
-    augment = inputs.augment(run, images, standard)
+    standard = inputs.prepared(run, splits, resumes=resumes)
+    augment = inputs.augment(run, inputs.in_training(splits), standard)
     augment_local = augment.local(method.local.size, method.local.scale) if method.local else None
-    augment_taught = inputs.of_teacher(augment, method.frozen_teacher)
+    augment_taught = inputs.of_teacher(augment, method.frozen_teacher, inputs.in_training(splits))
     evaluation = Evaluation(run, splits, augment, device)
     state = State(net, optimizer, accelerator.scaler, Meter(run, plan, device, scaled=accelerator.scaler is not None))
     start.lap("building")

@@ -34,6 +34,7 @@ def test_the_examples_of_the_encoder(tmp_path, monkeypatch):
     make_cells(tmp_path / "cells", 2)
     monkeypatch.chdir(tmp_path)
     check("sslcells.delivery.encoder")
+    check("sslcells.delivery.vectors")
 
 
 @pytest.mark.parametrize("name", [name for name in losses.__all__ if name.endswith("Loss")])

@@ -17,8 +17,9 @@ from sslcells.cli import main
 from sslcells.config import PLUGINS, ConfigError, Model, load
 from sslcells.data import DataError
 from sslcells.delivery.embedding import embed_folder
-from sslcells.delivery.encoder import embed, load_encoder
+from sslcells.delivery.encoder import load_encoder
 from sslcells.delivery.shards import Embeddings
+from sslcells.delivery.vectors import embed
 from sslcells.errors import TrainingError
 from sslcells.evaluation.encode import NotFinite, check_finite
 from sslcells.models import files

@@ -31,9 +31,13 @@ class Augment:
         crop: float = 1.0,
         standard: Standard | None = None,
         bank: Bank | None = None,
+        lab_rows: Tensor | None = None,
     ) -> None:
-        """`bank` is for recipes whose views take something of other images, and `standard` then says how cells look."""
-        self.config, self.standard, self._bank = config, standard, bank
+        """`bank` is for recipes whose views take something of other images, and `standard` then says how cells look.
+
+        `lab_rows` (labs + 1, P) stand for the images of each laboratory, by its number, where `standard` goes by it.
+        """
+        self.config, self.standard, self._bank, self._lab_rows = config, standard, bank, lab_rows
         self._views = importlib.import_module(f"sslcells.augment.{config.recipe}").views  # type: ignore[attr-defined]
         self.normalisation = tuple(mean), tuple(std)
         self._whole = interpolation, crop
@@ -61,11 +65,11 @@ class Augment:
         """
         draws = Draws(seed, step, image, views, first, occurrence)
         if self._bank is None:
-            x = self._standardised(pixels).repeat(views, 1, 1, 1)
+            x = self._standardised(pixels, lab).repeat(views, 1, 1, 1)
             return self._normalised(self._views(self.config, x, draws))
         assert self.standard is not None
         self._bank.to(pixels.device)
-        x, cell, _ = self.standard.found(pixels.float() / 255, cell=True)
+        x, cell, _ = self.standard.found(pixels.float() / 255, self.rows(lab, len(image)), cell=True)
         assert cell is not None
         lab = torch.zeros_like(image) if lab is None else lab
         others = Others(cell.repeat(views, 1, 1, 1), lab.cpu().repeat(views), self._bank)
@@ -80,25 +84,42 @@ class Augment:
         if "max_scale" not in type(self.config).model_fields:
             raise ConfigError(f"augment.recipe={self.config.recipe}: it has no crops, which local views need")  # type: ignore[attr-defined]
         changes = {"size": size, "min_scale": scale[0], "max_scale": scale[1]}
-        made = *self.normalisation, *self._whole, self.standard, self._bank
+        made = *self.normalisation, *self._whole, self.standard, self._bank, self._lab_rows
         return Augment(self.config.model_copy(update=changes), *made)
 
-    def at(self, size: int, mean: Sequence[float], std: Sequence[float], standard: Standard | None = None) -> "Augment":
+    def at(
+        self,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        standard: Standard | None = None,
+        lab_rows: Tensor | None = None,
+    ) -> "Augment":
         """The same views of `size` px and normalised otherwise, for another network.
 
-        With `standard`, they are of images that it prepares.
+        With `standard`, they are of images that it prepares, with its own `lab_rows`.
         """
         config = self.config.model_copy(update={"size": size})
-        return Augment(config, mean, std, *self._whole, standard or self.standard, self._bank)
+        how = (self.standard, self._lab_rows) if standard is None else (standard, lab_rows)
+        return Augment(config, mean, std, *self._whole, how[0], self._bank, how[1])
 
     @torch.no_grad()
-    def plain(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 → (B, C, S, S) float32: standardised, resized and normalised, without augmentation."""
-        return self._normalised(resized(self._standardised(pixels), self.config.size, *self._whole))
+    def plain(self, pixels: Tensor, lab: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) uint8 → (B, C, S, S) float32: standardised, resized and normalised, without augmentation.
 
-    def _standardised(self, pixels: Tensor) -> Tensor:
+        `lab` (B,) int64 on the CPU: laboratories; unknown where None or 0.
+        """
+        return self._normalised(resized(self._standardised(pixels, lab), self.config.size, *self._whole))
+
+    def rows(self, lab: Tensor | None, count: int) -> Tensor | None:
+        """(B, P) what stands for images of these laboratories (B,), NaN where nothing does; None if nothing ever."""
+        if self._lab_rows is None:
+            return None
+        return self._lab_rows[torch.zeros(count, dtype=torch.int64) if lab is None else lab.cpu()]
+
+    def _standardised(self, pixels: Tensor, lab: Tensor | None) -> Tensor:
         x = pixels.float() / 255
-        return x if self.standard is None else self.standard(x)
+        return x if self.standard is None else self.standard(x, self.rows(lab, len(x)))
 
     def _normalised(self, x: Tensor) -> Tensor:
         self._mean, self._std = self._mean.to(x.device), self._std.to(x.device)

@@ -15,13 +15,14 @@ from sslcells.standardise.standard import Standard, blanked
 class Bank:
     """K images of train, standardised: what surrounds their cells, and the statistics of the cells' stain."""
 
-    def __init__(self, pixels: Tensor, lab: Tensor, standard: Standard) -> None:
-        """Pixels (K, C, H, W) uint8; lab (K,) int64, 0 where unknown."""
+    def __init__(self, pixels: Tensor, lab: Tensor, standard: Standard, rows: Tensor | None = None) -> None:
+        """Pixels (K, C, H, W) uint8; lab (K,) int64, 0 where unknown; rows (K, P) of the laboratories, as Standard."""
         self.bright = standard.stain == "bright"
         self.lab = lab.cpu()
         around, mean, deviation = [], [], []
-        for part in pixels.split(256):  # type: ignore[no-untyped-call]
-            x, cell, _ = standard.found(part.float() / 255, cell=True)
+        for index in torch.arange(len(pixels)).split(256):  # type: ignore[no-untyped-call]
+            of_labs = None if rows is None else rows[index]
+            x, cell, _ = standard.found(pixels[index].float() / 255, of_labs, cell=True)
             assert cell is not None
             around.append(blanked(x, 1 - cell, standard.background(x)))
             moments = stain_moments(amount(x, self.bright), cell)

@@ -103,6 +103,10 @@ class ImageSet(ABC):
         """True if there are labels of at least two classes."""
         return len(self.classes) > 1 and bool((self.labels >= 0).any())
 
+    def labs_of(self, image: Tensor) -> Tensor:
+        """The laboratories (B,) int64 of images with these indices (B,); 0 where unknown."""
+        return torch.zeros_like(image) if self.labs is None else self.labs[image]
+
     @abstractmethod
     def pixels(self, index: int) -> Tensor:
         """Image `index`: (C, H, W) uint8, the same size for every index.

@@ -31,7 +31,7 @@ def _part(path: str, place: int) -> str | None:
     return folders[place] if place < len(folders) else None
 
 
-def _lab_in(path: str, prefix: str, pattern: str | None, lab_folder: LabFolder) -> str | None:
+def lab_in(path: str, prefix: str, pattern: str | None, lab_folder: LabFolder) -> str | None:
     """The laboratory in an image's path, which is relative to its split; `prefix` leads there from data.path."""
     if pattern is not None:
         return next(labs_in([prefix + path], pattern))
@@ -63,7 +63,7 @@ def lab_names(
         prefix = f"{folder}/" if folder else ""
         for name in walk(root / folder, prefix, patterns):
             example = prefix + name
-            if (lab := _lab_in(name, prefix, pattern, lab_folder)) is not None:
+            if (lab := lab_in(name, prefix, pattern, lab_folder)) is not None:
                 found.add(lab)
     if not found:
         how = f"data.lab_pattern={pattern!r}" if pattern is not None else f"data.lab_folder={lab_folder}"
@@ -80,5 +80,5 @@ def labs_of(
     The paths are relative to data.path; at `start` the path below the split begins.
     """
     number = {name: i for i, name in enumerate(names, 1)}
-    labs = (number.get(_lab_in(path[start:], path[:start], pattern, lab_folder) or "", 0) for path in paths)
+    labs = (number.get(lab_in(path[start:], path[:start], pattern, lab_folder) or "", 0) for path in paths)
     return torch.from_numpy(np.fromiter(labs, np.int64, len(paths)))

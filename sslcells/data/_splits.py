@@ -52,8 +52,13 @@ def class_below(folders: Sequence[str], lab_above: bool = False) -> str | None:
 
     With `lab_above` that one is the laboratory, and the next one the class.
     """
-    below = next((i + 1 for i, folder in enumerate(folders[:_DEEP]) if split_named(folder)), 0) + lab_above
+    below = split_depth(folders) + lab_above
     return folders[below] if len(folders) > below else None
+
+
+def split_depth(folders: Sequence[str]) -> int:
+    """How many of the folders on an image's path lead to its split; 0 if none is called like a split."""
+    return next((i + 1 for i, folder in enumerate(folders[:_DEEP]) if split_named(folder)), 0)
 
 
 def find_splits(root: Path, given: Mapping[str, str | None]) -> dict[str, str]:

@@ -99,17 +99,21 @@ class Rows:
 
     def _laboratories(self, pattern: str | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
         """The laboratories: what the column says, and where it says nothing what the pattern finds in the path."""
-        texts = self.column(self.columns.site)
-        if pattern is not None:
-            by_path = [*labs_in(self.files, pattern)]
-            given = zip(texts.to_pylist(), by_path, strict=True)
-            texts = pa.array([said if said is not None else found for said, found in given], pa.string())
-            if not any(by_path):
-                example = next((name for name in self.files if name is not None), "")
-                raise ConfigError(no_lab(f"data.lab_pattern={pattern!r}", example, self.root))
+        if pattern is not None and not any(labs_in(self.files, pattern)):
+            example = next((name for name in self.files if name is not None), "")
+            raise ConfigError(no_lab(f"data.lab_pattern={pattern!r}", example, self.root))
+        texts = self.laboratory(pattern)
         names = _names(texts)
         check_classes(names, str(self.file), "laboratories")
         return names, numbers(texts, names) + 1
+
+    def laboratory(self, pattern: str | None) -> pa.ChunkedArray | pa.Array:
+        """(N,) the name of each row's laboratory: what the column says, else what the pattern finds; null if neither."""
+        texts = self.column(self.columns.site)
+        if pattern is None:
+            return texts
+        given = zip(texts.to_pylist(), labs_in(self.files, pattern), strict=True)
+        return pa.array([said if said is not None else found for said, found in given], pa.string())
 
     def column(self, name: str | None) -> pa.ChunkedArray | pa.Array:
         """The text of a column, nothing but nulls where the name is None."""

@@ -48,8 +48,7 @@ class _Images(Dataset[_Read]):
         """The images of one batch."""
         image, occurrence = (torch.tensor(ids, dtype=torch.int64) for ids in zip(*picks, strict=True))
         images = self._images
-        labs = torch.zeros_like(image) if images.labs is None else images.labs[image]
-        ids = images.labels[image], image, images.sources[image], labs, occurrence
+        ids = images.labels[image], image, images.sources[image], images.labs_of(image), occurrence
         indices: list[int] = image.tolist()
         if images.shape is not None:
             with suppress(DataError):  # then one by one, to find out which image it is

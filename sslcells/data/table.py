@@ -128,6 +128,8 @@ class AllRows(NamedTuple):
     """the column with the class"""
     cell: str | None
     """the column with the id of a cell"""
+    sites: list[str | None]
+    """the laboratory of each row; None where nothing says it"""
 
 
 def open_rows(config: Config) -> AllRows:
@@ -155,8 +157,9 @@ def open_rows(config: Config) -> AllRows:
     images = TableImages(files, of, cuts, cells, config.decoder(), scales, wrong)
     images.labels = images.sources = torch.full((len(names),), -1)
     labels = None if columns.label is None else rows.table.text(columns.label).to_pylist()
+    sites = rows.laboratory(config.lab_pattern).to_pylist()
     edges = None if boxes is None else boxes.edges
-    return AllRows(rows.root, images, names, labels, edges, rows.table.typed(), columns.label, columns.cell)
+    return AllRows(rows.root, images, names, labels, edges, rows.table.typed(), columns.label, columns.cell, sites)
 
 
 def _opened(config: Config, rows: Rows, split: str, clock: Clock) -> TableImages | None:

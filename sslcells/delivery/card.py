@@ -8,9 +8,10 @@ from typing import Any
 from sslcells import __version__, values
 from sslcells.config import Run, load
 from sslcells.data.holdout import held_out_by
-from sslcells.delivery.encoder import Encoder
+from sslcells.delivery.encoder import Encoder, sides
 from sslcells.evaluation.lab_tables import lab_tables
 from sslcells.evaluation.tables import Table
+from sslcells.inputs import summary
 from sslcells.run.metrics import METRICS, read_metrics
 
 EVALUATION = "evaluation.json"
@@ -18,10 +19,17 @@ _MOST = 60
 """Figures in one table."""
 
 
-def card(folder: Path, encoder: Encoder, spec: Mapping[str, Any], checks: Sequence[str], forms: Collection[str]) -> str:
+def card(
+    folder: Path,
+    encoder: Encoder,
+    spec: Mapping[str, Any],
+    checks: Sequence[str],
+    forms: Collection[str],
+    lab: str | None = None,
+) -> str:
     """The card of a run's encoder, in Markdown; where the folder lacks information, the card says "Not known".
 
-    `forms` are the files in other formats than timm's: encoder.pt2, encoder.onnx.
+    `forms` are the files in other formats than timm's: encoder.pt2, encoder.onnx; for images of `lab` if it is given.
     """
     config = folder / "config.yaml"
     run = load(str(config)) if config.is_file() else None
@@ -31,7 +39,7 @@ def card(folder: Path, encoder: Encoder, spec: Mapping[str, Any], checks: Sequen
         "## Recipe\n\n" + _recipe(run),
         "## Figures\n\n" + _figures(folder, run),
         "## Limits\n\n" + _limits(encoder, run),
-        "## How to load it\n\n" + _loading(encoder, spec, forms),
+        "## How to load it\n\n" + _loading(encoder, spec, forms, lab),
         "## Checked\n\nAgainst the network it was exported from, in float32 on the CPU:\n\n"
         + "\n".join(f"- {line}" for line in checks),
     ]
@@ -61,7 +69,7 @@ def _data(run: Run | None) -> str:
 def _recipe(run: Run | None) -> str:
     if run is None:
         return "Not known: the encoder's folder held no config.yaml."
-    kept = ("seed", "method", "augment", "model", "optim", "train")
+    kept = ("seed", "method", "standardise", "augment", "model", "optim", "train")
     tree = run.model_dump(mode="json")
     return _yaml({key: tree[key] for key in kept})
 
@@ -139,8 +147,14 @@ def _scale(encoder: Encoder) -> str:
     return "" if um is None else f" from images at {um:g} µm per pixel, to which files that say their scale are brought"
 
 
-def _loading(encoder: Encoder, spec: Mapping[str, Any], forms: Collection[str]) -> str:
-    shape = f"(N, {encoder.channels}, {encoder.size}, {encoder.size})"
+def _loading(encoder: Encoder, spec: Mapping[str, Any], forms: Collection[str], lab: str | None) -> str:
+    height, width = sides(encoder)
+    shape = f"(N, {encoder.channels}, {height}, {width})"
+    included, also, of, whose = "normalisation is included", "resizing and normalisation", "", ""
+    if encoder.standard is not None:
+        included, also = "standardisation, resizing and normalisation are included", "all of it"
+        of = f" of the laboratory {lab}" if lab is not None else ""
+        whose = ', lab="NAME"' if encoder.by_lab else ""
     if spec["stem"] == "small":
         alone = (
             "timm has no argument for the small stem: after `timm.create_model`, two modules are replaced (`conv1` by "
@@ -155,14 +169,15 @@ def _loading(encoder: Encoder, spec: Mapping[str, Any], forms: Collection[str]) 
             f"`local-dir:FOLDER` with `pretrained=True` gives the same network:\n\n"
             f"```python\nimport timm\n\n"
             f'encoder = timm.create_model({arguments}, checkpoint_path="encoder.safetensors").eval()\n```\n\n'
-            f"`load.py` includes resizing and normalisation, and needs timm alone too:\n\n"
+            f"`load.py` includes {also}, and needs timm alone too:\n\n"
         )
     parts = [
-        f"{alone}```python\nfrom load import load, prepare\n\nfeatures = load()(prepare(pixels))  "
+        *_standardised(encoder),
+        f"{alone}```python\nfrom load import load, prepare\n\nfeatures = load()(prepare(pixels{whose}))  "
         f"# pixels (N, {encoder.channels}, H, W) uint8 → (N, {encoder.features})\n```",
         *(
             [
-                f"With torch alone, for pixels {shape} uint8; normalisation is included:\n\n```python\nimport torch\n\n"
+                f"With torch alone, for pixels {shape} uint8{of}; {included}:\n\n```python\nimport torch\n\n"
                 f'encoder = torch.export.load("encoder.pt2").module()\n```'
             ]
             if "encoder.pt2" in forms
@@ -170,7 +185,7 @@ def _loading(encoder: Encoder, spec: Mapping[str, Any], forms: Collection[str]) 
         ),
         *(
             [
-                f"With ONNX, for pixels {shape} uint8; normalisation is included:\n\n```python\nimport onnxruntime\n\n"
+                f"With ONNX, for pixels {shape} uint8{of}; {included}:\n\n```python\nimport onnxruntime\n\n"
                 f'session = onnxruntime.InferenceSession("encoder.onnx")\n'
                 f'(features,) = session.run(None, {{"pixels": pixels}})\n```'
             ]
@@ -178,9 +193,28 @@ def _loading(encoder: Encoder, spec: Mapping[str, Any], forms: Collection[str]) 
             else []
         ),
         "With sslcells, for folders, files, PIL images and tensors of any size:\n\n```python\nimport sslcells\n\n"
-        'vectors = sslcells.embed("path/to/cells", "path/to/this/folder")\n```',
+        f'vectors = sslcells.embed("path/to/cells", "path/to/this/folder"{whose})\n```',
     ]
     return "\n\n".join(parts)
+
+
+def _standardised(encoder: Encoder) -> list[str]:
+    """That images are standardised first, and what does not do it; empty if they are taken as they are."""
+    if encoder.standard is None:
+        return []
+    lines = [
+        f"The encoder takes **standardised** images ({summary(encoder.standard).removeprefix('input: ')}). `load.py` "
+        f"(`prepare`), the programs below and sslcells do this. timm's network alone, `model.safetensors` and "
+        f"`encoder.safetensors`, does not: raw images give wrong features there. Give it what `prepare` returns."
+    ]
+    if encoder.by_lab:
+        known = ", ".join(encoder.standard.spec.get("labs") or ()) or "none"
+        lines.append(
+            f"Images are standardised by laboratory. Known by name: {known}. A new one is measured once, on about a "
+            f"hundred of its images without labels: `row = laboratory(pixels)` of `load.py`, then "
+            f"`prepare(pixels, lab=row)`; `sslcells.embed` of a folder does it by itself."
+        )
+    return lines
 
 
 def _yaml(tree: Mapping[str, Any]) -> str:

@@ -19,12 +19,15 @@ from torch.utils.data import Sampler
 from sslcells import launcher, ranks
 from sslcells.config import ConfigError, extra, installed
 from sslcells.data import DataError, Pick
+from sslcells.data._names import some
 from sslcells.data._patterns import Patterns, given
 from sslcells.data.loader import Readable, read_readable, with_workers
 from sslcells.delivery import DeliveryError
 from sslcells.delivery.encoder import Encoder, find_run, finite, load_encoder
+from sslcells.delivery.labs import OfLabs, of_labs
 from sslcells.delivery.listed import Listed, listed
-from sslcells.delivery.shards import FORMATS, MANIFEST, UNREADABLE, Embeddings, Shard, spelt
+from sslcells.delivery.shards import FORMATS, MANIFEST, NO_CELL, UNREADABLE, Embeddings, Shard, spelt
+from sslcells.delivery.vectors import AS_THEY_ARE
 from sslcells.evaluation.encode import encode_batches
 from sslcells.run.interrupt import Awaited, Interrupt, Stopped
 from sslcells.run.lock import Lock
@@ -55,12 +58,16 @@ def embed_folder(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    lab: str | None = None,
 ) -> Path:
     """Embed every image below a folder, or every row of a table (.csv, .tsv, .parquet).
 
     Returns the folder of shards, RUN/embeddings/NAME unless `out` names another. With a table they hold its columns
     too, and `overrides` are settings of it, such as `data.path=/images`; if the run was trained on this very table, its
     settings hold.
+
+    `lab` is the laboratory of all images, for an encoder that standardises by laboratory: one that training knew, or
+    a new one, which is measured on its images. Without it, the table or the folders name it as in training.
 
     `include` and `exclude` are patterns for the images' paths below the folder, as `data.include` and `data.exclude`.
 
@@ -90,7 +97,7 @@ def embed_folder(
             with ranks.parting():
                 encoder = ranks.together(lambda: _load(run, device))
                 begun = ranks.from_main(
-                    lambda: _begin(run, images, out, format, labels, shard, encoder, lock, patterns, overrides)
+                    lambda: _begin(run, images, out, format, labels, shard, encoder, lock, patterns, overrides, lab)
                 )
                 _work(*begun, encoder, device, batch, workers, interrupt)
                 return begun[0].folder
@@ -118,8 +125,11 @@ def _begin(
     lock: list[Lock],
     patterns: Patterns,
     overrides: Sequence[str],
-) -> tuple[Embeddings, Listed, list[int]]:
-    """On rank 0: open the folder of shards; returns it, the images, and the numbers of the missing shards."""
+    lab: str | None,
+) -> tuple[Embeddings, Listed, OfLabs | None, list[int]]:
+    """On rank 0: open the folder of shards; returns it, the images, their laboratories, and the missing shards."""
+    if lab is not None and not encoder.by_lab:
+        raise ConfigError(f"--lab {lab}: the encoder of {run} takes each image by itself (standardise.by=image)")
     found = listed(run, images, encoder, patterns, overrides, labels)
     root = Path(found.root)
     folder = place(out) if out is not None else find_run(run) / "embeddings" / found.name
@@ -143,6 +153,7 @@ def _begin(
     }
     if found.table is not None:
         fresh |= {"table": found.table, "key": found.key}
+    labs: OfLabs | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.append(Lock(folder, otherwise="choose another --out"))
@@ -151,12 +162,20 @@ def _begin(
             if shard is None:
                 fresh["shard"] = before.size
             _same(before, Embeddings(folder, fresh))
+            labs = of_labs(encoder, found, lab, before.labs)
+            if labs is not None and before.labs is not None and [*labs.labs] != [*before.labs]:
+                named = some([*before.labs], 8)
+                raise ConfigError(f"{folder} was begun with the laboratories {named}; choose another --out")
+        else:
+            labs = of_labs(encoder, found, lab, None)
+        if labs is not None:
+            fresh["labs"] = labs.labs
         embeddings = Embeddings(folder, fresh)
         embeddings.begin()
         there = set(embeddings.written())
     except OSError as error:
         raise ConfigError(f"--out {folder} cannot be written: {error}") from None
-    return embeddings, found, [number for number in range(embeddings.shards) if number not in there]
+    return embeddings, found, labs, [number for number in range(embeddings.shards) if number not in there]
 
 
 def _same(before: Embeddings, now: Embeddings) -> None:
@@ -188,6 +207,7 @@ def _same(before: Embeddings, now: Embeddings) -> None:
 def _work(
     embeddings: Embeddings,
     found: Listed,
+    labs: OfLabs | None,
     missing: Sequence[int],
     encoder: Encoder,
     device: torch.device,
@@ -198,10 +218,12 @@ def _work(
     """Write this rank's part of the missing shards; then all ranks together list the unreadable images."""
     mine = missing[ranks.rank() :: ranks.world()]
     console = Console(highlight=False, quiet=ranks.rank() > 0)
+    for line in labs.said if labs is not None else []:
+        console.print(line, markup=False, soft_wrap=True)
     with _Meter(embeddings, missing, console) as meter:
         failure: Exception | None = None
         try:
-            _embed(embeddings, found, mine, encoder, device, batch, workers, interrupt, meter)
+            _embed(embeddings, found, labs, mine, encoder, device, batch, workers, interrupt, meter)
         except Exception as error:  # logged at once, and raised on every rank when all are done
             failure = error
             if ranks.world() > 1:
@@ -217,11 +239,11 @@ def _work(
             f"{folder}: stopped by {name} with {there} of {embeddings.shards} shards; the same command resumes",
         )
 
-    def finish() -> tuple[int, str]:
-        unreadable = embeddings.write_unreadable()
-        return unreadable, f", {embeddings.write_h5ad().name}" if embeddings.format == "h5ad" else ""
+    def finish() -> tuple[int, int, str]:
+        unreadable, no_cell = embeddings.write_unreadable(), embeddings.write_no_cell()
+        return unreadable, no_cell, f", {embeddings.write_h5ad().name}" if embeddings.format == "h5ad" else ""
 
-    unreadable, more = ranks.from_main(finish)
+    unreadable, no_cell, more = ranks.from_main(finish)
     if unreadable == embeddings.count:
         path, why = ranks.from_main(lambda: next(iter(embeddings.unreadable())))
         raise DeliveryError(
@@ -229,6 +251,7 @@ def _work(
             f"{folder / UNREADABLE} lists them all. When they are repaired, remove {folder} and embed again"
         )
     listed = f"; {unreadable} could not be read: {folder / UNREADABLE}" if unreadable else ""
+    listed += f"; no cell was found in {no_cell} of them, {AS_THEY_ARE}: {folder / NO_CELL}" if no_cell else ""
     console.print(
         f"{folder}: {embeddings.count - unreadable} images of {embeddings.features} features in "
         f"{embeddings.shards} shards{more}{listed}",
@@ -240,6 +263,7 @@ def _work(
 def _embed(
     embeddings: Embeddings,
     found: Listed,
+    labs: OfLabs | None,
     mine: Sequence[int],
     encoder: Encoder,
     device: torch.device,
@@ -250,18 +274,27 @@ def _embed(
 ) -> None:
     """Make and write these shards, one after the other, until all are done or a signal asks to stop."""
     root = embeddings.root
+    failed = list[Tensor]()  # of the last batch
+
+    def features(part: Readable) -> Tensor:
+        prepared = encoder.prepared(part.pixels, None if labs is None else labs.at(part.image))
+        failed[:] = [prepared.failed]
+        return encoder.features_of(prepared)
+
     ahead = read_readable(found.images, _Parts(embeddings, mine, batch), workers, pin_memory=device.type == "cuda")
     with with_workers(ahead) as parts, suppress(Awaited):
-        encoded = encode_batches(_awaited(parts, root, interrupt), lambda part: encoder(part.pixels), meter.add)
+        encoded = encode_batches(_awaited(parts, root, interrupt), features, meter.add)
         for number in mine:
             rows, wanted, held = [], len(embeddings.members(number)), list[Readable]()
+            no_cell = list[int]()
             while wanted:
                 part, z = next(encoded)
                 wanted -= part.size
                 if z is not None:
                     rows.append(finite(z.cpu(), encoder))
+                    no_cell += [part.image[i] for i in failed[0].nonzero()[:, 0].tolist()]
                 held.append(part._replace(pixels=[]))
-            embeddings.write(number, _shard(embeddings, found, held, rows))
+            embeddings.write(number, _shard(embeddings, found, held, rows, no_cell))
 
 
 def _awaited(parts: Generator[Readable, None, None], root: str, interrupt: Interrupt) -> Iterator[Readable]:
@@ -281,8 +314,10 @@ def _awaited(parts: Generator[Readable, None, None], root: str, interrupt: Inter
         yield part
 
 
-def _shard(embeddings: Embeddings, found: Listed, held: Sequence[Readable], rows: Sequence[Tensor]) -> Shard:
-    """The shard of the parts that were read, and the rows (B, F) of those with readable images."""
+def _shard(
+    embeddings: Embeddings, found: Listed, held: Sequence[Readable], rows: Sequence[Tensor], no_cell: Sequence[int]
+) -> Shard:
+    """The shard of the parts that were read, the rows (B, F) of those with readable images, and images without cell."""
     ids, name = [i for part in held for i in part.image], found.images.name
     return Shard(
         np.array(ids, dtype=np.int64),
@@ -291,6 +326,7 @@ def _shard(embeddings: Embeddings, found: Listed, held: Sequence[Readable], rows
         [found.label(i) for i in ids] if embeddings.labels else None,
         [(spelt(name(i)), found.reason(i, why)) for part in held for i, why in part.unreadable],
         None if found.more is None else found.more.take(pa.array(ids, pa.int64())),
+        [spelt(name(i)) for i in no_cell],
     )
 
 

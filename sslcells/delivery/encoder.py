@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from sslcells.augment import resized
 from sslcells.config import ConfigError, Run, load
-from sslcells.data import DataError, Decoder, Unreadable, reading
-from sslcells.data.folder import expanded, list_images, nearest_folder
-from sslcells.data.loader import Readable
-from sslcells.evaluation.encode import check_finite, encode_batches, eval_mode
+from sslcells.data import Decoder, reading
+from sslcells.data.folder import nearest_folder
+from sslcells.evaluation.encode import check_finite
 from sslcells.models import files, width
 from sslcells.standardise import standard_of
 from sslcells.storage import is_file, is_folder
@@ -25,6 +24,18 @@ from sslcells.values import place
 Picture = Tensor | Image.Image
 Pictures = Picture | Sequence[Picture]
 """A tensor (N, C, H, W) or (C, H, W), uint8 or float in 0..1; a PIL image; or a sequence of images of any sizes."""
+Lab = str | Tensor | None
+"""Where images were taken: the name of a laboratory that the encoder knows; or what `Encoder.laboratory` measured, (P,)
+or for N images (N, P); None for an encoder that does not standardise by laboratory."""
+
+
+class Prepared(NamedTuple):
+    """Images as the network takes them."""
+
+    x: Tensor
+    """(N, C, S, S) float32"""
+    failed: Tensor
+    """(N,) bool: the standardisation looked for a cell and found none; all false if it looks for none"""
 
 
 class Encoder(nn.Module):
@@ -55,30 +66,85 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(spec["mean"])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(spec["std"])[:, None, None], persistent=False)
 
-    def forward(self, images: Pictures) -> Tensor:
+    @property
+    def by_lab(self) -> bool:
+        """True if images need to know their laboratory."""
+        return self.standard is not None and self.standard.by_lab
+
+    def forward(self, images: Pictures, lab: Lab = None) -> Tensor:
         """Images → (N, F) float32 on the encoder's device.
 
         Raises:
-            ValueError: if they are not images, or have another number of channels.
+            ValueError: if they are not images, or have another number of channels; or if the encoder standardises by
+                laboratory, and `lab` is missing or unknown.
         """
-        features: Tensor = self.backbone(self.prepare(images)).float()
+        return self.features_of(self.prepared(images, lab))
+
+    def features_of(self, prepared: Prepared) -> Tensor:
+        """(N, F) float32 of images that `prepared` returned."""
+        features: Tensor = self.backbone(prepared.x).float()
         return features
 
-    def prepare(self, images: Pictures) -> Tensor:
+    def prepare(self, images: Pictures, lab: Lab = None) -> Tensor:
         """Images → (N, C, S, S) float32, standardised, resized and normalised, on the encoder's device.
 
         Raises:
             ValueError: as `forward`.
         """
+        return self.prepared(images, lab).x
+
+    def prepared(self, images: Pictures, lab: Lab = None) -> Prepared:
+        """As `prepare`, and in which images no cell was found.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        groups = self._stacked(images)
+        rows = self._rows(lab, sum(map(len, groups)))
+        if not groups:
+            nothing = self.mean.new_zeros(0, self.channels, self.size, self.size)
+            return Prepared(nothing, torch.zeros(0, dtype=torch.bool, device=nothing.device))
+        each = [None] * len(groups) if rows is None else torch.split(rows, [len(group) for group in groups])
+        parts = [self._normalised(group, of) for group, of in zip(groups, each, strict=True)]
+        return Prepared(*map(torch.cat, zip(*parts, strict=True)))
+
+    def laboratory(self, images: Pictures) -> Tensor:
+        """(P,) what stands for the images of a new laboratory, from some of them, about a hundred: see `Lab`.
+
+        Raises:
+            ValueError: if they are not images, or one alone, or the encoder does not standardise by laboratory.
+        """
+        if self.standard is None or not self.standard.by_lab:
+            raise ValueError("this encoder does not standardise by laboratory: it needs to know none")
+        groups = self._stacked(images)
+        if (count := sum(map(len, groups))) < 2:
+            raise ValueError(f"a laboratory is measured on several of its images, about a hundred; here is {count}")
+        with torch.no_grad():
+            return torch.tensor(self.standard.laboratory(self._in_range(group) for group in groups)["row"])
+
+    def _rows(self, lab: Lab, count: int) -> Tensor | None:
+        """(count, P) what stands for the images of a laboratory; None if images go by themselves."""
+        if self.standard is None or not self.standard.by_lab:
+            if lab is not None:
+                raise ValueError("lab= is for encoders that standardise by laboratory; this one takes each image alone")
+            return None
+        if lab is None:
+            known = ", ".join(self.standard.spec.get("labs") or ()) or "none"
+            raise ValueError(
+                f"this encoder standardises by laboratory (standardise.by=lab), and that of these images is not said: "
+                f"give lab=NAME (known: {known}), or of a new one lab=encoder.laboratory(some of its images)"
+            )
+        row = self.standard.row(lab) if isinstance(lab, str) else lab
+        return row.expand(count, -1) if row.ndim == 1 else row
+
+    def _stacked(self, images: Pictures) -> list[Tensor]:
+        """Images as (n, C, H, W) each: all in one if they are of one size, else one by one."""
         if isinstance(images, Tensor):
-            batch = images if images.ndim == 4 else images[None]
-            return self._normalised(batch)
+            return [images if images.ndim == 4 else images[None]]
         pixels = [self.pixels(image) for image in ([images] if isinstance(images, Image.Image) else images)]
-        if not pixels:
-            return self.mean.new_zeros(0, self.channels, self.size, self.size)
         if len({(x.shape, x.dtype) for x in pixels}) == 1:
-            return self._normalised(torch.stack(pixels))
-        return torch.cat([self._normalised(x[None]) for x in pixels])
+            return [torch.stack(pixels)]
+        return [x[None] for x in pixels]
 
     def pixels(self, image: Picture) -> Tensor:
         """One image of any size as (C, H, W): a tensor as it is, a PIL image decoded as image files are.
@@ -111,8 +177,15 @@ class Encoder(nn.Module):
             )
         return self.decoder
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 or float in 0..1 → (N, C, S, S)."""
+    def _normalised(self, pixels: Tensor, rows: Tensor | None) -> Prepared:
+        """(N, C, H, W) uint8 or float in 0..1, and rows (N, P) of their laboratories → (N, C, S, S)."""
+        x, failed = self._in_range(pixels), torch.zeros(len(pixels), dtype=torch.bool, device=self.mean.device)
+        if self.standard is not None:
+            x, _, failed = self.standard.found(x, rows)
+        return Prepared((resized(x, self.size, *self._whole) - self.mean) / self.std, failed)
+
+    def _in_range(self, pixels: Tensor) -> Tensor:
+        """(N, C, H, W) uint8 or float in 0..1 → the same as float32 on the encoder's device."""
         if pixels.ndim != 4 or pixels.shape[1] != self.channels:
             raise ValueError(
                 f"the encoder takes images (N, {self.channels}, H, W) or ({self.channels}, H, W); "
@@ -131,9 +204,7 @@ class Encoder(nn.Module):
                 )
         else:
             raise ValueError(f"images are uint8 or float in 0..1, not {pixels.dtype}")
-        if self.standard is not None:
-            x = self.standard(x)
-        return (resized(x, self.size, *self._whole) - self.mean) / self.std
+        return x
 
 
 def _decoder(channels: int, reading: dict[str, Any]) -> Decoder | None:
@@ -168,34 +239,12 @@ def load_encoder(run: str | os.PathLike[str] | Run, device: str | torch.device =
     return Encoder(backbone, spec, how, _digest(folder, spec, how)).eval().to(device)
 
 
-def embed(
-    images: str | os.PathLike[str] | Pictures | Sequence[str | os.PathLike[str]],
-    encoder: "Encoder | str | os.PathLike[str]",
-    batch: int = 64,
-) -> Tensor:
-    """Compute the features of images: (N, F) float32 on the CPU, one row an image, in their order.
-
-    `images` is a folder, whose images at any depth are sorted by path; a file; a list of files; or what an Encoder
-    takes. `encoder` is an Encoder or a run's folder; it runs in eval mode, without gradients, on `batch` images at a
-    time.
-
-    >>> import sslcells
-    >>> vectors = sslcells.embed("cells", "runs/quickstart")
-    >>> len(vectors)  # the folder "cells" holds two images
-    2
-
-    Raises:
-        ConfigError: if there is no such folder, image or encoder.
-        DataError: if a file cannot be read, naming it, or the encoder gives features that are not finite.
-        ValueError: if tensors are not images, or have another number of channels.
-    """
-    if not isinstance(encoder, Encoder):
-        encoder = load_encoder(encoder)
-    network = encoder
-    with eval_mode(network):
-        encoded = encode_batches(_parts(images, network, batch), lambda part: network(part.pixels))
-        rows = [finite(z.cpu(), network) for _, z in encoded if z is not None]
-    return torch.cat(rows) if rows else torch.zeros(0, network.features)
+def sides(encoder: Encoder) -> tuple[int, int]:
+    """Height and width of the pixels that the exported programs take."""
+    if encoder.standard is None or encoder.reading["size"] is None:
+        return encoder.size, encoder.size
+    height, width = encoder.reading["size"]
+    return int(height), int(width)
 
 
 def finite(rows: Tensor, encoder: Encoder) -> Tensor:
@@ -206,37 +255,6 @@ def finite(rows: Tensor, encoder: Encoder) -> Tensor:
     """
     check_finite(rows, encoder=f"the encoder {encoder.digest}")
     return rows
-
-
-def _parts(images: Any, encoder: Encoder, batch: int) -> Iterator[Readable]:
-    """The images, `batch` at a time; a file is opened when its part is read."""
-    if isinstance(images, (str, os.PathLike)):
-        images = _files(Path(images), encoder.decoder)
-    elif isinstance(images, Image.Image) or (isinstance(images, Tensor) and images.ndim == 3):
-        images = [images]
-    for start in range(0, len(images), batch):
-        part = images[start : start + batch]
-        if not isinstance(part, Tensor):
-            part = [
-                _opened(x, encoder.reader()) if isinstance(x, (str, os.PathLike)) else encoder.pixels(x) for x in part
-            ]
-        yield Readable(len(part), list(range(start, start + len(part))), part, [])
-
-
-def _opened(file: str | os.PathLike[str], decoder: Decoder) -> Tensor:
-    try:
-        return decoder(os.fspath(file))
-    except Unreadable as error:
-        raise DataError(f"{file}: {error}") from None
-
-
-def _files(path: Path, decoder: Decoder | None) -> list[Path]:
-    """The images of the path if it is a file or OME-Zarr, else the image files below it, sorted by path."""
-    path = place(path)
-    if is_file(path) or path.suffix.lower() == ".zarr":
-        names = [path.name] if decoder is None else expanded(path.parent, [path.name], decoder)
-        return [path.parent / name for name in names]
-    return [path / name for name in list_images(path, decoder)]
 
 
 def find_run(path: str | os.PathLike[str]) -> Path:

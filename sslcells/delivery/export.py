@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from sslcells import models
 from sslcells.augment import resized
-from sslcells.config import ConfigError, extra
+from sslcells.config import ConfigError, extra, nearest
 from sslcells.data import synthetic
+from sslcells.data._names import some
 from sslcells.delivery import DeliveryError, hub, standalone
 from sslcells.delivery.card import card
-from sslcells.delivery.encoder import Encoder, find_run, load_encoder
+from sslcells.delivery.encoder import Encoder, find_run, load_encoder, sides
 from sslcells.models import files
 from sslcells.standardise import cell, standard
 from sslcells.storage import json_text
@@ -53,43 +54,56 @@ class Check(NamedTuple):
 class FromPixels(nn.Module):
     """(N, C, H, W) uint8 → (N, F) float32: the preparation is part of the network, so that nobody can forget it.
 
-    H and W are S, the encoder's size; where it standardises, the size that files are read at: see `sides`.
+    H and W are S, the encoder's size; where it standardises, the size that files are read at: see `sides`. `lab` (P,)
+    stands for the images of one laboratory, if it standardises by laboratory.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: Encoder) -> None:
+    lab: Tensor | None
+
+    def __init__(self, encoder: Encoder, lab: Tensor | None = None) -> None:
         super().__init__()
         self.backbone, self.standard = encoder.backbone, encoder.standard
         self._size, self._whole = encoder.size, encoder._whole
         self.register_buffer("mean", encoder.mean.clone())
         self.register_buffer("std", encoder.std.clone())
+        self.register_buffer("lab", lab)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, C, H, W) uint8 → (N, F)."""
         x = pixels.float() / 255
         if self.standard is not None:
-            x = resized(self.standard(x), self._size, *self._whole)
+            rows = None if self.lab is None else self.lab.expand(x.shape[0], -1)
+            x = resized(self.standard(x, rows), self._size, *self._whole)
         out: Tensor = self.backbone((x - self.mean) / self.std)
         return out
 
 
-def export(run: str, to: str | None = None, onnx: bool | None = None, say: Callable[[str], None] = print) -> Path:
+def export(
+    run: str,
+    to: str | None = None,
+    onnx: bool | None = None,
+    say: Callable[[str], None] = print,
+    lab: str | None = None,
+) -> Path:
     """Write a run's encoder to a folder to share, RUN/export unless `to` names another, and return the folder.
 
     encoder.safetensors and encoder.json (timm), model.safetensors and config.json (timm's `local-dir:` and hub),
     load.py (what timm has no argument for), standard.py and cell.py if
     images are standardised, encoder.pt2 (torch.export), encoder.onnx, README.md (the model card). Files are written
     atomically. A form that cannot be made is left out with a message that says what would help. ONNX is required if
-    `onnx` is true, and left out if it is false.
+    `onnx` is true, and left out if it is false. If the encoder standardises by laboratory, the programs are made for
+    images of the laboratory `lab`, and left out without it.
 
     Raises:
-        ConfigError: if there is no such run.
+        ConfigError: if there is no such run, or no such laboratory.
         DeliveryError: if a form gives other features than the network, or `onnx` is true and ONNX cannot be made.
     """
     folder = find_run(run)
     encoder = load_encoder(folder)
+    _check_lab(encoder, run, lab, onnx)
     missing = "" if onnx is False else _not_installed()
     if onnx and missing:
         raise DeliveryError(f"--onnx: {missing}")
@@ -99,7 +113,7 @@ def export(run: str, to: str | None = None, onnx: bool | None = None, say: Calla
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as partial:
-            left_out = _write(encoder, folder, Path(partial), onnx, missing, say)
+            left_out = _write(encoder, folder, Path(partial), onnx, missing, say, lab)
             for name in (PROGRAM, ONNX, *HUB):  # of an earlier export, perhaps of other weights
                 (out / name).unlink(missing_ok=True)
             for file in sorted(Path(partial).iterdir()):
@@ -110,6 +124,26 @@ def export(run: str, to: str | None = None, onnx: bool | None = None, say: Calla
     for reason in left_out:
         say(f"left out: {reason}")
     return out
+
+
+def _check_lab(encoder: Encoder, run: str, lab: str | None, onnx: bool | None) -> None:
+    """Raise a ConfigError if `lab` is none of the encoder's, or ONNX is required without one."""
+    if not encoder.by_lab:
+        if lab is not None:
+            raise ConfigError(f"--lab {lab}: the encoder of {run} takes each image by itself (standardise.by=image)")
+        return
+    known = _known_labs(encoder)
+    if lab is not None and lab not in known:
+        raise ConfigError(f"--lab {lab}: the encoder of {run} knows {some(known, 12)}{nearest(lab, known)}")
+    if onnx and lab is None:
+        raise ConfigError(f"--onnx: {PROGRAM_OF_LAB.format(some(known, 12))}")
+
+
+def _known_labs(encoder: Encoder) -> list[str]:
+    return [] if encoder.standard is None else [*(encoder.standard.spec.get("labs") or ())]
+
+
+PROGRAM_OF_LAB = "the encoder standardises by laboratory, and a program is for one: --lab one of {}; load.py takes any"
 
 
 def _not_installed() -> str:
@@ -123,7 +157,13 @@ def _not_installed() -> str:
 
 
 def _write(
-    encoder: Encoder, folder: Path, out: Path, onnx: bool | None, missing: str, say: Callable[[str], None]
+    encoder: Encoder,
+    folder: Path,
+    out: Path,
+    onnx: bool | None,
+    missing: str,
+    say: Callable[[str], None],
+    lab: str | None,
 ) -> list[str]:
     """Write the files; returns which forms were left out, and why. `missing` is what `_not_installed` returned."""
     spec = json.loads((folder / files.SPEC).read_text(encoding="utf-8")) | {"reading": encoder.reading}
@@ -134,16 +174,22 @@ def _write(
         _write_standard(out)
     if spec["timm"]["model_name"] == "small_cnn":
         (out / "small_cnn.py").write_text(inspect.getsource(models.small_cnn), encoding="utf-8")
-    network = FromPixels(encoder).eval()
+    known = _known_labs(encoder) if encoder.by_lab else []
+    checked_on = lab or next(iter(known), None)
+    row = encoder.standard.row(checked_on) if encoder.standard is not None and checked_on is not None else None
+    network = FromPixels(encoder, row).eval()
     inputs = {"noise": noise(encoder, 3), "one image of noise": noise(encoder, 1), "drawn cells": drawn(encoder, 8)}
-    checks = [compare("timm", lambda x: standalone.load(out)(standalone.prepare(x, out)), network, inputs, say)]
+    alone = quietly(lambda x: standalone.load(out)(standalone.prepare(x, out, row)))
+    checks = [compare("timm", alone, network, inputs, say)]
     forms, left_out = list[str](), [missing] if missing else []
     if (reason := hub.write(encoder.backbone, spec, out)) is None:
         forms.append(HUB[0])
-        checks.append(compare("timm local-dir", hub.network(out, encoder), network, inputs, say))
+        checks.append(compare("timm local-dir", hub.network(out, encoder, row), network, inputs, say))
     else:
         left_out.insert(0, reason)
     try:
+        if encoder.by_lab and lab is None:
+            raise NotMade(f"{PROGRAM} and {ONNX}: {PROGRAM_OF_LAB.format(some(known, 12))}")
         program = write_program(network, encoder, out / PROGRAM)
         forms.append(PROGRAM)
         loaded = torch.export.load(out / PROGRAM).module()
@@ -156,8 +202,19 @@ def _write(
         if onnx:
             raise
         left_out.append(str(error))
-    (out / "README.md").write_text(card(folder, encoder, spec, [str(c) for c in checks], forms), encoding="utf-8")
+    (out / "README.md").write_text(card(folder, encoder, spec, [str(c) for c in checks], forms, lab), encoding="utf-8")
     return left_out
+
+
+def quietly(prepare: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same without warnings: in noise there is no cell to be found."""
+
+    def same(pixels: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return prepare(pixels)
+
+    return same
 
 
 def _write_standard(out: Path) -> None:
@@ -165,14 +222,6 @@ def _write_standard(out: Path) -> None:
     for module in (cell, standard):
         text = inspect.getsource(module).replace("from sslcells.standardise.cell import", "from cell import")
         (out / f"{module.__name__.rpartition('.')[2]}.py").write_text(text, encoding="utf-8")
-
-
-def sides(encoder: Encoder) -> tuple[int, int]:
-    """Height and width of the pixels that the exported programs take."""
-    if encoder.standard is None or encoder.reading["size"] is None:
-        return encoder.size, encoder.size
-    height, width = encoder.reading["size"]
-    return int(height), int(width)
 
 
 def noise(encoder: Encoder, count: int) -> Tensor:

@@ -51,7 +51,7 @@ def write(backbone: nn.Module, spec: Mapping[str, Any], out: Path) -> str | None
     return None
 
 
-def network(out: Path, encoder: Encoder) -> Callable[[Tensor], Tensor]:
-    """What timm alone makes of the folder, on images as the encoder prepares them."""
+def network(out: Path, encoder: Encoder, lab: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What timm alone makes of the folder, on images as the encoder prepares them for a laboratory."""
     made = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    return lambda pixels: made(encoder.prepare(pixels))
+    return lambda pixels: made(encoder.prepare(pixels, lab))

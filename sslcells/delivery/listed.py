@@ -15,7 +15,9 @@ from pydantic import ValidationError
 from sslcells.config import ConfigError, load
 from sslcells.data import ImageSet, table
 from sslcells.data._columns import CSV, PARQUET
+from sslcells.data._labs import LabFolder, lab_in
 from sslcells.data._patterns import Patterns
+from sslcells.data._splits import split_depth
 from sslcells.data.folder import FolderImages, class_of, list_images
 from sslcells.delivery.encoder import Encoder, find_run
 from sslcells.delivery.shards import OURS, SHOWN, list_digest, spelt
@@ -48,6 +50,8 @@ class Listed(NamedTuple):
     """the table's column with ids of cells"""
     lab_above: bool = False
     """true if a folder's sub-folders are laboratories, and classes lie below them"""
+    labs: Sequence[str | None] | None = None
+    """laboratory of each image, as the table or the folders name it; None if nothing does"""
 
     def label(self, index: int) -> str | None:
         """The class of an image: in the table, or by its sub-folder."""
@@ -82,13 +86,18 @@ def listed(
     names = list_images(root, encoder.decoder, patterns)
     unknown = torch.full((len(names),), -1)
     files = FolderImages(root, names, encoder.reader(), (), unknown, unknown, {})
-    return Listed(
-        str(root),
-        files,
-        list_digest(names),
-        root.resolve().name,
-        lab_above=_data_section(run).get("lab_folder") == "above",
-    )
+    data = _data_section(run)
+    pattern, lab_folder = data.get("lab_pattern"), data.get("lab_folder", "none")
+    by_path = [_lab_of(name, pattern, lab_folder) for name in names] if pattern or lab_folder != "none" else []
+    labs, above = by_path if any(by_path) else None, lab_folder == "above"
+    return Listed(str(root), files, list_digest(names), root.resolve().name, lab_above=above, labs=labs)
+
+
+def _lab_of(name: str, pattern: str | None, lab_folder: LabFolder) -> str | None:
+    """The laboratory in an image's path, which may begin with the folder of a split."""
+    folders = name.split("/")[:-1]
+    prefix = "".join(f"{folder}/" for folder in folders[: split_depth(folders)])
+    return lab_in(name.removeprefix(prefix), prefix, pattern, lab_folder)
 
 
 def _data_section(run: str) -> dict[str, Any]:
@@ -154,6 +163,7 @@ def _of_table(file: Path, config: table.Config, labels: bool) -> Listed:
         _told(rows, called),
         str(file.resolve()),
         None if rows.cell is None else called[rows.cell],
+        labs=rows.sites if any(rows.sites) else None,
     )
 
 

@@ -18,8 +18,10 @@ from sslcells import launcher
 from sslcells.config import ConfigError, extra, installed, nearest
 from sslcells.data import Unreadable, check_pattern, look_up_sources, read_table, source_ids
 from sslcells.data._boxes import cut
-from sslcells.delivery.encoder import Encoder, embed, find_run, load_encoder
+from sslcells.data._names import some
+from sslcells.delivery.encoder import Encoder, find_run, load_encoder
 from sslcells.delivery.shards import MANIFEST, SHOWN, Embeddings, Shard, spelt
+from sslcells.delivery.vectors import embed
 from sslcells.evaluation.knn import neighbours
 from sslcells.evaluation.sheets import Image, found_sheet
 from sslcells.losses import unit
@@ -78,14 +80,17 @@ def search(
     faiss: bool = False,
     cpu: bool = False,
     say: Callable[[str], None] = print,
+    lab: str | None = None,
 ) -> list[list[Found]]:
     """The `k` images nearest to each query, nearest first; prints a table, and writes it and a picture into `out`.
 
     A query is an image's file, or of an embedded table the name of a row or its cell's id. It is no neighbour of
-    itself, nor are images of its source if `sources` or `source_pattern` tell the source.
+    itself, nor are images of its source if `sources` or `source_pattern` tell the source. `lab` is the laboratory of
+    queries that are not embedded, if the encoder standardises by laboratory and the embeddings have several.
 
     Raises:
-        ConfigError: if there are no such embeddings, or they are incomplete or of another encoder.
+        ConfigError: if there are no such embeddings, or they are incomplete or of another encoder, or a query's
+            laboratory is not known and needed.
         DataError: if a query or a shard cannot be read.
     """
     if k < 1:
@@ -99,7 +104,11 @@ def search(
     torch.set_num_threads(launcher.threads_for("auto", workers=0))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else None
     network = _encoder_of(embeddings, encoder, device or torch.device("cpu"))
-    read = iter(embed([query.path for query in asked if query.row is None], network))
+    if network.by_lab:
+        asked = _with_rows(asked, embeddings)
+    files_asked = [query.path for query in asked if query.row is None]
+    row_of_lab = _row_of(lab, files_asked, embeddings, network) if files_asked else None
+    read = iter(embed(files_asked, network, lab=row_of_lab))
     rows = torch.stack([next(read) if query.row is None else query.row for query in asked])
     own = ids([query.name for query in asked], [query.file or query.name for query in asked])
     find = approximately if faiss else exactly
@@ -324,6 +333,40 @@ def _rows_called(wanted: set[str], embeddings: Embeddings) -> dict[str, _Query]:
                 if rows.setdefault(names[i], query).name != one.path:
                     raise ConfigError(f"{names[i]} is the cell of several rows; name it as {one.path}")
     return rows
+
+
+def _with_rows(asked: Sequence[_Query], embeddings: Embeddings) -> list[_Query]:
+    """The queries, those that are embedded with their vectors."""
+    wanted = {query.name for query in asked if query.row is None}
+    rows = {
+        name: torch.from_numpy(np.array(shard.vector[i]))
+        for shard in (embeddings.read_all() if wanted else ())
+        for i, name in enumerate(shard.path)
+        if name in wanted
+    }
+    return [query if query.row is not None else query._replace(row=rows.get(query.name)) for query in asked]
+
+
+def _row_of(lab: str | None, asked: Sequence[Path], embeddings: Embeddings, network: Encoder) -> Tensor | None:
+    """(P,) what stands for images of the queries' laboratory; None if the encoder takes each image by itself.
+
+    Raises:
+        ConfigError: if it is not known.
+    """
+    if network.standard is None or not network.by_lab:
+        if lab is not None:
+            raise ConfigError(f"--lab {lab}: the encoder takes each image by itself (standardise.by=image)")
+        return None
+    known = {**(network.standard.spec.get("labs") or {}), **(embeddings.labs or {})}
+    if lab is None and len(embeddings.labs or {}) == 1:
+        (lab,) = embeddings.labs or {}
+    if lab not in known:
+        which = "is not said" if lab is None else f"--lab {lab} is not known"
+        raise ConfigError(
+            f"{asked[0]}: the encoder standardises by laboratory, and that of this image {which}; --lab one of "
+            f"{some([*known], 12)}. Embed a folder of images of another one: they are queries by their path then"
+        )
+    return torch.tensor(known[lab]["row"])
 
 
 def _query(query: str, embeddings: Embeddings) -> Path:

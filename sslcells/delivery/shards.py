@@ -22,7 +22,8 @@ from sslcells.storage import json_text, partial_name, patiently, write_atomicall
 T = TypeVar("T")
 
 MANIFEST = "embeddings.json"
-UNREADABLE = "unreadable.csv"
+UNREADABLE, NO_CELL = "unreadable.csv", "no_cell.csv"
+"""Lists of images that could not be read, and of those in which no cell was found."""
 FORMATS = ("parquet", "npz", "h5ad")
 OURS = ("path", "id", "vector", "label")
 """Columns of a shard beside those of an embedded table"""
@@ -46,6 +47,8 @@ class Shard(NamedTuple):
     """path and reason"""
     more: pa.Table | None = None
     """n rows of the embedded table, without columns that are called like the shard's own; None of a folder"""
+    no_cell: Sequence[str] = ()
+    """paths of those of the n images in which the standardisation found no cell"""
 
     def shown(self, index: int) -> tuple[str, list[int] | None]:
         """The file of an image, below the folder of images, and the box that was cut from it if there was one."""
@@ -80,6 +83,8 @@ class Embeddings:
         """the table that was embedded; None for a folder"""
         self.key: str | None = manifest.get("key")
         """the table's column with the ids of cells"""
+        self.labs: dict[str, Any] | None = manifest.get("labs")
+        """laboratory → what stands for its images, where the encoder standardises by laboratory"""
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -174,12 +179,16 @@ class Embeddings:
             ConfigError: if some shards are not written yet.
             DataError: as `read`.
         """
+        return (one for told in self._told() for one in told.unreadable)
+
+    def _told(self) -> Iterator["_Told"]:
+        """What each shard says beside its rows."""
         self.check_complete()
         peek = _peek_parquet if self.format == "parquet" else _peek_npz
         for number in range(self.shards):
-            rows, unreadable = self._opened(number, peek)
-            self._counted(number, rows, len(unreadable))
-            yield from unreadable
+            told = self._opened(number, peek)
+            self._counted(number, told.rows, len(told.unreadable))
+            yield told
 
     def _opened(self, number: int, read: Callable[[Path], T]) -> T:
         file = self.file(number)
@@ -197,9 +206,17 @@ class Embeddings:
     def write_unreadable(self) -> int:
         """List the unreadable images in unreadable.csv and return their number; without any, there is no such file."""
         lines = [f'"{_quoted(path)}","{_quoted(why)}"\n' for path, why in self.unreadable()]
-        target = self.folder / UNREADABLE
+        return self._write_list(UNREADABLE, "path,reason\n", lines)
+
+    def write_no_cell(self) -> int:
+        """List the images in which no cell was found in no_cell.csv, likewise."""
+        lines = [f'"{_quoted(path)}"\n' for told in self._told() for path in told.no_cell]
+        return self._write_list(NO_CELL, "path\n", lines)
+
+    def _write_list(self, name: str, head: str, lines: Sequence[str]) -> int:
+        target = self.folder / name
         if lines:
-            text = "path,reason\n" + "".join(lines)
+            text = head + "".join(lines)
             write_atomically(target, lambda file: file.write(text.encode()))
         else:
             target.unlink(missing_ok=True)
@@ -212,7 +229,7 @@ class Embeddings:
         columns: dict[str, Any] = {"id": np.concatenate([shard.id for shard in shards])}
         if self.labels:
             columns["label"] = pandas.Categorical([label for shard in shards for label in shard.label or ()])
-        for name, column in _told(shards):
+        for name, column in _columns_of(shards):
             text = pa.types.is_string(column.type)
             columns[name] = pandas.Categorical(column.to_pylist()) if text else column.to_pandas().to_numpy()
         key = columns.get(self.key or "")
@@ -235,7 +252,7 @@ class Embeddings:
         return target
 
 
-def _told(shards: Sequence[Shard]) -> Iterator[tuple[str, pa.ChunkedArray]]:
+def _columns_of(shards: Sequence[Shard]) -> Iterator[tuple[str, pa.ChunkedArray]]:
     """The columns of the embedded table that fit into AnnData's obs; HDF5 takes no / in a name."""
     tables = [shard.more for shard in shards if shard.more is not None and shard.more.num_rows]
     if tables:
@@ -273,7 +290,7 @@ def _write_parquet(file: BinaryIO, shard: Shard) -> None:
         columns["label"] = pa.array(shard.label, pa.string())
     if shard.more is not None:
         columns |= dict(zip(shard.more.column_names, shard.more.columns, strict=True))
-    about = {"unreadable": json_text(shard.unreadable)}
+    about = {"unreadable": json_text(shard.unreadable), "no_cell": json_text([*shard.no_cell])}
     pq.write_table(pa.table(columns).replace_schema_metadata(about), file)
 
 
@@ -282,18 +299,29 @@ def _read_parquet(file: Path) -> Shard:
     rows = table["vector"].combine_chunks()
     vector = np.asarray(rows.values[rows.offset * rows.type.list_size :]).reshape(-1, rows.type.list_size)
     label = table["label"].to_pylist() if "label" in table.column_names else None
-    told = [name for name in table.column_names if name not in OURS]
-    more = table.select(told).replace_schema_metadata() if told else None
-    return Shard(table["id"].to_numpy(), table["path"].to_pylist(), vector, label, _unreadable(table.schema), more)
+    others = [name for name in table.column_names if name not in OURS]
+    more = table.select(others).replace_schema_metadata() if others else None
+    told = _told_in(table.num_rows, table.schema)
+    names = table["path"].to_pylist()
+    return Shard(table["id"].to_numpy(), names, vector, label, told.unreadable, more, told.no_cell)
 
 
-def _peek_parquet(file: Path) -> tuple[int, list[tuple[str, str]]]:
+class _Told(NamedTuple):
+    """What a shard says beside its rows."""
+
+    rows: int
+    unreadable: list[tuple[str, str]]
+    no_cell: list[str]
+
+
+def _peek_parquet(file: Path) -> _Told:
     with pq.ParquetFile(file) as parquet:
-        return parquet.metadata.num_rows, _unreadable(parquet.schema_arrow)
+        return _told_in(parquet.metadata.num_rows, parquet.schema_arrow)
 
 
-def _unreadable(schema: Any) -> list[tuple[str, str]]:
-    return [(path, why) for path, why in json.loads(schema.metadata[b"unreadable"])]
+def _told_in(rows: int, schema: Any) -> _Told:
+    unreadable = [(path, why) for path, why in json.loads(schema.metadata[b"unreadable"])]
+    return _Told(rows, unreadable, json.loads(schema.metadata.get(b"no_cell", b"[]")))
 
 
 def _write_npz(file: BinaryIO, shard: Shard) -> None:
@@ -304,6 +332,7 @@ def _write_npz(file: BinaryIO, shard: Shard) -> None:
         id=shard.id,
         vector=shard.vector,
         unreadable=np.array(shard.unreadable, dtype=str).reshape(-1, 2),
+        no_cell=np.array(shard.no_cell, dtype=str),
         **labels,  # type: ignore[arg-type]
         **_arrays(shard.more),  # type: ignore[arg-type]
     )
@@ -322,7 +351,7 @@ def _arrays(more: pa.Table | None) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _told_by(arrays: Any) -> pa.Table | None:
+def _table_of(arrays: Any) -> pa.Table | None:
     """The reverse of `_arrays`."""
     columns: dict[str, Any] = {}
     for name in (name for name in arrays.files if name.startswith(_TABLE)):
@@ -339,11 +368,18 @@ def _told_by(arrays: Any) -> pa.Table | None:
 def _read_npz(file: Path) -> Shard:
     with file.open("rb") as opened, np.load(opened) as arrays:  # numpy leaves a damaged file open
         label = [text or None for text in arrays["label"].tolist()] if "label" in arrays.files else None
-        unreadable = [(path, why) for path, why in arrays["unreadable"].tolist()]
-        more = _told_by(arrays)
-        return Shard(arrays["id"], arrays["path"].tolist(), arrays["vector"], label, unreadable, more)
+        told = _told_of(arrays)
+        more = _table_of(arrays)
+        paths = arrays["path"].tolist()
+        return Shard(arrays["id"], paths, arrays["vector"], label, told.unreadable, more, told.no_cell)
 
 
-def _peek_npz(file: Path) -> tuple[int, list[tuple[str, str]]]:
+def _peek_npz(file: Path) -> _Told:
     with file.open("rb") as opened, np.load(opened) as arrays:  # numpy leaves a damaged file open
-        return len(arrays["id"]), [(path, why) for path, why in arrays["unreadable"].tolist()]
+        return _told_of(arrays)
+
+
+def _told_of(arrays: Any) -> _Told:
+    unreadable = [(path, why) for path, why in arrays["unreadable"].tolist()]
+    no_cell = arrays["no_cell"].tolist() if "no_cell" in arrays.files else []
+    return _Told(len(arrays["id"]), unreadable, no_cell)

@@ -16,6 +16,7 @@ from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.new_labs import NewLab
 from sslcells.evaluation.scores import Metric, Units, of_classes, rounded
 from sslcells.evaluation.tables import Table, shown
+from sslcells.inputs import lab_rows
 from sslcells.models import frozen
 from sslcells.models.frozen import FrozenEncoder
 from sslcells.run.progress import Bars
@@ -71,9 +72,10 @@ class Encoding:
     ) -> "Beside":
         """What was read of the splits and of new laboratories, with features of this encoder."""
         most = self._run.evaluate.max_images
+        rows = lab_rows(standard_of(encoder.standardise), splits, {lab.name: lab.parts for lab in labs}).rows
 
         def z(images: ImageSet, what: str) -> Tensor:
-            return self.z(encoder, images, spread(len(images), most), what)
+            return self.z(encoder, images, spread(len(images), most), what, rows)
 
         of_splits = {split: read[split]._replace(z=z(images, split)) for split, images in splits.items()}
         of_labs = {
@@ -82,17 +84,19 @@ class Encoding:
         }
         return Beside(encoder, of_splits, of_labs)
 
-    def z(self, encoder: FrozenEncoder, images: ImageSet, index: Sequence[int], what: str) -> Tensor:
-        """(N, F) features of the images with these indices."""
+    def z(
+        self, encoder: FrozenEncoder, images: ImageSet, index: Sequence[int], what: str, rows: Tensor | None
+    ) -> Tensor:
+        """(N, F) features of the images with these indices; `rows` are those of `lab_rows` for the encoder."""
         size, mean, std, interpolation, crop = encoder.prepared
         recipe, standard = none.Config(size=size), standard_of(encoder.standardise)
-        augment = Augment(recipe, mean, std, interpolation, crop, standard)
+        augment = Augment(recipe, mean, std, interpolation, crop, standard, lab_rows=rows)
         evaluate, bar = self._run.evaluate, self._bar(f"{what} by {encoder.name}", len(index))
         network = encoder.network.to(self._device)
         return encode(
             images,
             network,
-            lambda pixels, image: augment.plain(pixels),
+            lambda pixels, image: augment.plain(pixels, images.labs_of(image)),
             self._device,
             evaluate.batch,
             self._run.train.workers,

@@ -14,15 +14,17 @@ NUCLEUS, CELL, MISSED = (255, 220, 0), (0, 170, 60), (220, 30, 30)
 _SIDE, _GAP, _HEAD, _COLUMNS = 128, 6, 22, 12
 
 
-def cell_sheet(pixels: Tensor, standard: Standard, out: Path) -> Path:
+def cell_sheet(pixels: Tensor, standard: Standard, out: Path, of_labs: Tensor | None = None) -> Path:
     """Each image (N, C, H, W) uint8 with its nucleus and cell outlined, and below it as the network gets it.
 
-    A red frame marks images in which no nucleus was found. Shown are the first three channels, or the mean of two.
+    `of_labs` (N, P) are the rows of the images' laboratories, as for the Standard. A red frame marks images in which no
+    nucleus was found. Shown are the first three channels, or the mean of two.
     """
     x = pixels.float() / 255
     small = reduced(x)
     at = find(small, background_of(small, standard.stain), standard.stain)
-    shown, after = (F.interpolate(_colours(images), (_SIDE, _SIDE), mode="nearest") for images in (x, standard(x)))
+    changed = standard(x, of_labs)
+    shown, after = (F.interpolate(_colours(images), (_SIDE, _SIDE), mode="nearest") for images in (x, changed))
     for mask, colour in ((at.cell, CELL), (at.nucleus, NUCLEUS)):
         edge = _edge(mask, x.shape[-2:]) & at.found[:, None, None, None]
         shown = torch.where(edge, torch.tensor(colour)[:, None, None] / 255, shown)

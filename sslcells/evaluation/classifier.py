@@ -107,7 +107,7 @@ def predict(
         return None
 
     def plain(pixels: Tensor, image: Tensor) -> Tensor:
-        return augment.plain(pixels)
+        return augment.plain(pixels, images.labs_of(image))
 
     found = encode(
         images,

@@ -130,13 +130,14 @@ class Evaluation:
         if ranks.rank() > 0:
             return {}
         batch = next(read(self._bank, InOrder(spread(len(self._bank), 8), 8), 0, pin_memory=False))
-        x = self._augment(batch.pixels, batch.image, seed=self._run.seed, step=0, views=max(6, views))
+        x = self._augment(batch.pixels, batch.image, seed=self._run.seed, step=0, views=max(6, views), lab=batch.lab)
         drawn = {"views": view_sheet(batch.pixels, x, *self._augment.normalisation, self._folder / "views.png")}
         standard = self._augment.standard
         if standard is not None and (standard.needs_cell or self._run.augment.of_others):
             many = spread(len(self._bank), CELLS)
             batch = next(read(self._bank, InOrder(many, CELLS), 0, pin_memory=False))
-            drawn["cells"] = cell_sheet(batch.pixels, standard, self._folder / "cells.png")
+            rows = self._augment.rows(batch.lab, len(batch.lab))
+            drawn["cells"] = cell_sheet(batch.pixels, standard, self._folder / "cells.png", rows)
         return drawn
 
     def _chosen(self, images: ImageSet, most: int | None) -> list[int]:
@@ -145,7 +146,10 @@ class Evaluation:
         return [index[i] for i in drawn(images.labels[torch.tensor(index, dtype=torch.int64)], most)]
 
     def _features(self, encoder: nn.Module, images: ImageSet, index: list[int]) -> Features:
-        return self._encode(encoder, images, index, lambda pixels, image: self._augment.plain(pixels))
+        def prepare(pixels: Tensor, image: Tensor) -> Tensor:
+            return self._augment.plain(pixels, images.labs_of(image))
+
+        return self._encode(encoder, images, index, prepare)
 
     def _two_views(self, encoder: nn.Module) -> list[Tensor]:
         """Features (N, F) of two views of the same images, the same views at every call."""
@@ -153,7 +157,8 @@ class Evaluation:
 
         def view(which: int) -> Tensor:
             def prepare(pixels: Tensor, image: Tensor) -> Tensor:
-                return self._augment(pixels, image, seed=seed, step=which, views=1)
+                lab = self._bank.labs_of(image)
+                return self._augment(pixels, image, seed=seed, step=which, views=1, lab=lab)
 
             return self._encode(encoder, self._bank, index, prepare).z
 

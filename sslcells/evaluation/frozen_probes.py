@@ -14,7 +14,9 @@ from sslcells.evaluation.answers import FROZEN, Answer
 from sslcells.evaluation.classifier import Predictions
 from sslcells.evaluation.encode import Names, spread
 from sslcells.evaluation.probe import Labelled, linear_probe
+from sslcells.inputs import lab_rows
 from sslcells.models.frozen import FrozenEncoder
+from sslcells.standardise import Standard, standard_of
 
 Asked = Mapping[str, Sequence[ImageSet]]
 """Images by what the answers are called: a split, laboratories; all labelled with classes of the run."""
@@ -29,9 +31,10 @@ def answers(
     an empty dictionary.
     """
     train, val, most = splits["train"], splits.get("val"), run.evaluate.max_images
+    rows = lab_rows_of(standard_of(encoder.standardise), splits, asked)
 
     def known(images: ImageSet, index: Tensor, what: str) -> Labelled:
-        z = encoding.z(encoder, images, index.tolist(), what)
+        z = encoding.z(encoder, images, index.tolist(), what, rows)
         return Labelled(z, images.labels[index], images.sources[index])
 
     bank = known(train, labelled(train), "train")
@@ -69,6 +72,17 @@ def answers(
                 out[what].append(Answer(f"{FROZEN}{name}", fraction, seed, found))
                 first += count
     return out
+
+
+def lab_rows_of(standard: Standard | None, splits: Mapping[str, ImageSet], asked: Asked) -> Tensor | None:
+    """(labs + 1, P) what stands for images of each laboratory, those that are asked included; as `inputs.lab_rows`.
+
+    Every rank must call this.
+    """
+    own = splits["train"].lab_names
+    left_out = {f"{lab} {i}": part for lab, parts in asked.items() if lab in own for i, part in enumerate(parts)}
+    new = {lab: parts for lab, parts in asked.items() if lab not in (*own, *splits)}
+    return lab_rows(standard, {**splits, **left_out}, new).rows
 
 
 def labelled(images: ImageSet, most: int | None = None) -> Tensor:

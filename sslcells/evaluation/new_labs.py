@@ -38,6 +38,7 @@ class NewLab(NamedTuple):
 def opened(given: Sequence[str], config: Section, train: ImageSet, size: int) -> list[NewLab]:
     """The laboratories of arguments NAME=FOLDER or NAME=TABLE, read as the run's own images were.
 
+    Their images have the numbers after those of the run's own laboratories as `labs`.
     Classes are matched by name, whatever their letter case, blanks, hyphens and underscores.
 
     Raises:
@@ -46,17 +47,17 @@ def opened(given: Sequence[str], config: Section, train: ImageSet, size: int) ->
     if given and not train.labelled:
         raise ConfigError("--lab needs labels of the run's train split, which has none, to be measured by")
     out: list[NewLab] = []
-    for argument in given:
+    for number, argument in enumerate(given, len(train.lab_names) + 1):
         name, equals, path = argument.partition("=")
         if not equals or not name or not path:
             raise ConfigError(f"--lab {argument}: expected NAME=FOLDER, such as --lab clinic=path/to/images")
         if name in (*train.lab_names, *(lab.name for lab in out)):
             raise ConfigError(f"--lab {argument}: there is a laboratory {name} already; choose another name")
-        out.append(_opened(name, path, config, train, size))
+        out.append(_opened(name, path, config, train, size, number))
     return out
 
 
-def _opened(name: str, path: str, config: Section, train: ImageSet, size: int) -> NewLab:
+def _opened(name: str, path: str, config: Section, train: ImageSet, size: int, number: int) -> NewLab:
     fields = _fields(config, train, size)
     kind = table if place(path).suffix.lower() in TABLES else folder
     found = kind.Config(**fields, **({"table": path} if kind is table else {"path": path}))
@@ -69,10 +70,10 @@ def _opened(name: str, path: str, config: Section, train: ImageSet, size: int) -
             f"--lab {name}={path}: none of its classes, {some(theirs, 12) or 'of which there are none'}, is one of the "
             f"run's: {some(train.classes, 12)}{near}"
         )
-    number = torch.tensor([-1 if c is None else c for c in to] + [-1])  # the last one is for images without a class
+    ours = torch.tensor([-1 if c is None else c for c in to] + [-1])  # the last one is for images without a class
     parts, left_out, unlabelled = list[ImageSet](), dict[str, int](), 0
     for images in splits:
-        labels = number[images.labels]
+        labels = ours[images.labels]
         for c, theirs_name in enumerate(theirs):
             if to[c] is None and (count := int((images.labels == c).sum())):
                 left_out[theirs_name] = left_out.get(theirs_name, 0) + count
@@ -80,6 +81,7 @@ def _opened(name: str, path: str, config: Section, train: ImageSet, size: int) -
         if (labels >= 0).any():
             kept = Subset(images, (labels >= 0).nonzero()[:, 0])
             kept.classes, kept.labels = train.classes, labels[labels >= 0]
+            kept.labs = torch.full_like(kept.labels, number)
             parts.append(kept)
     return NewLab(name, parts, left_out, unlabelled)
 

@@ -3,7 +3,7 @@
 `cell` finds the cell in an image, `standard` changes the image; both need torch alone, as they go with an export.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +12,8 @@ from sslcells.config import Standardise
 from sslcells.standardise.standard import Standard as Standard
 from sslcells.standardise.standard import medians
 
-SAMPLE = 512
-"""images that the reference is measured on"""
+SAMPLE, SAMPLE_OF_LAB = 512, 128
+"""images that the reference is measured on, and what stands for a laboratory"""
 
 
 def standard_of(spec: Mapping[str, Any] | None) -> Standard | None:
@@ -21,8 +21,15 @@ def standard_of(spec: Mapping[str, Any] | None) -> Standard | None:
     return None if spec is None else Standard(spec)
 
 
-def fit(config: Standardise, x: Tensor) -> dict[str, Any]:
-    """The `spec` of a Standard whose reference is measured on a sample (N, C, H, W), float in 0..1."""
+def fit(config: Standardise, x: Tensor, labs: Mapping[str, Iterable[Tensor]] | None = None) -> dict[str, Any]:
+    """The `spec` of a Standard whose reference is measured on a sample (N, C, H, W), float in 0..1.
+
+    With `by: lab`, `labs` are images of each laboratory in parts, such as the sample.
+    """
     spec: dict[str, Any] = config.model_dump(mode="json")
-    rows, failed = Standard(spec | {"reference": None}).measure(x)
-    return spec | {"reference": medians(rows, failed), "measured": len(x), "failed": int(failed.sum())}
+    standard = Standard(spec | {"reference": None})
+    rows, failed = standard.measure(x)
+    spec |= {"reference": medians(rows, failed), "measured": len(x), "failed": int(failed.sum())}
+    if standard.by_lab:
+        spec["labs"] = {name: standard.laboratory(parts) for name, parts in (labs or {}).items()}
+    return spec

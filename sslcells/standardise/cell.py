@@ -57,8 +57,12 @@ def density(x: Tensor) -> Tensor:
 def at_rank(values: Tensor, fraction: float, most: float = 1.0) -> Tensor:
     """(..., M) → (...): the value below which this fraction of the M lie, one of 256 levels of 0 … `most`."""
     level = (values * (255 / most)).round().long().clamp(0, 255)
-    below = counted(level, 256).cumsum(-1) <= round(fraction * (values.shape[-1] - 1))
-    return below.sum(-1).to(values.dtype) * (most / 255)
+    return level_at(counted(level, 256), fraction, values.shape[-1]).to(values.dtype) * (most / 255)
+
+
+def level_at(count: Tensor, fraction: float, total: int) -> Tensor:
+    """(..., L) how often each level occurs among `total` values → (...): the level that this fraction lie below."""
+    return (count.cumsum(-1) <= round(fraction * (total - 1))).sum(-1)
 
 
 def counted(level: Tensor, levels: int) -> Tensor:

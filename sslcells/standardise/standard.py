@@ -4,14 +4,26 @@ What is measured in an image is a row of numbers. With `by: lab` the median row 
 images. The reference is the median row of the training images. `sslcells export` writes this file beside load.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslcells.standardise.cell import DYES, GRID, Cell, at_rank, background_of, density, find, middle, reduced
+from sslcells.standardise.cell import (
+    DYES,
+    GRID,
+    Cell,
+    at_rank,
+    background_of,
+    counted,
+    density,
+    find,
+    level_at,
+    middle,
+    reduced,
+)
 
 ZOOM = 2.5
 """a cell is magnified or shrunk by at most this factor"""
@@ -27,6 +39,8 @@ BLACK = 0.1
 """where no channel is brighter, a rotation or a stitch has filled the image"""
 REPEATED = 0.015
 """mean difference up to which rows or columns at a border repeat the last one"""
+DARK, LIGHT = 0.001, 0.999
+"""with colour=percentiles: the shares of a channel's pixels below black and below white"""
 RUDERMAN = ((0.3811, 0.5783, 0.0402), (0.1967, 0.7244, 0.0782), (0.0241, 0.1288, 0.8444))
 """RGB → LMS, as in Reinhard et al. 2001, eq. 4"""
 OPPONENT = ((3**-0.5, 3**-0.5, 3**-0.5), (6**-0.5, 6**-0.5, -2 * 6**-0.5), (2**-0.5, -(2**-0.5), 0.0))
@@ -45,9 +59,10 @@ class Found(NamedTuple):
 
 
 class Standard(nn.Module):
-    """Images (N, C, H, W) float in 0..1 → the same, standardised as `spec` says, each image by itself.
+    """Images (N, C, H, W) float in 0..1 → the same, standardised as `spec` says.
 
-    `spec` has the fields of the section `standardise`, and what `fit` measured: `reference`, and `labs`.
+    `spec` has the fields of the section `standardise`, and what `fit` measured: `reference`, and with `by: lab` under
+    `labs` what `laboratory` found of each.
     """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
@@ -60,10 +75,45 @@ class Standard(nn.Module):
         self._red_green = spec.get("channels", "all") == "red_green"
         self.needs_cell = self._moves or self._blank or self.colour in ("two_point", "three_point")
         self.does_something = self.needs_cell or self.colour != "none" or self._red_green
+        self.by_lab = spec.get("by", "image") == "lab"
+        """True if images need to know their laboratory"""
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """(N, C, H, W) → the same; with `rows` (N, P), as `measure` gives them, in place of each image's own."""
+        """(N, C, H, W) → the same; `rows` (N, P) replace what `measure` finds in each image, but where they are NaN."""
         return self.found(x, rows).x
+
+    def row(self, lab: str) -> Tensor:
+        """(P,) what stands for each image of a laboratory that was measured.
+
+        Raises:
+            ValueError: if it was not.
+        """
+        labs: Mapping[str, Any] = self.spec.get("labs") or {}
+        if lab not in labs:
+            known = f"known are {', '.join(labs)}" if labs else "none is known"
+            raise ValueError(f"laboratory {lab!r} was not measured: {known}")
+        return torch.tensor(labs[lab]["row"])
+
+    def laboratory(self, parts: Iterable[Tensor]) -> dict[str, Any]:
+        """What stands for each image of a laboratory, from some of them, (N, C, H, W) float in 0..1 each.
+
+        Returns `row` (P numbers), and `measured` and `failed`, numbers of images.
+        """
+        rows, failed, count = list[Tensor](), list[Tensor](), list[Tensor]()
+        for x in parts:
+            row, bad = self.measure(x)
+            rows.append(row)
+            failed.append(bad)
+            if self.colour == "percentiles":
+                pixels = self._unfilled(x).transpose(0, 1).flatten(1)
+                count.append(counted((pixels * 255).round().long().clamp(0, 255), 256))
+        bad = torch.cat(failed)
+        median = [*medians(torch.cat(rows), bad)]
+        if count:
+            levels = torch.stack(count).sum(0)  # (C, 256)
+            ends = [level_at(levels, share, int(levels[0].sum())) for share in (DARK, LIGHT)]
+            median[:-1] = (torch.cat(ends) / 255).tolist()
+        return {"row": median, "measured": len(bad), "failed": int(bad.sum())}
 
     def found(self, x: Tensor, rows: Tensor | None = None, cell: bool = False) -> Found:
         """The images, with the outlines of their cells if `cell` is true or the standardisation needs them."""
@@ -71,10 +121,15 @@ class Standard(nn.Module):
             return Found(x, None, torch.zeros(x.shape[0], dtype=torch.bool, device=x.device))
         x = self._unfilled(x)
         own, at, failed = self._measured(x, cell)
-        row = own if rows is None else rows.to(x.device, x.dtype)
+        alone = torch.ones_like(failed)  # whether a row is the image's own
+        row = own
+        if rows is not None:
+            given = rows.to(x.device, x.dtype)
+            alone = given.isnan().any(1)
+            row = torch.where(alone[:, None], own, given)
         out = self._coloured(x, row)
-        if self.colour == "macenko" and rows is None:
-            out = torch.where(failed[:, None, None, None], x, out)
+        if self.colour == "macenko":
+            out = torch.where((failed & alone)[:, None, None, None], x, out)
         if self._red_green:
             out = torch.cat([out[:, :2], out[:, :2].mean(1, keepdim=True)], 1)
         mask = None if at is None else _enlarged(at.cell, x)
@@ -125,7 +180,7 @@ class Standard(nn.Module):
             row, kept = macenko(small)
             failed = failed | ~kept
         elif self.colour == "percentiles":
-            row = torch.cat([at_rank(x.flatten(2), 0.001), at_rank(x.flatten(2), 0.999)], 1)
+            row = torch.cat([at_rank(x.flatten(2), DARK), at_rank(x.flatten(2), LIGHT)], 1)
         diameter = torch.zeros(x.shape[0], device=x.device) if at is None else at.diameter.to(x.dtype)
         zoom = (diameter / self.spec["diameter"]).clamp(1 / ZOOM, ZOOM)
         zoom = torch.where(diameter > 0, zoom, 1.0)

@@ -43,8 +43,8 @@ def test_a_name_alone_stands_for_the_teacher(tmp_path, teacher):
 
 def test_the_teacher_sees_the_students_views(teacher, tmp_path):
     run = configured(tmp_path, teacher)
-    images = open_run(run)["train"]
-    augment = inputs.augment(run, images, None)
+    splits = open_run(run)
+    images, augment = splits["train"], inputs.augment(run, splits, None)
     pixels = torch.stack([images.pixels(i) for i in range(4)])
     key = {"image": torch.arange(4), "seed": 0, "step": 3, "views": 2}
     seen, same = augment(pixels, **key), augment.at(32, *augment.normalisation)(pixels, **key)

@@ -207,7 +207,7 @@ def test_a_fresh_process_standardises_a_new_laboratorys_file_as_training_did(fin
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=out, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     run = load(str(finished / "config.yaml"))
-    augment = inputs.augment(run, open_splits(run.data)["train"], Standard(inputs.read(finished)))
+    augment = inputs.augment(run, open_splits(run.data), Standard(inputs.read(finished)))
     encoder = sslcells.load_encoder(finished)
     with torch.no_grad():
         trained = encoder.backbone(augment.plain(new[None]))
@@ -228,7 +228,7 @@ def test_an_encoder_is_only_continued_with_its_own_standardisation(finished, tmp
     with pytest.raises(ConfigError, match=r"standardise.colour='none', but it learned with 'two_point'"):
         train(tiny(tmp_path, start))
     run = tiny(tmp_path, start, *STANDARD)
-    assert inputs.measured(run, open_splits(run.data)["train"]) == inputs.read(finished)
+    assert inputs.measured(run, open_splits(run.data)) == inputs.read(finished)
 
 
 @pytest.mark.slow
@@ -238,8 +238,8 @@ def test_a_resumed_run_keeps_what_was_measured(finished, tmp_path):
     spec = inputs.read(finished)
     spec["reference"][-1] = 0.123
     (run.folder / inputs.FILE).write_text(json.dumps(spec))
-    assert inputs.prepared(run, open_splits(run.data)["train"], resumes=True).spec == spec
-    assert inputs.prepared(run, open_splits(run.data)["train"], resumes=False).spec == inputs.read(finished)
+    assert inputs.prepared(run, open_splits(run.data), resumes=True).spec == spec
+    assert inputs.prepared(run, open_splits(run.data), resumes=False).spec == inputs.read(finished)
 
 
 @pytest.mark.parametrize(
