@@ -108,7 +108,7 @@ class Rows:
         return names, numbers(texts, names) + 1
 
     def laboratory(self, pattern: str | None) -> pa.ChunkedArray | pa.Array:
-        """(N,) the name of each row's laboratory: what the column says, else what the pattern finds; null if neither."""
+        """(N,) the name of each row's laboratory: what its column says, else what the pattern finds."""
         texts = self.column(self.columns.site)
         if pattern is None:
             return texts

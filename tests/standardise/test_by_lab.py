@@ -94,7 +94,7 @@ def write(root, splits):
     """Folders SPLIT/LAB/CLASS of images of laboratories."""
     for split, labs in splits.items():
         for lab in labs:
-            for i, x in enumerate(cells(12, **LABS[lab])):
+            for i, x in enumerate(cells(6, **LABS[lab])):
                 below = root / split / lab / ("even", "odd")[i % 2]
                 below.mkdir(parents=True, exist_ok=True)
                 pixels = (x * 255).round().byte().permute(1, 2, 0).numpy()
@@ -114,19 +114,19 @@ def test_laboratories_are_measured_in_train_and_val_and_test_ones_when_they_are_
     splits = open_splits(run.data)
     spec = inputs.measured(run, splits)
     assert list(spec["labs"]) == ["north", "south"]
-    assert {lab["measured"] for lab in spec["labs"].values()} == {24, 12}
+    assert {lab["measured"] for lab in spec["labs"].values()} == {12, 6}
     standard = Standard(json.loads(json.dumps(spec)))
     in_training = inputs.lab_rows(standard, inputs.in_training(splits), {})
     assert in_training.said == []
     assert in_training.rows.isnan().all(1).tolist() == [True, False, False, True]
     asked = inputs.lab_rows(standard, splits, {"new": [splits["test"]]})
     assert asked.rows.isnan().all(1).tolist() == [True, False, False, False, False]
-    assert asked.said[0] == "west: standardised by 12 of its own images, without labels"
+    assert asked.said[0] == "west: standardised by 6 of its own images, without labels"
     assert torch.equal(asked.rows[:3].nan_to_num(), in_training.rows[:3].nan_to_num())
     augment = inputs.augment(run, splits, standard, asked.rows)
-    x = torch.stack([splits["test"].pixels(i) for i in range(24)])
+    x = torch.stack([splits["test"].pixels(i) for i in range(12)])
     labs = splits["test"].labs
-    by_hand = torch.cat([standard(x[i : i + 1].float() / 255, asked.rows[labs[i]][None]) for i in range(24)])
+    by_hand = torch.cat([standard(x[i : i + 1].float() / 255, asked.rows[labs[i]][None]) for i in range(12)])
     plain = augment.plain(x, labs)
     torch.testing.assert_close(plain, (resized(by_hand, 32) - 0.5) / 0.25, rtol=0, atol=1e-5)
     assert not torch.allclose(plain, augment.plain(x))
