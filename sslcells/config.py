@@ -148,6 +148,9 @@ class Standardise(Section):
     """With scale=nucleus: diameter of the disc with the nucleus's area, as a fraction of the image's shorter side."""
     centre: bool = False
     """Move the nucleus to the middle of the image."""
+    size: int | None = Field(None, ge=16)
+    """With scale or centre: pixels a side of the square around the cell; none for the image's shorter side. A smaller
+    one makes what follows faster."""
     outside: Literal["keep", "blank"] = "keep"
     """What surrounds the cell in the middle; `blank` replaces it by the colour of the background."""
     stain: Literal["giemsa", "haematoxylin-eosin", "dark", "bright"] = "giemsa"

@@ -18,6 +18,9 @@ from sslcells.augment._stain import StainJitter as StainJitter
 from sslcells.config import ConfigError, Recipe
 from sslcells.standardise import Standard
 
+_AT_ONCE = 32
+"""images whose views, if they take something of other images, are made at a time on a CPU: they stay in its caches"""
+
 
 class Augment:
     """Applies a recipe: one call makes all views of a batch, with separate random numbers for every view and image."""
@@ -63,16 +66,27 @@ class Augment:
         batch repeats it, and its laboratory `lab` (B,); never on the rank, the rank's batch, or earlier calls. View
         numbers start at `first`.
         """
-        draws = Draws(seed, step, image, views, first, occurrence)
         if self._bank is None:
+            draws = Draws(seed, step, image, views, first, occurrence)
             x = self._standardised(pixels, lab).repeat(views, 1, 1, 1)
             return self._normalised(self._views(self.config, x, draws))
-        assert self.standard is not None
-        self._bank.to(pixels.device)
-        x, cell, _ = self.standard.found(pixels.float() / 255, self.rows(lab, len(image)), cell=True)
-        assert cell is not None
         lab = torch.zeros_like(image) if lab is None else lab
-        others = Others(cell.repeat(views, 1, 1, 1), lab.cpu().repeat(views), self._bank)
+        made = []
+        at_once = _AT_ONCE if pixels.device.type == "cpu" else len(image)
+        for start in range(0, len(image), at_once):
+            i = slice(start, start + at_once)
+            draws = Draws(seed, step, image[i], views, first, None if occurrence is None else occurrence[i])
+            made.append(self._of_others(pixels[i], lab[i], draws, self._bank).chunk(views))
+        return torch.cat([torch.cat(of_one_view) for of_one_view in zip(*made, strict=True)])
+
+    def _of_others(self, pixels: Tensor, lab: Tensor, draws: Draws, bank: Bank) -> Tensor:
+        """Views that take something of other images: (B, C, H, W) uint8 and laboratories (B,) → (V·B, C, S, S)."""
+        assert self.standard is not None
+        bank.to(pixels.device)
+        x, cell, _ = self.standard.found(pixels.float() / 255, self.rows(lab, len(pixels)), cell=True)
+        assert cell is not None
+        views = len(draws) // len(pixels)
+        others = Others(cell.repeat(views, 1, 1, 1), lab.cpu().repeat(views), bank)
         return self._normalised(self._views(self.config, x.repeat(views, 1, 1, 1), draws, others))
 
     def local(self, size: int, scale: tuple[float, float]) -> "Augment":

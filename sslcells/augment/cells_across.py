@@ -24,8 +24,10 @@ class Config(CellCrops):
     """The stain's mean and deviation in each channel move by up to this fraction to those of another image's cell, of
     another laboratory if there is one."""
     density: float = Field(0.4, ge=0, lt=1)
-    """The optical density of each channel changes by up to this fraction, with a gamma of up to half of it; in
-    fluorescence the intensity does."""
+    """The optical density of each channel changes by up to this fraction; in fluorescence the intensity does."""
+    gamma: float = Field(0.3, ge=0, le=2)
+    """The density of each channel is raised to a power of up to exp(gamma), half of it common to all channels: cameras
+    differ in how much they compress what is dark."""
     mix: float = Field(0.15, ge=0, le=0.5)
     """Up to this fraction of the density of each channel is added to, or taken from, each other one: cameras and stains
     differ in more than the strength of a channel. Off in fluorescence."""
@@ -40,9 +42,9 @@ class Config(CellCrops):
 def views(config: Config, x: Tensor, draws: Draws, others: Others) -> Tensor:
     """(N, C, H, W) in 0..1, and what goes with each row → (N, C, S, S)."""
     x = surrounded(config, x, draws, others)
-    x = stained(config, x, draws, others)
-    x = cropped(config, x, draws, config.zoom)
-    x = dense(config, x, draws, others.bank.bright)
+    x, cell = cropped(config, torch.cat([x, others.cell], 1), draws, config.zoom).tensor_split([x.shape[1]], 1)
+    found = stained(config, amount(x, others.bank.bright), draws, others._replace(cell=cell))
+    x = shown(dense(config, found, draws, others.bank.bright), others.bank.bright)
     x = on_some(x, draws.chance(config.blur), _sharpened, draws.uniform(0, config.sharpness))
     return blurred(config, x, draws)
 
@@ -66,12 +68,11 @@ def surrounded(config: Config, x: Tensor, draws: Draws, others: Others) -> Tenso
     return x.index_copy(0, rows, changed(x[rows], others.cell[rows], *there))
 
 
-def stained(config: Config, x: Tensor, draws: Draws, others: Others) -> Tensor:
-    """Images whose stain moves towards that of another image's cell (Reinhard's transfer, in optical density)."""
+def stained(config: Config, found: Tensor, draws: Draws, others: Others) -> Tensor:
+    """Amounts whose stain moves towards that of another image's cell (Reinhard's transfer, in optical density)."""
     bank = others.bank
-    which = bank.drawn(others.lab, draws.uniform()).to(x.device, non_blocking=True)
-    part = draws.uniform(0, config.stain_mix).to(x.device, non_blocking=True)[:, None]
-    found = amount(x, bank.bright)
+    which = bank.drawn(others.lab, draws.uniform()).to(found.device, non_blocking=True)
+    part = draws.uniform(0, config.stain_mix).to(found.device, non_blocking=True)[:, None]
     mean, deviation = stain_moments(found, others.cell)
     ratio = (bank.deviation[which] / deviation.clamp_min(1e-3)).clamp(0.5, 2)
     gain = (1 + part * (ratio - 1))[:, :, None, None]
@@ -79,23 +80,25 @@ def stained(config: Config, x: Tensor, draws: Draws, others: Others) -> Tensor:
     moved = (found - mean[:, :, None, None]) * gain + to_mean
     # Where there is nothing there is no stain: the change grows with the amount, up to that of the cell.
     share = (found / mean.clamp_min(1e-3)[:, :, None, None]).clamp(0, 1)
-    return shown(found + share * (moved - found), bank.bright)
+    return found + share * (moved - found)
 
 
-def dense(config: Config, x: Tensor, draws: Draws, bright: bool) -> Tensor:
-    """Other densities: a gamma, a gain of each channel, and something of the others."""
-    s, channels = config.density, x.shape[1]
+def dense(config: Config, found: Tensor, draws: Draws, bright: bool) -> Tensor:
+    """Other amounts: a gamma and a gain of each channel, and something of the others."""
+    channels = found.shape[1]
     matrix = torch.zeros(len(draws), channels, channels)
     for to in range(channels):
         for of in range(channels):
             if to == of:
-                matrix[:, to, of] = draws.uniform(1 - s, 1 + s)
+                matrix[:, to, of] = draws.uniform(1 - config.density, 1 + config.density)
             elif config.mix and not bright:
                 matrix[:, to, of] = draws.uniform(-config.mix, config.mix)
-    gamma = draws.uniform(-s / 2, s / 2).exp()
-    matrix, gamma = (t.to(x.device, non_blocking=True) for t in (matrix, gamma))
-    powered = amount(x, bright).clamp_min(1e-4).pow(gamma[:, None, None, None])
-    return shown((matrix @ powered.flatten(2)).view_as(x), bright)
+    gamma = draws.uniform(-config.gamma, config.gamma)[:, None]
+    apart = [draws.uniform(-config.gamma, config.gamma) for _ in range(channels)]
+    gamma = (0.5 * gamma + 0.5 * torch.stack(apart, 1)).exp()  # (N, C)
+    matrix, gamma = (t.to(found.device, non_blocking=True) for t in (matrix, gamma))
+    powered = found.clamp_min(1e-4).pow(gamma[:, :, None, None])
+    return (matrix @ powered.flatten(2)).view_as(found)
 
 
 def _sharpened(x: Tensor, strength: Tensor) -> Tensor:

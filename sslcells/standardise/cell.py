@@ -19,6 +19,10 @@ GRID = 64
 """masks are found on images of at most this many pixels a side"""
 LEVELS = 64
 """levels of the density of the nucleus"""
+BLACK = 0.1
+"""where no channel is brighter, a rotation or a stitch has filled the image"""
+REPEATED = 0.015
+"""mean difference up to which rows or columns at a border repeat the last one"""
 
 
 class Cell(NamedTuple):
@@ -47,6 +51,19 @@ def reduced(x: Tensor) -> Tensor:
     if bottom or right:
         x = F.pad(x, (0, right, 0, bottom), mode="replicate")
     return F.avg_pool2d(x, k)
+
+
+def filled(x: Tensor) -> Tensor:
+    """Where a program has filled images (N, C, H, W), with black or by repeating the edge: (N, 1, H, W), 1 or 0."""
+    k = 2 * (-(-max(x.shape[-2:]) // GRID)) + 1  # and the pixels between
+    black = F.max_pool2d((x.amax(1, keepdim=True) < BLACK).to(x.dtype), k, 1, k // 2)
+    for axis in (2, 3):
+        for ends in (x, x.flip(axis)):
+            edge = (ends - ends.narrow(axis, 0, 1)).abs().mean((1, 5 - axis), keepdim=True)
+            run = ((edge >= REPEATED).long().cumsum(axis) == 0).to(x.dtype)
+            run = run * (run.sum(axis, keepdim=True) > 3)
+            black = black.maximum(run if ends is x else run.flip(axis))
+    return black
 
 
 def density(x: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from sslcells.standardise.cell import (
     DYES,
-    GRID,
     Cell,
     at_rank,
     background_of,
     counted,
     density,
+    filled,
     find,
     level_at,
     middle,
@@ -35,10 +35,6 @@ RED = 0.2
 """density of a red cell as a part of the nucleus's, for images that show fewer red cells than SEEN"""
 SEEN = 0.02
 """share of an image"""
-BLACK = 0.1
-"""where no channel is brighter, a rotation or a stitch has filled the image"""
-REPEATED = 0.015
-"""mean difference up to which rows or columns at a border repeat the last one"""
 DARK, LIGHT = 0.001, 0.999
 """with colour=percentiles: the shares of a channel's pixels below black and below white"""
 RUDERMAN = ((0.3811, 0.5783, 0.0402), (0.1967, 0.7244, 0.0782), (0.0241, 0.1288, 0.8444))
@@ -127,20 +123,17 @@ class Standard(nn.Module):
             given = rows.to(x.device, x.dtype)
             alone = given.isnan().any(1)
             row = torch.where(alone[:, None], own, given)
+        mask = None if at is None else _enlarged(at.cell, x)
+        if self._moves and at is not None and mask is not None:
+            zoom = row[:, -1] if self.spec["scale"] == "nucleus" else torch.ones_like(row[:, -1])
+            x, mask = self._moved(x, mask, zoom, at.centre.to(x.dtype) * self.spec["centre"])
         out = self._coloured(x, row)
         if self.colour == "macenko":
             out = torch.where((failed & alone)[:, None, None, None], x, out)
         if self._red_green:
             out = torch.cat([out[:, :2], out[:, :2].mean(1, keepdim=True)], 1)
-        mask = None if at is None else _enlarged(at.cell, x)
-        if self._blank and at is not None and mask is not None:
+        if self._blank and mask is not None:
             out = blanked(out, mask, self.background(out))
-        if self._moves and at is not None and mask is not None:
-            zoom = row[:, -1] if self.spec["scale"] == "nucleus" else torch.ones_like(row[:, -1])
-            centre = at.centre.to(x.dtype) * self.spec["centre"]
-            empty = self.background(out)[:, :, None, None]
-            out, mask = _moved(torch.cat([out - empty, mask], 1), zoom, centre).tensor_split([x.shape[1]], 1)
-            out = (out + empty).clamp(0, 1)
         return Found(out, mask, failed)
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +150,13 @@ class Standard(nn.Module):
         if self.stain not in DYES:
             return x
         return blanked(x, 1 - filled(x), self.background(x))
+
+    def _moved(self, x: Tensor, mask: Tensor, zoom: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and masks around a new centre; background lies beyond the image's edges."""
+        empty = self.background(x)[:, :, None, None]
+        side = self.spec.get("size") or min(x.shape[-2:])
+        out, mask = _sampled(torch.cat([x - empty, mask], 1), zoom, centre, side).tensor_split([x.shape[1]], 1)
+        return (out + empty).clamp(0, 1), mask
 
     def _measured(self, x: Tensor, cell: bool) -> tuple[Tensor, Cell | None, Tensor]:
         small = reduced(x)
@@ -251,19 +251,6 @@ def curved(od: Tensor, red: Tensor, nucleus: Tensor, to_red: Tensor, to_nucleus:
     return to[:, :, None, None] * relative.pow(power[:, :, None, None])
 
 
-def filled(x: Tensor) -> Tensor:
-    """Where a program has filled images (N, C, H, W), with black or by repeating the edge: (N, 1, H, W), 1 or 0."""
-    k = 2 * (-(-max(x.shape[-2:]) // GRID)) + 1  # and the pixels between
-    black = F.max_pool2d((x.amax(1, keepdim=True) < BLACK).to(x.dtype), k, 1, k // 2)
-    for axis in (2, 3):
-        for ends in (x, x.flip(axis)):
-            edge = (ends - ends.narrow(axis, 0, 1)).abs().mean((1, 5 - axis), keepdim=True)
-            run = ((edge >= REPEATED).long().cumsum(axis) == 0).to(x.dtype)
-            run = run * (run.sum(axis, keepdim=True) > 3)
-            black = black.maximum(run if ends is x else run.flip(axis))
-    return black
-
-
 def _enlarged(mask: Tensor, x: Tensor) -> Tensor:
     """A mask (N, h, w) of reduced images, at the size of the images: (N, 1, H, W), soft at its edge."""
     k = -(-max(x.shape[-2:]) // mask.shape[-1]) if mask.shape[-1] < x.shape[-1] else 1
@@ -273,18 +260,17 @@ def _enlarged(mask: Tensor, x: Tensor) -> Tensor:
     return large[:, :, : x.shape[-2], : x.shape[-1]]
 
 
-def _moved(x: Tensor, zoom: Tensor, centre: Tensor) -> Tensor:
-    """Squares (N, C, S, S) around a new centre (N, 2), S being the shorter side; 0 beyond the image's edges.
+def _sampled(x: Tensor, zoom: Tensor, centre: Tensor, size: int) -> Tensor:
+    """Squares (N, C, size, size) around a new centre (N, 2), 0 beyond the image's edges.
 
-    They show `zoom` (N,) times as much to each side.
+    They show `zoom` (N,) times half of the image's shorter side to each side.
     """
     height, width = x.shape[-2:]
     side = min(height, width)
     zero = torch.zeros_like(zoom)
-    theta = torch.stack(
-        [zoom * (side / width), zero, centre[:, 0], zero, zoom * (side / height), centre[:, 1]], 1
-    ).view(-1, 2, 3)
-    grid = F.affine_grid(theta, [x.shape[0], x.shape[1], side, side], align_corners=False)
+    across, down = zoom * (side / width), zoom * (side / height)
+    theta = torch.stack([across, zero, centre[:, 0], zero, down, centre[:, 1]], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, [x.shape[0], x.shape[1], size, size], align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 from sslcells import inputs
 from sslcells.augment import Augment, Bank, cells_across
 from sslcells.augment._draws import Draws
-from sslcells.augment._others import Others
+from sslcells.augment._others import Others, amount, shown
 from sslcells.config import Standardise, load
 from sslcells.data import ImageSet
 from sslcells.standardise import Standard, fit
 from sslcells.train import train
 
-OFF = {"background": 0, "stain_mix": 0, "density": 0, "mix": 0, "sharpness": 0, "zoom": 0, "blur": 0}
+PARTS = "background", "stain_mix", "density", "gamma", "mix", "sharpness", "zoom", "blur"
+OFF = dict.fromkeys(PARTS, 0)
 
 
 def cells(count=6, **options):
@@ -67,15 +68,28 @@ def test_a_strength_of_zero_changes_nothing():
     bank = Bank(cells(3, density=1.8), torch.zeros(3, dtype=torch.int64), standard)
     config, draws = cells_across.Config(**OFF), Draws(0, 0, torch.arange(6), 1)
     rows = others(x, bank, standard)
+    found = amount(x, bright=False)
+    assert torch.equal(cells_across.surrounded(config, x, draws, rows), x)
     for same in (
-        cells_across.surrounded(config, x, draws, rows),
-        cells_across.stained(config, x, draws, rows),
-        cells_across.dense(config, x, draws, bright=False),
-        cells_across.dense(config, x, draws, bright=True),
+        cells_across.stained(config, found, draws, rows),
+        cells_across.dense(config, found, draws, bright=False),
+        cells_across.dense(config, found, draws, bright=True),
     ):
-        torch.testing.assert_close(same, x, rtol=0, atol=2e-4)
-    changed = cells_across.dense(cells_across.Config(), x, draws, bright=False)
-    assert (changed - x).abs().mean() > 0.01
+        torch.testing.assert_close(same, found, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("part", ["density", "gamma", "mix"])
+def test_each_part_changes_densities_by_at_most_its_strength(part):
+    found = amount(cells().float() / 255, bright=False)
+    draws = Draws(0, 0, torch.arange(6), 1)
+    changed = cells_across.dense(cells_across.Config(**OFF | {part: 0.2}), found, draws, bright=False)
+    assert (changed - found).abs().mean() > 0.003
+    most = found.clamp_min(1e-4)
+    bounds = {"density": 0.2 * most, "gamma": (most ** (0.8) - most).abs().maximum((most**1.25 - most).abs())}
+    if part in bounds:
+        assert ((changed - found).abs() <= bounds[part] + 2e-4).all()
+    if part == "gamma":  # a power for each channel: what a channel has most of keeps its order
+        assert not torch.allclose(changed[:, 0] / most[:, 0], changed[:, 1] / most[:, 1], atol=0.02)
 
 
 def test_only_what_surrounds_the_cell_comes_from_another_image():
@@ -97,7 +111,8 @@ def test_stain_moves_towards_another_cells():
     x, standard = cells().float() / 255, Standard(Standardise().model_dump())
     bank = Bank(cells(3, density=1.8), torch.zeros(3, dtype=torch.int64), standard)
     config = cells_across.Config(stain_mix=1)
-    y = cells_across.stained(config, x, Draws(0, 0, torch.arange(6), 1), others(x, bank, standard))
+    found = amount(x, bright=False)
+    y = shown(cells_across.stained(config, found, Draws(0, 0, torch.arange(6), 1), others(x, bank, standard)), False)
     change = (y - x).flatten(1).sum(1)
     assert (change < 0).all()  # darker
     assert change.min() < 3 * change.max()  # by parts that differ

@@ -17,7 +17,8 @@ from sslcells.config import ConfigError, Standardise, load
 from sslcells.data import open_splits
 from sslcells.delivery.export import export
 from sslcells.standardise import Standard, fit
-from sslcells.standardise.standard import colours, curved, filled, opponent, restained
+from sslcells.standardise.cell import filled
+from sslcells.standardise.standard import colours, curved, opponent, restained
 from sslcells.train import train
 
 PINK = {"lamp": (0.95, 0.85, 0.8), "density": 0.7}
