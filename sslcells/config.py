@@ -258,6 +258,11 @@ class Model(Section):
         return self
 
     @property
+    def adapts(self) -> bool:
+        """True if training changes weights that were there: published ones, or an encoder's."""
+        return (self.start is not None or self.encoder is not None) and self.freeze is not True
+
+    @property
     def start(self) -> str | None:
         """The published weights to start from; None for none."""
         return self.backbone if self.pretrained else self.weights

@@ -17,7 +17,7 @@ from sslcells import __version__, commandline, inputs, launcher, methods, ranks
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, installed, load
 from sslcells.data import ImageSet, holdout, open_splits
-from sslcells.evaluation import against, lab_pictures, new_labs
+from sslcells.evaluation import against, drift, lab_pictures, new_labs
 from sslcells.evaluation.across import Across
 from sslcells.evaluation.classifier import Predictions, predict
 from sslcells.evaluation.during_training import VIEWED
@@ -127,6 +127,7 @@ def measured(
     left_out = _left_out(splits, encoded.by_split, shown, len(chosen))
     figures.notes = [*left_out, *figures.notes, *_of_val(splits, names), *why_not]
     figures.notes += [*(lab.about() for lab in outside), *labs_now.said, *(one.about() for one in others)]
+    figures.notes += drift.notes(_of_steps(folder)) if run.model.adapts else []
     figures.notes += _colour_is_better(found["shortcut"].get(query_split), figures.rows)
     result: dict[str, Any] = {
         "run": run.name,
@@ -250,6 +251,10 @@ def _left_out(splits: Mapping[str, ImageSet], read: Mapping[str, SplitFeatures],
             f"look among these alone, and near duplicates are searched for so many of a split (evaluate.queries)"
         )
     return out
+
+
+def _of_steps(folder: Path) -> list[dict[str, Any]]:
+    return read_metrics(folder) if is_file(folder / METRICS) else []
 
 
 def _of_training(folder: Path) -> list[Picture]:

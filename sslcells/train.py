@@ -20,6 +20,7 @@ from sslcells.data import Batch, ImageSet, holdout, reading, sampler
 from sslcells.data.composition import composition
 from sslcells.data.describe import brief
 from sslcells.data.loader import read_in_parts, with_workers
+from sslcells.evaluation import drift
 from sslcells.evaluation.during_training import Evaluation
 from sslcells.evaluation.encode import NotFinite
 from sslcells.methods import Outputs
@@ -109,11 +110,13 @@ def _steps(
     _introduce(log, run, plan, splits, state, accelerator, standard)
     for line in [*started, *([prepared] if run.model.start or run.model.encoder else [])]:
         log.say(line)
+    for line in drift.lost(run.folder, state.step) if run.model.adapts else []:
+        log.say(line)
     start.lap("checkpoint" if state.step else "building")
     if state.step == 0:
         log.metrics(0, 0.0, _measured(state, lambda: evaluation.first_figures(net)))
         log.pictures(0, evaluation.view_sheet(method.views) if run.evaluate.pictures else {})
-        start.lap("figures of the untrained encoder")
+        start.lap("figures before training")
 
     def views(part: Batch) -> list[Tensor]:
         """Augmented views on the device, the same for the same image and step: (V·b, C, S, S).
@@ -173,6 +176,7 @@ def _steps(
                 log.metrics(step, epoch, {**meter.read(step), **composition(ids, device), "lr": rate})
             if plan.due(step, plan.evaluate):  # evaluate
                 log.metrics(step, epoch, _measured(state, lambda: evaluation.figures(net)))
+                _warn(log, run)
                 meter.start()
             if plan.due(step, run.checkpoint.every_steps):  # save
                 state.save(writer)
@@ -213,6 +217,12 @@ def _measured(state: State, compute: Callable[[], T]) -> T:
         return compute()
     except NotFinite as error:
         raise state.meter.divergence(f"{error} after step {state.step}") from None
+
+
+def _warn(log: Log, run: Run) -> None:
+    """Say so where an encoder that training started from has just become worse than it was."""
+    if run.model.adapts and ranks.rank() == 0 and (warning := drift.fallen(read_metrics(run.folder), newly=True)):
+        log.say(warning)
 
 
 def _stop(run: Run, state: State, writer: checkpoint.Writer, log: Log, number: int) -> NoReturn:

@@ -56,5 +56,5 @@ def test_the_first_figures_are_of_few_images_and_the_log_says_where_the_time_wen
     assert "start: first step after " in out["one"]
     assert "24 images opened to verify them" in out["one"]
     assert "0 images opened to verify them" in out["two"]
-    for part in ("listing ", "verifying ", "building ", "figures of the untrained encoder ", "first step "):
+    for part in ("listing ", "verifying ", "building ", "figures before training ", "first step "):
         assert part in out["one"]

@@ -81,7 +81,7 @@ def _figures(folder: Path, run: Run | None) -> str:
         measured = sorted({key for row in rows for key in row if "/" in key or key == "loss"})
         lines = [f"| {key} | {_number(_at(rows, key, 0))} | {_number(_last(rows, key))} |" for key in measured]
         steps = max((row["step"] for row in rows), default=0)
-        parts.append(f"| figure | untrained | after step {steps} |\n|---|---|---|\n" + "\n".join(lines))
+        parts.append(f"| figure | before training | after step {steps} |\n|---|---|---|\n" + "\n".join(lines))
         held = len(held_out_by(folder))
         queries = f"{held} images of train that were held out" if held else "the val split"
         if run is not None and any(key.startswith("knn") for key in measured):

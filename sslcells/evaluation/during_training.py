@@ -14,6 +14,7 @@ from sslcells.augment import Augment
 from sslcells.config import Run
 from sslcells.data import ImageSet
 from sslcells.data.loader import InOrder, read
+from sslcells.evaluation import drift
 from sslcells.evaluation.cell_sheet import cell_sheet
 from sslcells.evaluation.classifier import Predictions, predict
 from sslcells.evaluation.encode import Features, Prepare, drawn, encode, sharded, spread
@@ -39,7 +40,8 @@ class Evaluation:
     Queries are the images of val, or of the images of train held out in its place; their neighbours are searched in
     what is trained on. Without such a split, or without labels in it, the queries are train itself, each image without
     itself and without images of its own source: `knn_loo`. A classifier gets the figures of its predictions on val
-    instead. `evaluate.queries` and `evaluate.bank` say of how many images; these are the same at every look.
+    instead. `evaluate.queries` and `evaluate.bank` say of how many images; these are the same at every look. Where
+    training starts from weights, the features' distance from theirs is a figure too.
     """
 
     def __init__(self, run: Run, splits: Mapping[str, ImageSet], augment: Augment, device: torch.device) -> None:
@@ -50,12 +52,18 @@ class Evaluation:
         self._query = self._val if self._val is not None and self._val.labelled and self._bank.labelled else None
         self._bank_index = self._chosen(self._bank, run.evaluate.bank)
         self._val_index = self._chosen(self._val, run.evaluate.queries) if self._val is not None else []
+        self._start: Tensor | None = None
 
     def first_figures(self, learner: Learner) -> dict[str, float]:
         """Figures before training, of START images a split if a split has more than LARGE.
 
-        Then their keys start with `start/`, as fewer images have other neighbours.
+        Then their keys start with `start/`, as fewer images have other neighbours. Where training starts from weights,
+        it is of all that later figures are of, to be compared with them; the features of the start are kept.
         """
+        if self._run.model.adapts:
+            self._start = self._moving(learner.encoder)
+            drift.keep(self._run.folder, self._start)
+            return self.figures(learner)
         most = max(len(self._bank_index), len(self._val_index))
         splits = {"train": self._bank} | ({"val": self._val} if self._val is not None else {})
         if max(map(len, splits.values())) <= LARGE or most <= START:
@@ -67,12 +75,24 @@ class Evaluation:
 
     def figures(self, learner: Learner) -> dict[str, float]:
         """Figures of the learner as it is now; every rank calls this and gets them."""
-        if isinstance(learner.method, Classifier):
-            predictions = self._predicted(learner, self._val_index)
-            if predictions is None:
-                return {}
-            return {f"val/{key}": value for key, value in predictions.figures().items()}
-        return self._encoder_figures(learner.encoder)
+        if not isinstance(learner.method, Classifier):
+            return self._encoder_figures(learner.encoder) | self._distance(learner.encoder)
+        predictions = self._predicted(learner, self._val_index)
+        of_val = {} if predictions is None else predictions.figures()
+        return {f"val/{key}": value for key, value in of_val.items()} | self._distance(learner.encoder)
+
+    def _distance(self, encoder: nn.Module) -> dict[str, float]:
+        """How far the features have moved from the start's, if training started from weights and these are known."""
+        if not self._run.model.adapts:
+            return {}
+        if self._start is None:
+            self._start = drift.kept(self._run.folder)
+        return {} if self._start is None else {drift.DISTANCE: drift.distance(self._moving(encoder), self._start)}
+
+    def _moving(self, encoder: nn.Module) -> Tensor:
+        """Features (N, F) of the fixed images whose distance from the start is measured."""
+        images = self._val if self._val is not None else self._bank
+        return self._features(encoder, images, spread(len(images), min(drift.MOST, len(images)))).z
 
     def predictions(self, learner: Learner) -> Predictions | None:
         """A classifier's predictions on all of val; None for other methods, and without val. Every rank calls this."""

@@ -31,6 +31,7 @@ _HEALTH = {
     "row_std": "row std × √D\n1: spread, 0: collapsed",
     "uniformity": "uniformity\nlower: more even",
     "alignment": "alignment |z0 − z1|²\nlower: views agree",
+    "distance_from_start": "cosine distance\nfrom the start",
 }
 _MAP_POINTS = 2_000
 _SAME = 1e-5
@@ -57,8 +58,8 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path, query_split: str = "") 
     `query_split` is the split of the accuracies.
 
     Loss, also a classifier's on a split (keys `…/loss`), and learning rate against the step; accuracies (keys `…/top1`,
-    `…/balanced`) with those of step 0, untrained, as a dashed line; label-free figures (keys `health/…`). None, and no
-    file, if none of these was logged.
+    `…/balanced`) with those of step 0, before training, as a dashed line; label-free figures (keys `health/…`). None,
+    and no file, if none of these was logged.
     """
     # In the order in which they were logged. `start/…` is logged only at step 0, from fewer images: no curve.
     keys = dict.fromkeys(key for row in metrics for key in row if not key.startswith("start/"))
@@ -117,7 +118,7 @@ def _draw_accuracy(ax: Axes, series: dict[str, tuple[Floats, Floats]], query_spl
     for (key, (step, value)), color, marker in zip(series.items(), OKABE_ITO, "os^Dv<>p", strict=False):
         ax.plot(step, value, color=color, marker=marker, markersize=5, label=f"{key}: {value[-1]:.1%} at the last step")
         if step[0] == 0:
-            label = f"untrained: {value[0]:.1%}"
+            label = f"before training: {value[0]:.1%}"
             ax.axhline(value[0], color=color, linestyle="--", linewidth=1, label=label)
     ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     ax.set(title=f"Accuracy on {query_split}" if query_split else "Accuracy", ylabel="accuracy")
