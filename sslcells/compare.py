@@ -28,7 +28,7 @@ from sslcells.evaluation.pictures import fractions_plot, model_curves
 from sslcells.evaluation.report import document, say_findings, say_table, section_of, write
 from sslcells.evaluation.sheets import Image, prediction_sheet
 from sslcells.models import files
-from sslcells.models.frozen import Frozen
+from sslcells.models.frozen import Frozen, FrozenEncoder
 from sslcells.models.frozen import opened as frozen_encoder
 from sslcells.plan import open_run
 from sslcells.run.folder import OF_WEIGHTS, changed
@@ -75,15 +75,10 @@ def compare(run: Run, frozen: Sequence[str] = (), labs: Sequence[str] = ()) -> d
     if not ranks.from_main(lambda: _finished(run)):
         train(run)
     answers = carry_out(parts, splits, asked, device)
-    if others:
-        encoding = against.Encoding(run, device, no_bars)
-        own = frozen_encoder(Frozen(weights=str(run.folder)), splits["train"].channels)
-        for encoder in [own, *others]:
-            name = run.name if encoder is own else encoder.name
-            probed = frozen_probes.answers(encoder, name, run, splits, asked, encoding)
-            answers = {what: [*answers[what], *found] for what, found in probed.items()} or answers
+    probed = _of_frozen(run, others, splits, asked, device) if others else {}
     if ranks.rank() > 0:
         return {}
+    answers = {what: [*found, *probed.get(what, [])] for what, found in answers.items()}
     first, *left_out = asked
     result: dict[str, Any] = {
         "run": run.name,
@@ -97,6 +92,29 @@ def compare(run: Run, frozen: Sequence[str] = (), labs: Sequence[str] = ()) -> d
         "labs": [of_lab(name, answers[name]) for name in left_out],
         "made": {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": round(time.perf_counter() - began, 1)},
     }
+    _report(run, result, draw(run, parts, answers[first], asked[first][0]))
+    return result
+
+
+def _of_frozen(
+    run: Run,
+    others: Sequence[FrozenEncoder],
+    splits: Mapping[str, ImageSet],
+    asked: Asked,
+    device: torch.device,
+) -> dict[str, list[Answer]]:
+    """What probes on the run's own frozen encoder and on the others answer; on rank 0."""
+    encoding, out = against.Encoding(run, device, no_bars), dict[str, list[Answer]]()
+    own = frozen_encoder(Frozen(weights=str(run.folder)), splits["train"].channels)
+    for encoder in [own, *others]:
+        name = run.name if encoder is own else encoder.name
+        for what, found in frozen_probes.answers(encoder, name, run, splits, asked, encoding).items():
+            out.setdefault(what, []).extend(found)
+    return out
+
+
+def _report(run: Run, result: Mapping[str, Any], pictures: Sequence[Picture]) -> None:
+    """Print the results, and write them to the run's folder."""
     findings = said(result["differences"], run.evaluate.split)
     findings += [one for lab in result["labs"] for one in said(lab["differences"], lab["lab"])]
     tables = [shown for shown in (table(result), lab_table(result)) if shown.rows]
@@ -105,13 +123,11 @@ def compare(run: Run, frozen: Sequence[str] = (), labs: Sequence[str] = ()) -> d
         say_table(console, shown)
     if findings:
         say_findings(console, "Against frozen encoders", findings)
-    pictures = draw(run, parts, answers[first], asked[first][0])
     write(run.folder / RESULTS, json_text(result, indent=2) + "\n")
     about = f"sslcells {__version__}, {run.model.backbone}, {run.method.name}"  # type: ignore[attr-defined]
     body = section_of("The models", tables, pictures, findings)
     write(run.folder / REPORT, document(f"{run.name}: what labels are worth", about, body))
     print(f"{run.folder / RESULTS}, {REPORT}; {result['made']['seconds']:.0f} s")
-    return result
 
 
 _PROBED = "logistic regression"

@@ -98,6 +98,7 @@ def _figures(folder: Path, run: Run | None) -> str:
         more = f"\n\n{len(found) - _MOST} more are in {EVALUATION}." if len(found) > _MOST else ""
         parts.append(f"From {EVALUATION}:\n\n| figure | value |\n|---|---|\n" + "\n".join(lines) + more)
         parts += [f"Left out: {sentence}." for sentence in result.get("left out", ())]
+        parts += [f"Beside a frozen encoder: {one['finding']['text']}." for one in result.get("against", ())]
         if across:
             said = "\n".join(f"- {finding['text']}" for finding in across["findings"])
             tables = [_table(table) for table in lab_tables(across)]

