@@ -9,7 +9,7 @@ from torch import nn
 from sslcells import methods, models, ranks
 from sslcells.config import ConfigError, Model, Run
 from sslcells.data import ImageSet
-from sslcells.models import adapt, files, weights
+from sslcells.models import adapt, files, tokens, weights
 
 
 def build(
@@ -42,7 +42,8 @@ def build(
     fixed, lines = adapt.adapt(encoder, run.model)
     for line in [*lines, *adapt.rates(encoder, run.optim)]:
         say(line)
-    method = ranks.together(lambda: methods.build(run.method, features, images))
+    layout = _layout(encoder, run)
+    method = ranks.together(lambda: methods.build(run.method, features, images, layout))
     method.seed = run.seed
     for line in method.about:
         say(line)
@@ -54,14 +55,28 @@ def build(
     if run.train.channels_last is True:
         learner.to(memory_format=torch.channels_last)
     if run.train.compile:
-        learner.backbone.compile()
-        if learner.teacher is not None:
-            learner.teacher.backbone.compile()
+        for backbone in [learner.backbone] + ([learner.teacher.backbone] if learner.teacher is not None else []):
+            # Where patches are hidden, the backbone's own forward pass does not run.
+            for part in tokens.blocks(backbone) if isinstance(method, methods.Masked) else [backbone]:
+                part.compile()
     return learner
 
 
 def _name(run: Run) -> str:
     return str(run.method.name)  # type: ignore[attr-defined]
+
+
+def _layout(encoder: nn.Module, run: Run) -> tokens.Layout | None:
+    """How images are cut into patches, for a method that hides some."""
+    if not methods.masks(run.method):
+        return None
+    layout = tokens.layout(encoder, run.augment.size)
+    if layout is None:
+        raise ConfigError(
+            f"method.name={_name(run)}: it hides patches, and model.backbone={run.model.backbone} has none; take a Vision "
+            f"Transformer, such as vit_tiny_patch16_224 with model.args={{img_size: {run.augment.size}, patch_size: 4}}"
+        )
+    return layout
 
 
 def _start(encoder: nn.Module, config: Model, channels: int) -> list[str]:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sslcells.data import Batch
-from sslcells.methods import Method, Outputs
+from sslcells.methods import Method, Outputs, Patches
 
 
 def backward(
@@ -31,19 +31,51 @@ def backward(
     """
     with torch.no_grad():
         outputs = [embed(part, i) for i, part in enumerate(parts)]
-    rows = by_image([o.rows for o in outputs], method.views_in_all).requires_grad_()  # (V·B, D)
-    targets = [o.teacher for o in outputs if o.teacher is not None]
-    teacher = by_image(targets, method.views) if targets else None
-    loss, figures = method.loss(Outputs(rows, teacher), batch, progress)
+    whole = joined(outputs, method)
+    for x in learned(whole):
+        if x is not None:
+            x.requires_grad_()
+    loss, figures = method.loss(whole, batch, progress)
     accelerator.backward(loss)
-    assert rows.grad is not None
-    grads = torch.split(rows.grad.view(method.views_in_all, -1, rows.shape[1]), [len(p.image) for p in parts], 1)
-    for i, (part, grad) in enumerate(zip(parts, grads, strict=True)):
+    images = [len(part.image) for part in parts]
+    hidden = [0 if o.patches is None else len(o.patches.rows) for o in outputs]
+    orders = (method.views_in_all, images), (method.views, images), (1, hidden)
+    grads = [apart(x, *order) for x, order in zip(learned(whole), orders, strict=True)]
+    for i, part in enumerate(parts):
         with accelerator.no_sync(network) if i + 1 < len(parts) else nullcontext():
-            torch.autograd.backward(embed(part, i).rows, grad.flatten(0, 1))
+            again = zip(learned(embed(part, i)), grads, strict=True)
+            pairs = [(x, of[i]) for x, of in again if x is not None and of is not None and x.requires_grad]
+            torch.autograd.backward([x for x, _ in pairs], [grad for _, grad in pairs])
     return loss, figures
+
+
+def learned(outputs: Outputs) -> list[Tensor | None]:
+    """Rows, features and rows of patches: what a loss may have a gradient by."""
+    return [outputs.rows, outputs.features, outputs.patches and outputs.patches.rows]
+
+
+def joined(outputs: Sequence[Outputs], method: Method) -> Outputs:
+    """The outputs of micro-batches as those of one batch."""
+    rows = by_image([o.rows for o in outputs], method.views_in_all)  # (V·B, D)
+    teacher = [o.teacher for o in outputs if o.teacher is not None]
+    features = [o.features for o in outputs if o.features is not None]
+    patches = [o.patches for o in outputs if o.patches is not None]
+    return Outputs(
+        rows,
+        by_image(teacher, method.views) if teacher else None,
+        by_image(features, method.views) if features else None,
+        Patches(*map(torch.cat, zip(*patches, strict=True))) if patches else None,
+    )
 
 
 def by_image(parts: Sequence[Tensor], views: int) -> Tensor:
     """Join the rows of micro-batches, (V·b, D) each in view-major order → (V·B, D) in view-major order."""
     return torch.cat([part.view(views, -1, part.shape[1]) for part in parts], 1).flatten(0, 1)
+
+
+def apart(joined: Tensor | None, views: int, counts: Sequence[int]) -> list[Tensor] | None:
+    """The gradient by rows that were joined, a tensor for each micro-batch; None where the loss did not use them."""
+    if joined is None or joined.grad is None:
+        return None
+    by_view = joined.grad.view(views, -1, joined.shape[1])
+    return [grad.flatten(0, 1) for grad in torch.split(by_view, list(counts), 1)]

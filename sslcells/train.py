@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sslcells import __version__, commandline, inputs, launcher, learner, micro_batch, optim, ranks
+from sslcells.augment import Draws
 from sslcells.commandline import one_process
 from sslcells.config import Run, dump, load
 from sslcells.data import Batch, ImageSet, holdout, reading, sampler
@@ -23,7 +24,7 @@ from sslcells.data.loader import read_in_parts, with_workers
 from sslcells.evaluation import drift
 from sslcells.evaluation.during_training import Evaluation
 from sslcells.evaluation.encode import NotFinite
-from sslcells.methods import Outputs
+from sslcells.methods import MASKS, Outputs
 from sslcells.models import depth, files, weights
 from sslcells.plan import Plan, consequences, open_run
 from sslcells.run import checkpoint
@@ -138,7 +139,8 @@ def _steps(
         for x in crops:
             watch("views", x)
         torch.manual_seed(stream(run.seed, state.step, ranks.rank(), index))
-        outputs: Outputs = network(*crops, progress=state.step / plan.steps)
+        hidden = Draws(run.seed, state.step, part.image, method.views, MASKS, part.occurrence)
+        outputs: Outputs = network(*crops, progress=state.step / plan.steps, draws=hidden)
         watch("rows", outputs.rows)  # (V·b, D)
         return outputs
 

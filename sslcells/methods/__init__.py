@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sslcells import models
+from sslcells.augment import Draws
 from sslcells.config import Section
 from sslcells.data import Batch, ImageSet
-from sslcells.models import lora
+from sslcells.models import lora, tokens
 from sslcells.models.frozen import FrozenEncoder
 
 
@@ -31,6 +32,17 @@ class Local(NamedTuple):
     """smallest and largest crop, as a fraction of the image's area"""
 
 
+class Patches(NamedTuple):
+    """The M hidden patches of a rank's full-size views, in any order."""
+
+    rows: Tensor
+    """(M, D) of the student"""
+    teacher: Tensor
+    """(M, D) of the teacher, without gradient"""
+    weight: Tensor
+    """(M,) 1 / hidden patches of the same view"""
+
+
 class Outputs(NamedTuple):
     """What a `Learner` returns for the A rows of a batch, view-major, local views last."""
 
@@ -39,6 +51,10 @@ class Outputs(NamedTuple):
     teacher: Tensor | None = None
     """(A, D) of the teacher, for the full-size views, without gradient; None where there is no teacher. Of a frozen one
     (A, D'), its features"""
+    features: Tensor | None = None
+    """(A, F) of the student's backbone, for the full-size views"""
+    patches: Patches | None = None
+    """of methods that compare hidden patches"""
 
 
 class Method(nn.Module, ABC):
@@ -136,6 +152,26 @@ class Classifier(Method, ABC):
         """(M, K) rows → probabilities (M, K)."""
 
 
+class Masked(Method, ABC):
+    """A method that hides patches of the full-size views from a Vision Transformer: masked image modelling.
+
+    It is built as `Method(config, features, images, layout)`; `layout` says how images are cut into patches.
+    """
+
+    @abstractmethod
+    def encode(
+        self, backbone: nn.Module, teacher: Teacher | None, crops: Sequence[Tensor], draws: Draws, progress: float
+    ) -> Outputs:
+        """Views as `Learner.forward` has them → Outputs, by way of `models.tokens`.
+
+        `draws` has a stream for each of the A views: the same for an image, view and step on any rank and micro-batch.
+        """
+
+
+MASKS = 1 << 16
+"""Number of the view from which on `Draws` is for hidden patches: far from the views that augmentation draws for."""
+
+
 class Learner(nn.Module):
     """What is trained: the backbone and the method's head, and the teacher that follows them where there is one.
 
@@ -163,19 +199,28 @@ class Learner(nn.Module):
                 self.teacher.backbone.get_submodule(name).eval()
         return self
 
-    def forward(self, *crops: Tensor, progress: float) -> Outputs:
+    def forward(self, *crops: Tensor, progress: float, draws: Draws | None = None) -> Outputs:
         """Full-size views (A, C, S, S), local views (L·B, C, s, s) where the method has them → Outputs.
 
-        Where it has a frozen teacher, that one's views (A, C, T, T) come last.
+        Where it has a frozen teacher, that one's views (A, C, T, T) come last. `draws`, from view `MASKS` on, is for
+        methods that hide patches.
         """
-        frozen = self.method.frozen_teacher
-        own = crops if frozen is None else crops[:-1]
-        rows: Tensor = self.method(torch.cat([self.backbone(x) for x in own]), progress)
+        outputs = self._outputs(crops, progress, draws)
+        rows = outputs.rows
         for parameter in self.method.loss_parameters():
             rows = rows + 0 * parameter.sum()  # DDP sees no loss: this makes it wait for the gradient and average it
+        return outputs._replace(rows=rows)
+
+    def _outputs(self, crops: Sequence[Tensor], progress: float, draws: Draws | None) -> Outputs:
+        if isinstance(self.method, Masked):
+            assert draws is not None
+            return self.method.encode(self.backbone, self.teacher, crops, draws, progress)
+        frozen = self.method.frozen_teacher
+        features = [self.backbone(x) for x in (crops if frozen is None else crops[:-1])]
+        rows = self.method(torch.cat(features), progress)
         if frozen is not None:
-            return Outputs(rows, frozen(crops[-1]))
-        return Outputs(rows, None if self.teacher is None else self.teacher(crops[0]))
+            return Outputs(rows, frozen(crops[-1]), features[0])
+        return Outputs(rows, None if self.teacher is None else self.teacher(crops[0]), features[0])
 
     def follow(self, progress: float) -> None:
         """Move the teacher after the optimizer's step; momentum rises to 1 by half a cosine (arXiv 2006.07733, 3.2)."""
@@ -211,14 +256,21 @@ class Logits(nn.Module):
         return outputs.rows
 
 
-def build(config: Section, features: int, images: ImageSet) -> Method:
+def build(config: Section, features: int, images: ImageSet, layout: tokens.Layout | None = None) -> Method:
     """The method whose section `config` is, on F features, for the images of a train split.
+
+    `layout` is needed by methods that hide patches.
 
     Raises:
         ConfigError: if the images lack something that the method needs, such as labels.
     """
-    method: Method = _class_of(config)(config, features, images)
+    method: Method = _class_of(config)(config, features, images, *([layout] if masks(config) else []))
     return method
+
+
+def masks(config: Section) -> bool:
+    """True where the method of this section is Masked."""
+    return issubclass(_class_of(config), Masked)
 
 
 def classifies(config: Section) -> bool:
