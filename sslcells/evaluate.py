@@ -259,10 +259,12 @@ def _of_steps(folder: Path) -> list[dict[str, Any]]:
 
 def _of_training(folder: Path) -> list[Picture]:
     """Pictures drawn by training that the report shows too."""
+    made = "Images, what the encoder sees of them, and what is made of that; patches have their own mean and contrast."
     drawn = [
         Picture("Training", folder / "plots" / "curves.png", "Loss, learning rate and figures along the training."),
         Picture("Augmented views", folder / "plots" / "views.png", "Views of an image as the network sees them."),
         Picture("Cells", folder / "plots" / "cells.png", "Outlines that were found in images of train; red: none."),
+        Picture("Reconstructions", folder / "plots" / "reconstructions.png", made),
     ]
     return [picture for picture in drawn if picture.path.is_file()]
 

@@ -72,9 +72,10 @@ def _layout(encoder: nn.Module, run: Run) -> tokens.Layout | None:
         return None
     layout = tokens.layout(encoder, run.augment.size)
     if layout is None:
+        args = f"{{img_size: {run.augment.size}, patch_size: 4}}"
         raise ConfigError(
-            f"method.name={_name(run)}: it hides patches, and model.backbone={run.model.backbone} has none; take a Vision "
-            f"Transformer, such as vit_tiny_patch16_224 with model.args={{img_size: {run.augment.size}, patch_size: 4}}"
+            f"method.name={_name(run)}: it hides patches, and model.backbone={run.model.backbone} has none; take a "
+            f"Vision Transformer, such as vit_tiny_patch16_224 with model.args={args}"
         )
     return layout
 

@@ -252,7 +252,7 @@ def _finish(
     predictions, drawn = _measured(state, lambda: evaluation.predictions(net)), dict[str, Path]()
     if run.evaluate.pictures:
         rows = read_metrics(run.folder) if main else []
-        drawn = _measured(state, lambda: evaluation.pictures(net.encoder, rows))
+        drawn = _measured(state, lambda: evaluation.pictures(net.encoder, rows) | evaluation.reconstructions(net))
     if main:
         if predictions is not None:
             predictions.write(run.folder, "val")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sslcells import ranks
-from sslcells.augment import Augment
+from sslcells.augment import Augment, Draws
 from sslcells.config import Run
 from sslcells.data import ImageSet
 from sslcells.data.loader import InOrder, read
@@ -21,8 +21,8 @@ from sslcells.evaluation.encode import Features, Prepare, drawn, encode, sharded
 from sslcells.evaluation.health import health
 from sslcells.evaluation.knn import QUERIES, knn_accuracy, knn_scores
 from sslcells.evaluation.pictures import curves, embedding_map
-from sslcells.evaluation.sheets import neighbour_sheet, view_sheet
-from sslcells.methods import Classifier, Learner
+from sslcells.evaluation.sheets import neighbour_sheet, reconstruction_sheet, view_sheet
+from sslcells.methods import MASKS, Classifier, Learner, Reconstructing
 
 SHOWN = 1000
 """Images in the embedding map, and in the search for the nearest neighbours that are drawn."""
@@ -159,6 +159,23 @@ class Evaluation:
             rows = self._augment.rows(batch.lab, len(batch.lab))
             drawn["cells"] = cell_sheet(batch.pixels, standard, self._folder / "cells.png", rows)
         return drawn
+
+    def reconstructions(self, learner: Learner) -> dict[str, Path]:
+        """Draw hidden patches as the method predicts them, of images that it is not trained on if there are any.
+
+        Rank 0 draws; nothing is drawn for other methods.
+        """
+        method, shown = learner.method, self._val if self._val is not None else self._bank
+        if ranks.rank() > 0 or not isinstance(method, Reconstructing):
+            return {}
+        batch = next(read(shown, InOrder(spread(len(shown), 8), 8), 0, pin_memory=False))
+        x = self._augment.plain(batch.pixels.to(self._device))
+        training = learner.training
+        learner.eval()
+        seen, made = method.reconstruct(learner.backbone, x, Draws(self._run.seed, 0, batch.image, 1, MASKS))
+        learner.train(training)
+        out = self._folder / "reconstructions.png"
+        return {"reconstructions": reconstruction_sheet(x, seen, made, *self._augment.normalisation, out)}
 
     def _chosen(self, images: ImageSet, most: int | None) -> list[int]:
         """The images of a split that the figures use: at most `most`, drawn by class from those that are read."""

@@ -55,6 +55,25 @@ def view_sheet(
     return save(figure, out)
 
 
+def reconstruction_sheet(
+    views: Tensor, seen: Tensor, made: Tensor, mean: Sequence[float], std: Sequence[float], out: Path
+) -> Path:
+    """Views, one a row, beside what the encoder saw of them and what was made of that.
+
+    All are (A, C, S, S) float, normalised by `mean` and `std` of pixels in 0..1, one value per channel or one for all.
+    Shown are the first three channels, or the first of two.
+    """
+    shift, scale = (torch.tensor(x).view(-1, 1, 1) for x in (mean, std))
+    parts = [(x.detach().cpu().float() * scale + shift).clamp(0, 1) for x in (views, seen, made)]
+    figure, axes = _sheet(len(views), len(parts), caption=0.08)
+    for row, cells in enumerate(axes):
+        for ax, part in zip(cells, parts, strict=True):
+            _show(ax, part[row].permute(1, 2, 0).numpy())
+    for ax, title in zip(axes[0], ("view", "seen", "reconstructed"), strict=True):
+        ax.set_title(title, fontsize="small")
+    return save(figure, out)
+
+
 def neighbour_sheet(
     pixels: Callable[[int], Image],
     z: Tensor,

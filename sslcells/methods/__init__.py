@@ -168,6 +168,14 @@ class Masked(Method, ABC):
         """
 
 
+class Reconstructing(Masked, ABC):
+    """A method that predicts the pixels of hidden patches; a picture shows them at the end of a training."""
+
+    @abstractmethod
+    def reconstruct(self, backbone: nn.Module, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Views (A, C, S, S) → what the backbone sees of them, with zeros elsewhere, and with these as predicted."""
+
+
 MASKS = 1 << 16
 """Number of the view from which on `Draws` is for hidden patches: far from the views that augmentation draws for."""
 

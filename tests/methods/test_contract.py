@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from trained import make_run
 
 from sslcells import launcher, methods, micro_batch, models, ranks
+from sslcells.augment import Draws
 from sslcells.config import PLUGINS, Model, load
 from sslcells.data import Batch, ImageSet
-from sslcells.models import adapt
+from sslcells.models import adapt, tokens
 from sslcells.run import checkpoint
 
 NAMES = PLUGINS["method"].names()
@@ -28,6 +29,7 @@ VARIANTS = {
         {"prototypes": 32, "local_size": SIZE // 2, "freeze": 0.0},
         {"prototypes": 32, "local_views": 0, "freeze": 1.0, "norm": "none"},
     ],
+    "mae": [{"decoder_width": 16, "decoder_depth": 1}, {"decoder_width": 16, "views": 2, "normalise": "channel"}],
     "moco": [{}, {"queue": 24}],
     "supervised": [{}, {"loss": "focal", "class_weights": "balanced"}, {"loss": "bce", "layers": 2}],
     "simclr": [
@@ -110,8 +112,10 @@ def learner(name, options):
     kind = PLUGINS["method"].config(name)
     small = {k: v for k, v in {"norm": "layer", "hidden": 16, "dimension": 8}.items() if k in kind.model_fields}
     config = kind(**{**small, **options})
-    encoder = models.build(Model(backbone="test_vit", args={"img_size": SIZE, "dynamic_img_size": True}), 3)
-    return methods.Learner(encoder, methods.build(config, models.width(encoder, 3, SIZE), Images()))
+    args = {"img_size": SIZE, "dynamic_img_size": True, **({"patch_size": 8} if methods.masks(config) else {})}
+    encoder = models.build(Model(backbone="test_vit", args=args), 3)
+    layout = tokens.layout(encoder, SIZE)
+    return methods.Learner(encoder, methods.build(config, models.width(encoder, 3, SIZE), Images(), layout))
 
 
 def batch(rows=slice(None)):
@@ -132,9 +136,16 @@ def crops(b, method):
     return views
 
 
-def backward(network, method, rows=slice(None)):
+def embed(network, method, b):
+    """What the network, in DDP or not, makes of a batch at step 5, when the hidden patches differ between images."""
+    draws = Draws(0, 5, b.image, method.views, methods.MASKS, b.occurrence)
+    return network(*crops(b, method), progress=0.0, draws=draws)
+
+
+def backward(network, method, rows=slice(None), dtype=torch.float32):
     b = batch(rows)
-    loss, figures = method.loss(network(*crops(b, method), progress=0.0), b, 0.0)
+    b = b._replace(pixels=b.pixels.to(dtype))
+    loss, figures = method.loss(embed(network, method, b), b, 0.0)
     loss.backward()
     return loss.detach(), figures
 
@@ -189,15 +200,15 @@ def in_micro_batches(name, options, precision):
     with launched():
         accelerator, ddp, whole, pieces = pieces_of(network, precision)
         before = copy.deepcopy(network.state_dict())
-        embed = lambda piece, i: ddp(*crops(piece, network.method), progress=0.0)  # noqa: E731
+        rows = lambda piece, i: embed(ddp, network.method, piece)  # noqa: E731
         for _ in range(2):  # the second shows that the first left DDP in order
             network.zero_grad()
             network.load_state_dict(before)
-            micro_batch.backward(accelerator, ddp, embed, network.method, pieces, whole, 0.0)
+            micro_batch.backward(accelerator, ddp, rows, network.method, pieces, whole, 0.0)
         apart = [g.clone() for g in gradients(network)]
         network.zero_grad()
         network.load_state_dict(before)
-        accelerator.backward(network.method.loss(embed(whole, 0), whole, 0.0)[0])
+        accelerator.backward(network.method.loss(rows(whole, 0), whole, 0.0)[0])
         return apart, gradients(network)
 
 
@@ -246,6 +257,7 @@ IN_MICRO_BATCHES = [
     ("distill", {"views": 2, "loss": "similarity"}),
     ("lejepa", {"slices": 16}),
     ("swav", {"prototypes": 16, "freeze": 0.0, "queue": 24, "queue_from": 0.0}),
+    ("mae", {"decoder_width": 16, "decoder_depth": 1, "views": 2}),
     ("dino", {"prototypes": 32, "local_size": SIZE // 2, "freeze": 0.0}),
 ]
 
@@ -281,12 +293,12 @@ def with_a_scaler(scale):
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # Accelerate itself makes one on GPUs alone
         optimizer = torch.optim.SGD(network.parameters(), 0.1)
 
-        def embed(piece, i):
+        def rows(piece, i):
             with torch.autocast("cpu", torch.float16):
-                outputs = ddp(*crops(piece, network.method), progress=0.0)
+                outputs = embed(ddp, network.method, piece)
             return outputs._replace(rows=outputs.rows.float())
 
-        micro_batch.backward(accelerator, ddp, embed, network.method, pieces, whole, 0.0)
+        micro_batch.backward(accelerator, ddp, rows, network.method, pieces, whole, 0.0)
         accelerator.scaler.unscale_(optimizer)
         grads, before = gradients(network), copy.deepcopy(network.state_dict())
         accelerator.scaler.step(optimizer)
@@ -346,6 +358,6 @@ def test_training_lowers_the_loss_and_resumes_exactly(name, options, tmp_path):
 def test_recipe_and_registry(name):
     """The method builds from a configuration that names it, and what it cannot do without."""
     run = load(None, [f"method.name={name}", *(f"method.{key}={value}" for key, value in needed(name).items())])
-    method = methods.build(run.method, 24, Images())
+    method = methods.build(run.method, 24, Images(), tokens.Layout((8, 8), (4, 4), 24, 1))
     assert method.views in (1, 2)
     assert method(torch.randn(6, 24), 0.0).shape[0] == 6

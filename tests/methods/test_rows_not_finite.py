@@ -12,6 +12,7 @@ from test_contract import CASES, IMAGES, Images, needed
 from sslcells import methods, ranks
 from sslcells.config import PLUGINS
 from sslcells.data import Batch
+from sslcells.models import tokens
 
 FEATURES = 8
 CASE_IDS = [f"{name}-{i}" for i, (name, _) in enumerate(CASES)]
@@ -23,14 +24,19 @@ def rows_of(name, options):
     torch.manual_seed(0)
     kind = PLUGINS["method"].config(name)
     small = {k: v for k, v in {"norm": "layer", "hidden": 16, "dimension": 8}.items() if k in kind.model_fields}
-    method = methods.build(kind(**{**small, **needed(name), **options}), FEATURES, Images())
+    layout = tokens.Layout((8, 8), (4, 4), FEATURES, 1)
+    method = methods.build(kind(**{**small, **needed(name), **options}), FEATURES, Images(), layout)
     features = torch.randn(method.views_in_all * IMAGES, FEATURES)
     with torch.no_grad():
         copied = method.teacher_copies()
         teacher = None if copied is None else copied(features[: method.views * IMAGES])
         if method.frozen_teacher:
             teacher = torch.randn(method.views * IMAGES, method.frozen_teacher.features)
-        outputs = methods.Outputs(method(features, 0.0), teacher)
+        rows, patches = method(features, 0.0), None
+        if isinstance(method, methods.Masked):
+            hidden = torch.randn(2, 6, rows.shape[1])
+            patches = methods.Patches(*hidden, torch.full((6,), 0.5))
+        outputs = methods.Outputs(rows, teacher, features[: method.views * IMAGES], patches)
     image = torch.arange(IMAGES)
     label = image % 3 if options.get("loss") == "bce" else torch.where(image < 6, image % 3, -1)
     return method, outputs, Batch(torch.zeros(IMAGES, 1, 1, 1), label, image, image // 2, 0 * image, 0 * image)
@@ -71,16 +77,17 @@ def on_a_rank(cases):
         method, outputs, batch = rows_of(name, options)
         half = IMAGES // ranks.world()
         part = slice(ranks.rank() * half, (ranks.rank() + 1) * half)
-        own = [None if x is None else x.view(-1, IMAGES, x.shape[1])[:, part].flatten(0, 1) for x in outputs]
+        own = [None if x is None else x.view(-1, IMAGES, x.shape[1])[:, part].flatten(0, 1) for x in outputs[:3]]
         if ranks.rank() == 1:
             for rows in own:
                 if rows is not None:
                     rows[0] = math.nan
+        own.append(outputs.patches)
         values.append(method.loss(methods.Outputs(*own), Batch(*(x[part] for x in batch)), 0.0)[0].detach())
     return torch.stack(values)
 
 
-PER_ROW = {"supervised", "dino", "byol", "simsiam", "arcface", "cosface", "sphereface"}
+PER_ROW = {"supervised", "dino", "mae", "byol", "simsiam", "arcface", "cosface", "sphereface"}
 """methods whose rows meet no other rank's: the mean over ranks shows what one of them has"""
 
 
