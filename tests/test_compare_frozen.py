@@ -12,8 +12,10 @@ from sslcells import compare as module
 from sslcells.cli import main
 from sslcells.compare import compare
 from sslcells.config import ConfigError, load
+from sslcells.data import open_splits
 from sslcells.evaluation.answers import Answer, differences, of_lab, said
 from sslcells.evaluation.classifier import Predictions
+from sslcells.plan import leave_out
 
 FEW = ["compare.fractions=[1]", "compare.seeds=1", "log.every_steps=9"]
 
@@ -116,3 +118,14 @@ def test_rare_classes_of_a_laboratory_are_named_and_not_counted():
     assert (lab["few"], lab["by class"]) == (["c"], {"a": 18, "b": 19, "c": 3})
     assert lab["models"][0]["images"] == 37
     assert of_lab("small", [answer("fine-tuned", 1.0, images=9)])["models"] == []
+
+
+def test_images_of_unknown_laboratories_are_of_none_that_is_left_out(tmp_path, monkeypatch):
+    run = load(None, [*TINY, "train.without_labs=[south]", f"out={tmp_path}"])
+    whole = open_splits(run.data)
+    for images in whole.values():
+        images.labs, images.lab_names = torch.arange(len(images)) % 3, ("north", "south")
+    monkeypatch.setattr(module, "open_splits", lambda data: whole)
+    asked = module._asked(run, leave_out(whole, run.train.without_labs), ())
+    labs = {what: sorted({n for images in parts for n in images.labs.tolist()}) for what, parts in asked.items()}
+    assert labs == {"test": [0, 1], "south": [2]}
