@@ -17,9 +17,10 @@ from rich.console import Console
 
 from sslcells import __version__, commandline, inputs, launcher, ranks, values
 from sslcells.config import PLUGINS, ConfigError, Run, load, validated
-from sslcells.data import ImageSet, open_splits
+from sslcells.data import ImageSet, listing, open_splits
 from sslcells.data.subset import Subset, labelled_part, without_labs
 from sslcells.evaluation import against, frozen_probes, new_labs
+from sslcells.evaluation.across import finding
 from sslcells.evaluation.answers import FROZEN, Answer, differences, lab_table, of_lab, rows, said, table
 from sslcells.evaluation.classifier import joined, predict
 from sslcells.evaluation.frozen_probes import Asked
@@ -90,6 +91,7 @@ def compare(run: Run, frozen: Sequence[str] = (), labs: Sequence[str] = ()) -> d
         "frozen": [one.about() for one in others],
         "differences": differences(answers[first]),
         "labs": [of_lab(name, answers[name]) for name in left_out],
+        "notes": [note for one in others for note in listing.warning(one.name, one.folder, asked[first][0], first)],
         "made": {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": round(time.perf_counter() - began, 1)},
     }
     _report(run, result, draw(run, parts, answers[first], asked[first][0]))
@@ -117,6 +119,7 @@ def _report(run: Run, result: Mapping[str, Any], pictures: Sequence[Picture]) ->
     """Print the results, and write them to the run's folder."""
     findings = said(result["differences"], run.evaluate.split)
     findings += [one for lab in result["labs"] for one in said(lab["differences"], lab["lab"])]
+    findings += [finding(note, warning=True) for note in result["notes"]]
     tables = [shown for shown in (table(result), lab_table(result)) if shown.rows]
     console = Console(highlight=False, width=160)
     for shown in tables:

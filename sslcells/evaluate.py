@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sslcells import __version__, commandline, inputs, launcher, methods, ranks
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, installed, load
-from sslcells.data import ImageSet, holdout, open_splits
+from sslcells.data import ImageSet, holdout, listing, open_splits
 from sslcells.evaluation import against, drift, lab_pictures, new_labs
 from sslcells.evaluation.across import Across
 from sslcells.evaluation.classifier import Predictions, predict
@@ -127,6 +127,9 @@ def measured(
     left_out = _left_out(splits, encoded.by_split, shown, len(chosen))
     figures.notes = [*left_out, *figures.notes, *_of_val(splits, names), *why_not]
     figures.notes += [*(lab.about() for lab in outside), *labs_now.said, *(one.about() for one in others)]
+    if shown != "train":
+        for one in others:
+            figures.notes += listing.warning(one.name, one.folder, splits[shown], shown)
     figures.notes += drift.notes(_of_steps(folder)) if run.model.adapts else []
     figures.notes += _colour_is_better(found["shortcut"].get(query_split), figures.rows)
     result: dict[str, Any] = {

@@ -17,7 +17,7 @@ from sslcells import __version__, commandline, inputs, launcher, learner, micro_
 from sslcells.augment import Draws
 from sslcells.commandline import one_process
 from sslcells.config import Run, dump, load
-from sslcells.data import Batch, ImageSet, holdout, reading, sampler
+from sslcells.data import Batch, ImageSet, holdout, listing, reading, sampler
 from sslcells.data.composition import composition
 from sslcells.data.describe import brief
 from sslcells.data.loader import read_in_parts, with_workers
@@ -202,6 +202,11 @@ def _introduce(
     log.say(holdout.summary(splits, run.evaluate.holdout) + holdout.limits(splits, run.evaluate))
     if run.model.encoder and (warning := holdout.overlap_warning(splits, Path(run.model.encoder))):
         log.say(warning)
+    teacher = state.learner.method.frozen_teacher
+    for line in (
+        listing.warning(teacher.name, teacher.folder, splits["val"], "val") if teacher and "val" in splits else ()
+    ):
+        log.say(line)
     log.say(f"{run.folder}: {f'resuming after step {state.step}' if state.step else f'{plan.steps} steps'}")
     log.say(brief(splits))
     if standard is not None:

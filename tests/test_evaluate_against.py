@@ -11,7 +11,9 @@ from trained import SMALL, make_run
 
 from sslcells import evaluate as module
 from sslcells.cli import main
-from sslcells.config import load
+from sslcells.config import ConfigError, load
+from sslcells.data import listing, open_splits
+from sslcells.data.subset import Subset
 from sslcells.evaluate import measured
 
 QUICK = ["evaluate.bootstrap=100", "evaluate.batch=32", "train.workers=0", "evaluate.max_images=60"]
@@ -101,3 +103,20 @@ def test_it_needs_labels(run, tmp_path, capsys):
 def test_two_of_one_name(run, capsys):
     assert main(None, ["evaluate", str(run), "--against", str(run), "--against", str(run), *QUICK]) == 2
     assert "there is an encoder run already" in capsys.readouterr().err
+
+
+def test_an_encoder_that_was_trained_on_what_is_asked_is_named(run, tmp_path):
+    other = make_run(tmp_path / "other", seed=3)
+    splits = open_splits(load(f"{run}/config.yaml").data)
+    assert listing.warning("other", other, splits["test"], "test") == []  # its folder has no list
+    listing.record(other, splits["train"])
+    assert listing.warning("other", other, splits["test"], "test") == []
+    assert listing.warning("other", None, splits["train"], "val") == []
+    listing.record(other, Subset(splits["test"], torch.arange(7)))
+    (said,) = listing.warning("other", other, splits["test"], "test")
+    assert said == "warning: other was trained on 7 of the 40 images of test: figures are too high"
+    result, _ = measured(load(f"{run}/config.yaml", QUICK), run, torch.device("cpu"), frozen=[str(other)])
+    assert said in result["notes"]
+    (other / listing.FILE).write_bytes(b"x")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        listing.warning("other", other, splits["test"], "test")

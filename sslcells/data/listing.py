@@ -36,11 +36,32 @@ def differences(folder: Path, images: ImageSet) -> list[str]:
         ConfigError: if the list cannot be read.
     """
     try:
-        before = json.loads(gzip.decompress((folder / FILE).read_bytes()))
-        now = json.loads(json_text(_content(images)))
-        return _differences(before, now)
+        return _differences(_read(folder), json.loads(json_text(_content(images))))
     except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
         raise ConfigError(f"{folder / FILE} cannot be read: {error}; choose another name=") from None
+
+
+def warning(name: str, folder: Path | None, images: ImageSet, what: str) -> list[str]:
+    """A sentence if the run that made an encoder was trained on some of these images, by their names; else none.
+
+    `name` is the encoder's, `folder` its run's, None where it is not of a run; `what` names the images.
+
+    Raises:
+        ConfigError: if the run's list cannot be read.
+    """
+    if folder is None or not recorded(folder):
+        return []
+    try:
+        names = set(_read(folder)["names"])
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+        raise ConfigError(f"{folder / FILE} cannot be read: {error}") from None
+    seen = sum(images.name(i) in names for i in range(len(images)))
+    said = f"warning: {name} was trained on {seen:,} of the {len(images):,} images of {what}: figures are too high"
+    return [said] if seen else []
+
+
+def _read(folder: Path) -> Any:
+    return json.loads(gzip.decompress((folder / FILE).read_bytes()))
 
 
 def _content(images: ImageSet) -> dict[str, Any]:

@@ -137,6 +137,10 @@ def _limits(encoder: Encoder, run: Run | None) -> str:
         )
     if data.get("kind") == "synthetic":
         lines.append("It was trained on drawn cells, not real ones: use it to try the software only.")
+    taught = run.model_dump(mode="json")["method"].get("teacher") if run is not None else None
+    if taught is not None:
+        name = str(taught["weights"]).rpartition("/")[2]
+        lines.append(f"It learned from another encoder's features, `{name}`; that one's licence may apply too.")
     if run is not None and run.model.start is not None:
         start = run.model.start.rpartition("/")[2]
         lines.append(f"Training started from published weights, `{start}`; their licence applies too.")

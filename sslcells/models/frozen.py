@@ -87,12 +87,15 @@ class FrozenEncoder:
         prepared: Preparation,
         standardise: dict[str, Any] | None,
         account: list[str],
+        folder: Path | None = None,
     ) -> None:
         self.name, self.network, self.prepared = name, network.eval().requires_grad_(False), prepared
         self.standardise = standardise
         """the `spec` of the Standard that it learned with; None if it takes images as they are"""
         self.account = account
         """what became of each tensor of its weights, in lines"""
+        self.folder = folder
+        """that of its run or export; None for published weights"""
         self.features = models.width(network, len(prepared.mean), prepared.size, "size")
         """F"""
 
@@ -220,4 +223,5 @@ def _made(
     prepared = Preparation(config.size or size, mean, std, interpolation, crop)
     path = Path(config.weights)
     name = config.weights if ":" in config.weights or not path.is_absolute() else path.name
-    return FrozenEncoder(name, network, prepared, standardise, account)
+    folder = place(config.weights) if _is_run(config.weights) else None
+    return FrozenEncoder(name, network, prepared, standardise, account, folder)
