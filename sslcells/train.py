@@ -203,10 +203,9 @@ def _introduce(
     if run.model.encoder and (warning := holdout.overlap_warning(splits, Path(run.model.encoder))):
         log.say(warning)
     teacher = state.learner.method.frozen_teacher
-    for line in (
-        listing.warning(teacher.name, teacher.folder, splits["val"], "val") if teacher and "val" in splits else ()
-    ):
-        log.say(line)
+    if teacher is not None and "val" in splits:
+        for line in listing.warning(teacher.name, teacher.folder, splits["val"], "val"):
+            log.say(line)
     log.say(f"{run.folder}: {f'resuming after step {state.step}' if state.step else f'{plan.steps} steps'}")
     log.say(brief(splits))
     if standard is not None:

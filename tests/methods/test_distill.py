@@ -12,6 +12,7 @@ from trained import SMALL, make_run
 
 from sslcells import inputs
 from sslcells.config import ConfigError, load
+from sslcells.data import listing
 from sslcells.plan import consequences, open_run
 from sslcells.train import train
 
@@ -73,10 +74,12 @@ def test_no_checkpoint_holds_it_and_a_resumed_run_is_the_same(teacher, tmp_path,
     assert all(torch.equal(again[key], x) for key, x in end.items())
 
 
-def test_a_resumed_run_refuses_another_teacher(teacher, tmp_path):
+def test_a_resumed_run_refuses_another_teacher(teacher, tmp_path, capsys):
     own = Path(shutil.copytree(teacher, tmp_path / "teacher"))
     run = configured(tmp_path, own, "train.total_steps=1")
+    listing.record(own, open_run(run)["val"])
     train(run)
+    assert "warning: teacher was trained on 20 of the 20 images of val" in capsys.readouterr().out
     weights = load_file(own / "encoder.safetensors")
     key = next(k for k, x in weights.items() if x.is_floating_point())
     save_file(weights | {key: weights[key] * 1.001}, own / "encoder.safetensors")
