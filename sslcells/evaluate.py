@@ -35,7 +35,7 @@ from sslcells.run import checkpoint, wandb_sync
 from sslcells.run.metrics import METRICS, note_steps, read_metrics
 from sslcells.run.progress import Bars, bars
 from sslcells.run.state import trained
-from sslcells.standardise import standard_of
+from sslcells.standardise import AS_THEY_ARE, standard_of
 from sslcells.storage import is_file, json_text
 
 RESULTS, REPORT = "evaluation.json", "report.html"
@@ -127,6 +127,7 @@ def measured(
     left_out = _left_out(splits, encoded.by_split, shown, len(chosen))
     figures.notes = [*left_out, *figures.notes, *_of_val(splits, names), *why_not]
     figures.notes += [*(lab.about() for lab in outside), *labs_now.said, *(one.about() for one in others)]
+    figures.notes += encoded.cells_not_found()
     if shown != "train":
         for one in others:
             figures.notes += listing.warning(one.name, one.folder, splits[shown], shown)
@@ -184,6 +185,8 @@ class Encoded:
     ) -> None:
         self._run, self._encoder, self._device, self._bar = run, encoder, device, bar
         self.augment = augment
+        self.no_cell: dict[str, tuple[int, int]] = {}
+        """split or new laboratory → images in which no cell was found, and all that were read"""
         self.by_split = {split: self._split_features(images, split) for split, images in splits.items()}
         train, most = splits["train"], run.evaluate.max_images
         few = spread(len(train), min(COPIES, most or COPIES))
@@ -198,6 +201,14 @@ class Encoded:
         viewed = spread(len(train), min(VIEWED, most or VIEWED))
         self.views = [self._z(train, viewed, self._view(train, which), f"view {which + 1} of 2") for which in (0, 1)]
 
+    def cells_not_found(self) -> list[str]:
+        """A sentence about each split and new laboratory that has images in which no cell was found."""
+        return [
+            f"{what}: no cell was found in {missed:,} of {read:,} images; {AS_THEY_ARE}"
+            for what, (missed, read) in self.no_cell.items()
+            if missed
+        ]
+
     def pixels_of(self, images: ImageSet) -> Callable[[int], Image]:
         """Row i's image of a split as it was read, (H, W, C) uint8."""
         index = spread(len(images), self._run.evaluate.max_images)
@@ -211,10 +222,17 @@ class Encoded:
 
     def _split_features(self, images: ImageSet, split: str) -> SplitFeatures:
         index, evaluate = spread(len(images), self._run.evaluate.max_images), self._run.evaluate
+        failed = list[Tensor]()  # of each batch of this rank
+
+        def prepare(pixels: Tensor, image: Tensor) -> Tensor:
+            x, no_cell = self.augment.plain_found(pixels, images.labs_of(image))
+            failed.append(no_cell.sum().cpu())
+            return x
+
         found = encode(
             images,
             self._encoder,
-            self._plain(images),
+            prepare,
             self._device,
             evaluate.batch,
             self._run.train.workers,
@@ -223,6 +241,9 @@ class Encoded:
             what=f"images of {split}",
             progress=self._bar(f"images of {split}", len(index)),
         )
+        before, read = self.no_cell.get(split, (0, 0))
+        missed = sum(ranks.all_ranks(sum(int(of) for of in failed)))
+        self.no_cell[split] = before + missed, read + len(index)
         digest, histogram = found.of_pixels
         labs = None if images.labs is None else images.labs[index]
         return SplitFeatures(digest, histogram, found.z, found.labels, found.sources, found.names, labs)

@@ -12,6 +12,7 @@ from sslcells import models, ranks
 from sslcells.augment import Augment, Bank
 from sslcells.config import ConfigError, Run, Standardise
 from sslcells.data import ImageSet
+from sslcells.data._names import some
 from sslcells.data.sampler import permutation
 from sslcells.models import files
 from sslcells.models.frozen import FrozenEncoder
@@ -239,7 +240,10 @@ def summary(standard: Standard | None) -> str:
         *[f"nucleus of {spec['diameter']:g} of the image"] * (spec["scale"] == "nucleus"),
         *["nucleus in the middle"] * spec["centre"],
         *["blank around the cell"] * (spec["outside"] == "blank"),
-        *[f"by laboratory, of {len(spec.get('labs') or ())}"] * standard.by_lab,
+        *["by laboratory"] * standard.by_lab,
     ]
     what = "no nucleus found in" if standard.needs_cell else "nothing measured in"
-    return f"input: {', '.join(parts)}; {what} {spec['failed']} of {spec['measured']} images of train"
+    labs: Mapping[str, Any] = spec.get("labs") or {}
+    each = some([f"{name} {of['failed']} of {of['measured']}" for name, of in labs.items()], 12)
+    by_lab = f"; of each laboratory: {each}" if labs else ""
+    return f"input: {', '.join(parts)}; {what} {spec['failed']} of {spec['measured']} images of train{by_lab}"

@@ -1,6 +1,7 @@
 """`sslcells evaluate RUN --lab NAME=FOLDER`: what it prints and leaves, and what it refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from PIL import Image
 from trained import SMALL, make_run
 
+from sslcells import inputs
 from sslcells.cli import main
-from sslcells.data import folder, open_split, synthetic
+from sslcells.config import load
+from sslcells.data import folder, open_split, open_splits, synthetic
 from sslcells.data._smear import CLASSES, draw_smear
 from sslcells.evaluation.new_labs import opened
 
@@ -49,6 +52,28 @@ def test_a_laboratory_that_training_never_saw(run, tmp_path, capsys):
     card = (run / "export" / "README.md").read_text()
     assert "Across laboratories" in card
     assert "clinic" in card
+
+
+@pytest.mark.slow
+def test_a_new_laboratory_is_measured_and_images_without_a_cell_are_counted(tmp_path):
+    """Without labels, on its own images; every image of train and of the laboratory is looked at."""
+    own = clinic(tmp_path / "own" / "train" / "north", {"neutrophil": 0, "lymphocyte": 3}, each=10)
+    data = ["data.kind=folder", f"data.path={own.parent.parent}", "data.lab_folder=above"]
+    how = ["standardise.colour=two_point", "standardise.by=lab"]
+    run = make_run(tmp_path / "run", *data, *how)
+    config = load(str(run / "config.yaml"))
+    spec = json.loads((run / "encoder.json").read_text())
+    spec["standardise"] = inputs.measured(config, open_splits(config.data))
+    (run / "encoder.json").write_text(json.dumps(spec))
+    path = clinic(tmp_path / "clinic", {"neutrophil": 0, "lymphocyte": 3}, tint=0.5)
+    for i in range(3):
+        Image.new("RGB", (40, 40), "white").save(path / "lymphocyte" / f"white_{i}.png")
+    assert main(None, ["evaluate", str(run), "--lab", f"clinic={path}", *QUICK]) == 0
+    notes = json.loads((run / "evaluation.json").read_text())["notes"]
+    missed = [re.match(r"clinic: no cell was found in (\d+) of 27 images; their size", note) for note in notes]
+    assert [int(found[1]) >= 3 for found in missed if found] == [True]
+    assert any(re.match(r"clinic: standardised by 27 of its own images, without labels, in \d+ of", n) for n in notes)
+    assert not any(note.startswith("north: standardised by") for note in notes)
 
 
 @pytest.mark.slow

@@ -123,7 +123,15 @@ class Augment:
 
         `lab` (B,) int64 on the CPU: laboratories; unknown where None or 0.
         """
-        return self._normalised(resized(self._standardised(pixels, lab), self.config.size, *self._whole))
+        return self.plain_found(pixels, lab)[0]
+
+    @torch.no_grad()
+    def plain_found(self, pixels: Tensor, lab: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `plain`, and (B,) bool, in which images the standardisation looked for a cell and found none."""
+        x, failed = pixels.float() / 255, torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
+        if self.standard is not None:
+            x, _, failed = self.standard.found(x, self.rows(lab, len(x)))
+        return self._normalised(resized(x, self.config.size, *self._whole)), failed
 
     def rows(self, lab: Tensor | None, count: int) -> Tensor | None:
         """(B, P) what stands for images of these laboratories (B,), NaN where nothing does; None if nothing ever."""

@@ -27,11 +27,11 @@ from sslcells.delivery.encoder import Encoder, find_run, finite, load_encoder
 from sslcells.delivery.labs import OfLabs, of_labs
 from sslcells.delivery.listed import Listed, listed
 from sslcells.delivery.shards import FORMATS, MANIFEST, NO_CELL, UNREADABLE, Embeddings, Shard, spelt
-from sslcells.delivery.vectors import AS_THEY_ARE
 from sslcells.evaluation.encode import encode_batches
 from sslcells.run.interrupt import Awaited, Interrupt, Stopped
 from sslcells.run.lock import Lock
 from sslcells.run.progress import columns_on
+from sslcells.standardise import AS_THEY_ARE
 from sslcells.storage import is_file
 from sslcells.values import place
 

@@ -15,12 +15,9 @@ from sslcells.data.folder import expanded, list_images
 from sslcells.data.loader import Readable
 from sslcells.delivery.encoder import Encoder, Lab, Pictures, finite, load_encoder
 from sslcells.evaluation.encode import encode_batches, eval_mode, spread
-from sslcells.standardise import SAMPLE_OF_LAB
+from sslcells.standardise import AS_THEY_ARE, SAMPLE_OF_LAB
 from sslcells.storage import is_file
 from sslcells.values import place
-
-AS_THEY_ARE = "their size, place and density were left as they are"
-"""What is done where no cell was found."""
 
 
 def embed(

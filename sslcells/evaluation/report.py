@@ -157,8 +157,7 @@ def page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     about = f"sslcells {result['sslcells']}, {encoder['model']}, weights sha256 {encoder['sha256'][:16]}…"
     body = ["<h2>Leaks</h2>", *_list(result["leaks"]["findings"]), *section_of("Figures", tables(result), ())]
     if result.get("labs"):
-        body += section_of("Across laboratories", lab_tables(result["labs"]), ())
-        body += _list(result["labs"]["findings"])
+        body += section_of("Across laboratories", lab_tables(result["labs"]), (), result["labs"]["findings"])
     if result.get("against"):
         findings = [one["finding"] for one in result["against"]]
         body += section_of("Against frozen encoders", against_tables(result), (), findings)

@@ -16,6 +16,10 @@ SAMPLE, SAMPLE_OF_LAB = 512, 128
 """images that the reference is measured on, and what stands for a laboratory"""
 
 
+AS_THEY_ARE = "their size, place and density were left as they are"
+"""What is done with images in which no cell was found."""
+
+
 def standard_of(spec: Mapping[str, Any] | None) -> Standard | None:
     """The Standard that an encoder.json describes; None if it describes none."""
     return None if spec is None else Standard(spec)

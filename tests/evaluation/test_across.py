@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslcells.config import Evaluate
+from sslcells.config import Evaluate, Standardise
 from sslcells.data._smear import draw_smear
 from sslcells.evaluation.across import UNNAMED, Across, predicted_from
 from sslcells.evaluation.lab_pictures import draw
@@ -15,6 +15,7 @@ from sslcells.evaluation.lab_tables import lab_tables
 from sslcells.evaluation.labs import drawn
 from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.robustness import Rows
+from sslcells.standardise import Standard, fit
 
 CLASSES = ("eosinophil", "lymphocyte")
 QUICK = Evaluate(bootstrap=100, k=5)
@@ -54,18 +55,17 @@ def density(pixels: Tensor) -> Tensor:
     return z - z.mean(0)
 
 
-def without_tint(pixels: Tensor) -> Tensor:
-    """Each image's background brought to one grey."""
-    background = torch.quantile(pixels.flatten(2), 0.9, dim=2)
-    return (pixels * (240 / background)[:, :, None, None]).clamp(0, 255)
-
-
-def test_drawn_cells_that_differ_in_tint_alone():
+@pytest.mark.parametrize("by", ["image", "lab"])
+def test_drawn_cells_that_differ_in_tint_alone(by):
     pixels, labels, labs = cells(40, (1.0, 0.6, 0.8))
     before = across({"train": split_of(density(pixels), labels, labs)}).result["pairs"][0]
     assert before["robustness index"]["value"] < 0.5
     assert before["lab predictability"]["value"] > 0.95
-    after = across({"train": split_of(density(without_tint(pixels)), labels, labs)}).result["pairs"][0]
+    x = pixels / 255
+    parts = {name: [x[torch.tensor(labs) == number]] for number, name in enumerate(("here", "there"), 1)}
+    standard = Standard(fit(Standardise(colour="background", by=by), x, parts))
+    rows = torch.stack([standard.row(("here", "there")[lab - 1]) for lab in labs]) if by == "lab" else None
+    after = across({"train": split_of(density(standard(x, rows) * 255), labels, labs)}).result["pairs"][0]
     assert after["robustness index"]["value"] > 0.9
     told = after["lab predictability"]
     assert told["null low"] <= told["value"] <= told["null high"]

@@ -116,6 +116,8 @@ def test_laboratories_are_measured_in_train_and_val_and_test_ones_when_they_are_
     assert list(spec["labs"]) == ["north", "south"]
     assert {lab["measured"] for lab in spec["labs"].values()} == {12, 6}
     standard = Standard(json.loads(json.dumps(spec)))
+    said = "by laboratory; no nucleus found in 0 of 6 images of train; of each laboratory: north 0 of 12, south 0 of 6"
+    assert said in inputs.summary(standard)
     in_training = inputs.lab_rows(standard, inputs.in_training(splits), {})
     assert in_training.said == []
     assert in_training.rows.isnan().all(1).tolist() == [True, False, False, True]
