@@ -29,7 +29,7 @@ from sslcells.losses import engine
 from sslcells.losses._rows import codes
 from sslcells.methods import Outputs, byol, dino, simsiam
 from sslcells.methods.margin import distance_weighted
-from sslcells.models.heads import projection
+from sslcells.models.heads import Prototypes, projection
 
 NOT_APPLICABLE = "not applicable: "
 _PLANTED = os.environ.get("PEER_TESTS_PLANTED") == "1"
@@ -253,7 +253,7 @@ def lightly_dino_head(theirs: Callable[..., nn.Module]) -> Callable[..., nn.Modu
         if rest:
             return theirs(input_dim, hidden_dim, bottleneck_dim, output_dim, batch_norm, **rest)
         rows = use(projection, input_dim, hidden_dim, bottleneck_dim, 3, "batch" if batch_norm else "none")
-        return nn.Sequential(rows, dino.Prototypes(bottleneck_dim, output_dim))
+        return nn.Sequential(rows, Prototypes(bottleneck_dim, output_dim))
 
     return build
 

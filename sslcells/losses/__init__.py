@@ -4,6 +4,7 @@ from sslcells.losses._rows import row_std, sound, unit
 from sslcells.losses.contrastive import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
 from sslcells.losses.distillation import FeatureDistillationLoss, SimilarityDistillationLoss
 from sslcells.losses.gather import gather_ids, gather_with_grad
+from sslcells.losses.koleo import KoLeoLoss
 from sslcells.losses.lejepa import LeJEPALoss
 from sslcells.losses.moco import MoCoLoss
 from sslcells.losses.pairs import BatchAllTripletLoss, PairLoss
@@ -18,6 +19,7 @@ __all__ = [
     "DCLLoss",
     "FeatureDistillationLoss",
     "HardNegativeLoss",
+    "KoLeoLoss",
     "LeJEPALoss",
     "MoCoLoss",
     "NTXentLoss",

@@ -26,8 +26,23 @@ IMAGES, SIZE = 8, 32
 VARIANTS = {
     "distill": [{}, {"views": 2, "loss": "mse", "layers": 2}, {"loss": "similarity"}],
     "dino": [
-        {"prototypes": 32, "local_size": SIZE // 2, "freeze": 0.0},
-        {"prototypes": 32, "local_views": 0, "freeze": 1.0, "norm": "none"},
+        {"prototypes": 32, "local_views": 4, "local_size": SIZE // 2, "freeze": 0.0},
+        {"prototypes": 32, "freeze": 1.0, "norm": "none"},
+        {"prototypes": 32, "freeze": 0.0, "centring": "sinkhorn", "koleo": 0.1},
+    ],
+    "ibot": [
+        {"prototypes": 32, "freeze": 0.0},
+        {
+            "prototypes": 32,
+            "freeze": 0.0,
+            "centring": "sinkhorn",
+            "koleo": 0.1,
+            "patch_head": "own",
+            "masking": "random",
+            "mask_probability": 1.0,
+            "local_views": 2,
+            "local_size": SIZE // 2,
+        },
     ],
     "mae": [{"decoder_width": 16, "decoder_depth": 1}, {"decoder_width": 16, "views": 2, "normalise": "channel"}],
     "moco": [{}, {"queue": 24}],
@@ -180,6 +195,33 @@ def test_two_ranks_equal_one(name, options):
         torch.testing.assert_close(buffers, dict(one.named_buffers()))  # queue and centre
 
 
+IN_FLOAT64 = [
+    (name, options | ({"local_size": SIZE} if "local_size" in options else {}))  # timm resizes positions in float32
+    for name, options in CASES
+    if name in ("dino", "ibot")
+]
+
+
+def in_float64(name, options):
+    """Loss and gradients of the global batch, as every rank has them after DDP's mean."""
+    network = learner(name, options).double()
+    part = IMAGES // ranks.world()
+    start = ranks.rank() * part
+    wrapped = DistributedDataParallel(network) if ranks.world() > 1 else network
+    loss, _ = backward(wrapped, network.method, slice(start, start + part), torch.float64)
+    return ranks.gather(loss[None]).mean().item(), gradients(network)
+
+
+@pytest.mark.parametrize(("name", "options"), IN_FLOAT64)
+def test_ranks_equal_one_in_float64(name, options):
+    """To 1e-10, where float32's rounding hides nothing."""
+    value, expected = in_float64(name, options)
+    for world in (2, 4):
+        for loss, grads in on_ranks(world, in_float64, name, options):
+            assert loss == pytest.approx(value, rel=1e-10, abs=1e-12)
+            torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-12)
+
+
 def pieces_of(network, precision):
     """This rank's network and batch, the batch in micro-batches of one image, and the Accelerator of the run."""
     accelerator = launcher.start(True, 1.0, precision, threads=1)
@@ -258,7 +300,7 @@ IN_MICRO_BATCHES = [
     ("lejepa", {"slices": 16}),
     ("swav", {"prototypes": 16, "freeze": 0.0, "queue": 24, "queue_from": 0.0}),
     ("mae", {"decoder_width": 16, "decoder_depth": 1, "views": 2}),
-    ("dino", {"prototypes": 32, "local_size": SIZE // 2, "freeze": 0.0}),
+    *((name, options) for name, options in CASES if name in ("dino", "ibot")),
 ]
 
 
@@ -341,7 +383,8 @@ def test_training_lowers_the_loss_and_resumes_exactly(name, options, tmp_path):
     checkpoint.write(tmp_path, 4, checkpoint.files(4, network, {"optimizer": optimizer.state_dict()}), keep=1)
     saved = copy.deepcopy(network.state_dict())
     rest = two_steps(network, optimizer, 8)
-    late = rest[:2] if name == "dino" else rest[-3:]  # DINO's teacher and centre move on, and its loss rises with them
+    # The teacher and the centre of dino and ibot move on, and the loss rises with them.
+    late = rest[:2] if name in ("dino", "ibot") else rest[-3:]
     if (name, "queue" in options) != ("swav", True):  # its queue has the same 8 images where they were some steps ago
         assert max(late) < min(start[:2])
 
