@@ -72,9 +72,10 @@ def test_a_teacher_has_no_dropout(backbone):
 
 def test_rows_of_the_student_for_all_views_and_of_the_teacher_for_full_size_ones():
     network = learner(*DINO)
-    rows, teacher = network(torch.randn(8, 3, 32, 32), torch.randn(8, 3, 16, 16), progress=0.0)
+    rows, teacher, features, _ = network(torch.randn(8, 3, 32, 32), torch.randn(8, 3, 16, 16), progress=0.0)
     assert rows.shape == (16, 32)
     assert teacher.shape == (8, 32)
+    assert len(features) == 8
     assert teacher.any(1).all()
     assert not teacher.requires_grad
 
