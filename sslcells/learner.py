@@ -1,7 +1,7 @@
 """The network that a run trains: backbone, head and teacher as the configuration says, and the sizes they take."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
@@ -30,16 +30,18 @@ def build(
     torch.manual_seed(run.seed)
     encoder = models.build(run.model, images.channels)
     features = models.width(encoder, images.channels, run.augment.size, config=run.model)
-    if not resumes:
-        for line in ranks.together(lambda: _start(encoder, run.model, images.channels)):
-            say(line)
+    account = [] if resumes else ranks.together(lambda: _start(encoder, run.model, images.channels))
+    for line in account:
+        say(line)
     if run.model.freeze is True and not methods.classifies(run.method):
         raise ConfigError(
             f"model.freeze=true: nothing would be left of the training, as method.name={_name(run)} hands out the "
             f"encoder without its head. A number freezes the first layers, model.lora_rank trains adapters, and "
             f"method.name=supervised a classifier on the frozen encoder"
         )
+    names = {name for name, _ in encoder.named_parameters()}
     fixed, lines = adapt.adapt(encoder, run.model)
+    _check_new(encoder, names, account)
     for line in [*lines, *adapt.rates(encoder, run.optim)]:
         say(line)
     layout = _layout(encoder, run)
@@ -60,6 +62,19 @@ def build(
             for part in tokens.blocks(backbone) if isinstance(method, methods.Masked) else [backbone]:
                 part.compile()
     return learner
+
+
+def _check_new(encoder: nn.Module, names: Collection[str], account: Sequence[str]) -> None:
+    """Raise a ConfigError where a parameter that the weights lack would keep its random first values to the end."""
+    new = [line.split()[1].rstrip(":") for line in account if line.startswith("  new ")]
+    learning = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    if stuck := [name for name in new if name in names and name not in learning]:
+        raise ConfigError(
+            f"model.allow_missing: the weights lack {stuck[0]}"
+            + (f" and {len(stuck) - 1} more" if len(stuck) > 1 else "")
+            + ", and model.freeze or model.lora_rank would keep the random first values: let it learn, or take weights "
+            "that have it"
+        )
 
 
 def _name(run: Run) -> str:

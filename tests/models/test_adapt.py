@@ -255,6 +255,17 @@ def test_mistakes_are_named(tmp_path, changes, message):
         consequences(configured(tmp_path, *changes), 1)
 
 
+@pytest.mark.parametrize("fixed", ["model.lora_rank=2", "model.freeze=3"])
+def test_what_the_weights_lack_must_learn(tmp_path, fixed):
+    run = configured(tmp_path, fixed, "model.allow_missing=[blocks.1.norm1.*]")
+    start = torch.load(tmp_path / "start.pt")
+    torch.save({key: x for key, x in start.items() if "blocks.1.norm1." not in key}, tmp_path / "start.pt")
+    with pytest.raises(ConfigError, match=r"the weights lack blocks\.1\.norm1\.weight and 1 more, and model\.freeze"):
+        consequences(run, 1)
+    whole = run.model.model_copy(update={"lora_rank": None, "freeze": 2})
+    assert "2 new" in consequences(run.model_copy(update={"model": whole}), 1)
+
+
 def test_a_backbone_without_linear_layers_takes_no_adapters():
     with pytest.raises(ConfigError, match="ResNet has no linear layer that may learn; LoRA is for vision transformers"):
         adapted("test_resnet", **LORA)
