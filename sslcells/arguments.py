@@ -69,6 +69,7 @@ _CELLS = """\
 Cut the cells out of fields of a microscope, by masks of segmented cells (cellpose, StarDist, …): TIFF or PNG images
 that number the cells, or labels of OME-Zarr. Each cell becomes an image with the numbers of its field, and a row of
 OUT/cells.parquet with its id, field, centroid, area, box and µm per pixel, and what a table of the fields says of it.
+After a kill the same command goes on with the fields that are left.
 
   sslcells cells path/to/fields --masks path/to/masks --fov 20 --out cells
   sslcells cells fields.csv --masks masks --size 64 --background 0 --out cells

@@ -3,14 +3,13 @@
 import argparse
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from sslcells import __version__, commandline, inputs, launcher, methods, ranks
@@ -22,12 +21,13 @@ from sslcells.evaluation.across import Across
 from sslcells.evaluation.classifier import Predictions, predict
 from sslcells.evaluation.during_training import VIEWED
 from sslcells.evaluation.encode import Prepare, drawn, encode, spread
-from sslcells.evaluation.figures import Figures
+from sslcells.evaluation.figures import Figures, nearest
 from sslcells.evaluation.gallery import Picture, draw
 from sslcells.evaluation.health import alignment
 from sslcells.evaluation.leaks import COPIES, SplitFeatures, copies, digests, histograms, leaks
 from sslcells.evaluation.report import page, say_figures, say_leaks, write
 from sslcells.evaluation.scores import Units, of_classes, rounded
+from sslcells.evaluation.search import one_thread, searching
 from sslcells.evaluation.sheets import Image
 from sslcells.models import files
 from sslcells.plan import leave_out
@@ -53,8 +53,9 @@ def evaluate(
     `also` holds rows for the table of classifiers that were measured before, by fine-tuning; `labs` are laboratories
     that training never saw, NAME=FOLDER each; `frozen` names encoders to measure beside the run's.
 
-    Every rank encodes its part of each split once; rank 0 does the rest. The figures are the same to the last digit on
-    any number of ranks.
+    Every rank encodes its part of each split once, and searches neighbours in its part of the rows, on its device; rank
+    0 does the rest, and has the features of all images in memory. The figures are the same to the last digit on any
+    number of ranks.
 
     Raises:
         ConfigError: if the folder is not a finished run's, the data does not fit the encoder, or another encoder cannot
@@ -100,28 +101,31 @@ def measured(
         encoding = against.Encoding(run, device, bar)
         beside = [encoding.of(one, splits, encoded.by_split, outside, new) for one in others]
         predictions, why_not = _predictions(run, folder, splits, encoded.augment, device, bar)
-    if ranks.rank() > 0:
-        return {}, []
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
     classes, query_split = splits["train"].classes, _query_split(run, encoded.by_split)
     shown, most = query_split or "train", run.evaluate.queries
     chosen = drawn(encoded.by_split[shown].labels, most)
-    asked = encoded.by_split[shown].at(chosen)
+    with searching(device) as search:
+        if search is None:
+            return {}, []
+        asked = encoded.by_split[shown].at(chosen)
+        found = leaks(encoded.by_split, shown, classes, encoded.near, run.seed, most, search)
+        every = [encoded.by_split, *(one.by_split for one in beside)] if query_split is not None else []
+        near, *theirs = [nearest(of, of[shown].at(chosen), search) for of in every] or [None]
+    say_leaks(console, found)
     with one_thread():
-        found = leaks(encoded.by_split, shown, classes, encoded.near, run.seed, most)
-        say_leaks(console, found)
-        figures = Figures(run, encoded.by_split, query_split, classes, asked)
+        figures = Figures(run, encoded.by_split, query_split, classes, asked, near=near)
         lab_names = splits["train"].lab_names
         across = Across(encoded.by_split, query_split, lab_names, new, classes, run.evaluate, run.seed)
         rivals = [
             against.compared(
                 one,
                 figures,
-                Figures(run, one.by_split, query_split, classes, one.by_split[shown].at(chosen), brief=True),
+                Figures(run, one.by_split, query_split, classes, one.by_split[shown].at(chosen), True, its),
                 Across(one.by_split, query_split, lab_names, one.labs, classes, run.evaluate, run.seed),
             )
-            for one in beside
+            for one, its in zip_longest(beside, theirs)
         ]
     figures.health["train"]["alignment"] = alignment(*encoded.views)
     left_out = _left_out(splits, encoded.by_split, shown, len(chosen))
@@ -172,7 +176,7 @@ def measured(
 
 
 class Encoded:
-    """Everything that needs the images and the encoder; every rank computes it together and gets all of it."""
+    """Everything that needs the images and the encoder; every rank computes it together, and rank 0 gets all of it."""
 
     def __init__(
         self,
@@ -240,6 +244,7 @@ class Encoded:
             of_pixels=lambda pixels: (digests(pixels), histograms(pixels)),
             what=f"images of {split}",
             progress=self._bar(f"images of {split}", len(index)),
+            everywhere=False,
         )
         before, read = self.no_cell.get(split, (0, 0))
         missed = sum(ranks.all_ranks(sum(int(of) for of in failed)))
@@ -250,7 +255,9 @@ class Encoded:
 
     def _z(self, images: ImageSet, index: Sequence[int], prepare: Prepare, what: str) -> Tensor:
         batch, workers, progress = self._run.evaluate.batch, self._run.train.workers, self._bar(what, len(index))
-        return encode(images, self._encoder, prepare, self._device, batch, workers, index, progress=progress).z
+        return encode(
+            images, self._encoder, prepare, self._device, batch, workers, index, progress=progress, everywhere=False
+        ).z
 
     def _plain(self, images: ImageSet) -> Prepare:
         return lambda pixels, image: self.augment.plain(pixels, images.labs_of(image))
@@ -419,18 +426,6 @@ def _colour_is_better(colour: Mapping[str, float] | None, rows: Sequence[Mapping
         return []
     best = f"{max(knn):.1%}"
     return [f"colour histograms alone reach {colour['top1']:.1%}, this encoder's kNN at most {best}: see the leaks"]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread inside the block, as rounding depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _sha256(file: Path) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -111,6 +111,16 @@ def from_main(make: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return value  # type: ignore[return-value]
+
+
+def dealt(parts: Sequence[Tensor] | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """One tensor for each rank, of those that rank 0 has; all are of this shape and type, and on the CPU."""
+    if world() == 1:
+        assert parts is not None
+        return parts[0]
+    out = torch.empty(*shape, dtype=dtype)
+    dist.scatter(out, None if parts is None else [part.contiguous() for part in parts], src=0, group=_cpu_group())
+    return out
 
 
 def together(make: Callable[[], T]) -> T:

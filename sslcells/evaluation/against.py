@@ -57,7 +57,7 @@ class Beside(NamedTuple):
 
 
 class Encoding:
-    """Encodes the images that a run's figures are of by other encoders; every rank calls it, and gets all rows."""
+    """Encodes the images that a run's figures are of by other encoders; every rank calls it."""
 
     def __init__(self, run: Run, device: torch.device, bar: Bars) -> None:
         self._run, self._device, self._bar = run, device, bar
@@ -70,12 +70,12 @@ class Encoding:
         labs: Sequence[NewLab],
         read_labs: Mapping[str, SplitFeatures],
     ) -> "Beside":
-        """What was read of the splits and of new laboratories, with features of this encoder."""
+        """What was read of the splits and of new laboratories, with features of this encoder; on rank 0 alone."""
         most = self._run.evaluate.max_images
         rows = lab_rows(standard_of(encoder.standardise), splits, {lab.name: lab.parts for lab in labs}).rows
 
         def z(images: ImageSet, what: str) -> Tensor:
-            return self.z(encoder, images, spread(len(images), most), what, rows)
+            return self.z(encoder, images, spread(len(images), most), what, rows, everywhere=False)
 
         of_splits = {split: read[split]._replace(z=z(images, split)) for split, images in splits.items()}
         of_labs = {
@@ -85,9 +85,18 @@ class Encoding:
         return Beside(encoder, of_splits, of_labs)
 
     def z(
-        self, encoder: FrozenEncoder, images: ImageSet, index: Sequence[int], what: str, rows: Tensor | None
+        self,
+        encoder: FrozenEncoder,
+        images: ImageSet,
+        index: Sequence[int],
+        what: str,
+        rows: Tensor | None,
+        everywhere: bool = True,
     ) -> Tensor:
-        """(N, F) features of the images with these indices; `rows` are those of `lab_rows` for the encoder."""
+        """(N, F) features of the images with these indices, on every rank, or else on rank 0 alone.
+
+        `rows` are those of `lab_rows` for the encoder.
+        """
         size, mean, std, interpolation, crop = encoder.prepared
         recipe, standard = none.Config(size=size), standard_of(encoder.standardise)
         augment = Augment(recipe, mean, std, interpolation, crop, standard, lab_rows=rows)
@@ -103,6 +112,7 @@ class Encoding:
             index,
             what=f"images of {what}",
             progress=bar,
+            everywhere=everywhere,
         ).z
 
 

@@ -4,6 +4,7 @@
 over the ranks, and gathers the rows on every rank.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, overload
 
@@ -102,8 +103,12 @@ def encode(
     of_pixels: Callable[[Tensor], tuple[Tensor, ...]] = lambda pixels: (),
     what: str = "images",
     progress: Callable[[int], None] = lambda images: None,
+    everywhere: bool = True,
 ) -> Features:
     """Features of the images with these indices, of all where None; every rank calls this and gets all rows.
+
+    With `everywhere` False only rank 0 gets them, and the others no rows of `z` and `of_pixels`: then a rank holds no
+    more than those that it encoded.
 
     The encoder is in eval mode. Each image is read once, by one rank. `of_pixels` computes more from the pixels
     (B, C, H, W) uint8 of each batch: (B, ...) each. `what` names the images in the error. `progress` is called on each
@@ -124,15 +129,15 @@ def encode(
         ahead = read_readable(images, InOrder(mine, batch), workers, pin_memory=device.type == "cuda")
         with with_workers(ahead) as batches:
             return [
-                (z, *of_pixels(_of_one_size(read)))
+                (z.cpu(), *of_pixels(_of_one_size(read)))
                 for read, z in encode_batches(_all_readable(batches), network, progress)
                 if z is not None
             ]
 
     with eval_mode(encoder):
-        columns = sharded(index, local, batch, device)
+        columns = sharded(index, local, batch, device, everywhere)
     z, *more = columns or [torch.zeros(0, 0)]
-    check_finite(z, what)
+    ranks.from_main(lambda: check_finite(z, what))
     return Features(z, images.labels[index], images.sources[index], Names(images, index), tuple(more))
 
 
@@ -173,27 +178,50 @@ def _all_readable(batches: Iterable[Readable]) -> Iterator[Readable]:
 
 
 def sharded(
-    index: Sequence[int], local: Callable[[Sequence[int]], list[tuple[Tensor, ...]]], batch: int, device: torch.device
+    index: Sequence[int],
+    local: Callable[[Sequence[int]], list[tuple[Tensor, ...]]],
+    batch: int,
+    device: torch.device,
+    everywhere: bool = True,
 ) -> list[Tensor]:
     """What `local` makes of images, or of other rows, (N, ...) each, in their order, on the CPU of every rank.
 
     `local` gets this rank's indices and returns a tuple of columns for each block of `batch` of them. The ranks take
     the blocks in turn, and the blocks are the same on any number of ranks: how a convolution or a product rounds may
-    depend on the batch, and figures must not.
+    depend on the batch, and figures must not. With `everywhere` False all ranks but 0 get no rows.
     """
     world, blocks = ranks.world(), -(-len(index) // batch)
     mine = [i for b in range(ranks.rank(), blocks, world) for i in index[b * batch : (b + 1) * batch]]
-    columns = ranks.together(lambda: [torch.cat(column).to(device) for column in zip(*local(mine), strict=True)])
-    if not blocks:
-        return []
+    columns = ranks.together(lambda: [torch.cat(column).cpu() for column in zip(*local(mine), strict=True)])
+    if not blocks or world == 1:
+        return columns
     # A rank without a block learns the shapes from rank 0, which always has one.
     kinds = ranks.from_main(lambda: [(c.shape[1:], c.dtype) for c in columns])
-    rows, out = -(-blocks // world) * batch, []
-    for place, (shape, dtype) in enumerate(kinds):
-        padded = torch.zeros(rows, *shape, dtype=dtype, device=device)
-        if mine:
-            padded[: len(mine)] = columns[place]
-        gathered = ranks.gather(padded).view(world, rows // batch, batch, *shape)
-        # rank r's i-th block is block i·world + r
-        out.append(gathered.transpose(0, 1).flatten(0, 2)[: len(index)].cpu())
+    own = columns or [torch.zeros(0, *shape, dtype=dtype) for shape, dtype in kinds]
+    keep = everywhere or ranks.rank() == 0
+    return [_joined(column, batch, len(index), device, keep) for column in own]
+
+
+_PIECE = 2**26
+"""bytes of a rank that are gathered at a time"""
+
+
+def _joined(own: Tensor, batch: int, count: int, device: torch.device, keep: bool) -> Tensor:
+    """The rows of all ranks, of which each has every world-th block of `batch`, in order: (count, ...) on the CPU.
+
+    Gathered in pieces on the device; no rows where `keep` is False.
+    """
+    world, blocks = ranks.world(), -(-count // batch)
+    turns, of_block = -(-blocks // world), batch * own.element_size() * math.prod(own.shape[1:])
+    at_once = max(1, _PIECE // max(1, of_block))
+    out = own.new_empty(count if keep else 0, *own.shape[1:])
+    for first in range(0, turns, at_once):
+        some = min(at_once, turns - first)
+        part = own[first * batch : (first + some) * batch]
+        padded = torch.zeros(some * batch, *own.shape[1:], dtype=own.dtype, device=device)
+        padded[: len(part)] = part
+        gathered = ranks.gather(padded).view(world, some, batch, *own.shape[1:])
+        if keep:  # rank r's i-th block is block i·world + r
+            rows = gathered.transpose(0, 1).flatten(0, 2)[: count - first * world * batch]
+            out[first * world * batch :][: len(rows)] = rows.cpu()
     return out

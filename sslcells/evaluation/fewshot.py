@@ -38,14 +38,14 @@ def few_shot(
         raise ValueError(f"shots={shots}: a prototype is the mean of one image at least")
     if not bool((bank_labels >= 0).any()):
         raise ValueError(f"none of the {len(bank)} images of the bank has a label to make a prototype of")
-    query, bank = unit_rows(query), unit_rows(bank)
+    query = unit_rows(query)
     generator = np.random.default_rng([seed, shots])
     present = sorted(set(bank_labels[bank_labels >= 0].tolist()))
     members = {c: (bank_labels == c).nonzero()[:, 0].numpy() for c in present}
     hits, counted, accuracies = torch.zeros(len(query)), torch.zeros(len(query)), []
     for _ in range(DRAWS):
         chosen = [_apart(generator.permutation(m), bank_sources.numpy(), shots) for m in members.values()]
-        prototypes = unit_rows(torch.stack([bank[torch.from_numpy(c)].mean(0) for c in chosen]))
+        prototypes = unit_rows(torch.stack([unit_rows(bank[torch.from_numpy(c)]).mean(0) for c in chosen]))
         nearest, place = (query @ prototypes.T).nan_to_num_(nan=-math.inf).max(1)
         guess = torch.tensor(present)[place]
         drawn = bank_sources[torch.from_numpy(np.concatenate(chosen))]

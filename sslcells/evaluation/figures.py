@@ -12,7 +12,7 @@ from sslcells.evaluation.clustering import clustering, clusters
 from sslcells.evaluation.encode import drawn
 from sslcells.evaluation.fewshot import DRAWS, SHOTS, few_shot
 from sslcells.evaluation.health import effective_rank, row_std, uniformity
-from sslcells.evaluation.knn import knn_predictions, neighbours, votes
+from sslcells.evaluation.knn import Neighbours, knn_predictions, neighbours, votes
 from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.probe import Labelled, linear_probe
 from sslcells.evaluation.retrieval import retrieval
@@ -35,6 +35,20 @@ class ClassScores(NamedTuple):
     """(M,) int64; -1 if it has no answer"""
 
 
+Near = tuple[Tensor, Tensor]
+"""Cosines and indices of the nearest labelled images of train, (M, k) each, of the M labelled queries."""
+
+
+def nearest(by_split: Mapping[str, SplitFeatures], asked: SplitFeatures, search: Neighbours) -> Near | None:
+    """The neighbours of the queries of Figures; None if train has no labels."""
+    query, bank = _labelled(asked), _labelled(by_split["train"])
+    return _nearest(query, bank, search) if len(bank.labels) else None
+
+
+def _nearest(query: Labelled, bank: Labelled, search: Neighbours) -> Near:
+    return search(query.z, bank.z, max(KS), query.sources, bank.sources)
+
+
 class Figures:
     """Figures of the query split as rows, one for each method and way to count (by image or by source)."""
 
@@ -46,10 +60,12 @@ class Figures:
         classes: Sequence[str],
         asked: SplitFeatures | None = None,
         brief: bool = False,
+        near: Near | None = None,
     ) -> None:
         """`asked` are those images of the query split that are measured; all of them where None.
 
-        With `brief` kNN and the linear probe alone are computed.
+        With `brief` kNN and the linear probe alone are computed. `near` are the neighbours of the queries, if `nearest`
+        has found them.
         """
         self.rows: list[dict[str, Any]] = []
         self.by_class: list[dict[str, Any]] = []
@@ -57,7 +73,7 @@ class Figures:
         self.predictions: list[ClassScores] = []
         self.cluster: Tensor | None = None
         """(M,) int64 of the query images with known labels"""
-        self._run, self._classes = run, classes
+        self._run, self._classes, self._near = run, classes, near
         chooses = run.evaluate.split == "val"  # then no figure may use test
         self.health = {
             split: _health(features)
@@ -134,7 +150,7 @@ class Figures:
 
     def _knn(self) -> None:
         query, bank = self._query, self._bank
-        cosine, index = neighbours(query.z, bank.z, max(KS), query.sources, bank.sources)
+        cosine, index = self._near or _nearest(query, bank, neighbours)
         label, temperature = bank.labels[index], self._run.evaluate.temperature
         alone = int((~cosine.isfinite()).all(1).sum())
         if alone:
@@ -207,6 +223,8 @@ class Figures:
 
 def _labelled(features: SplitFeatures) -> Labelled:
     known = features.labels >= 0
+    if known.all():  # otherwise they would be copied
+        return Labelled(features.z, features.labels, features.sources)
     return Labelled(features.z[known], features.labels[known], features.sources[known])
 
 

@@ -1,6 +1,7 @@
 """Weighted k-nearest-neighbour classification by cosine: the quality of features without training on them."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from sslcells import launcher
 from sslcells.evaluation.screen import GROUP, PAIRS, UnitRows, may_exceed, one_by_one
 from sslcells.losses import unit
 
-QUERIES, _BANK = 1024, 16384
+QUERIES, TILE = 1024, 16384
 """Queries and rows of the bank compared at a time: 64 MiB of cosines, whatever the number of rows."""
 _SCREENED = 64
 """Of more neighbours than that each tile holds too many candidates for a screen."""
@@ -22,12 +23,13 @@ def neighbours(
     k: int,
     query_source: Tensor | None = None,
     bank_source: Tensor | None = None,
+    centre: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest bank rows of every query by cosine, nearest first.
 
-    query (M, F) and bank (N, F) may have any norm. With sources, (M,) and (N,) int64, bank rows of the query's own
-    source are left out: in leave-one-out the query itself, and all other images of the same cell, slide or
-    donor, which would be recognised rather than classified.
+    query (M, F) and bank (N, F) may have any norm; `centre` (F,) is subtracted from both first. With sources, (M,) and
+    (N,) int64, bank rows of the query's own source are left out: in leave-one-out the query itself, and all other
+    images of the same cell, slide or donor, which would be recognised rather than classified.
 
     The rows are compared in tiles and the bank is never copied whole: the memory is that of a tile and of what is
     returned. On a CPU with bfloat16 in hardware, once k neighbours of each query are known, a product in bfloat16 finds
@@ -53,25 +55,33 @@ def neighbours(
     index = torch.zeros(len(query), k, dtype=torch.int64, device=query.device)
     # Where no query has the source of any row, as between train and val, there is nothing to leave out.
     apart = query_source is None or bank_source is None or not torch.isin(bank_source, query_source).any()
-    screens = k <= _SCREENED and len(bank) > _BANK and _has_fast_bfloat16(query.device)
-    for first in range(0, len(query) if k else 0, _BANK):
-        rows = query[first : first + _BANK]
-        queries = [UnitRows(rows[i : i + QUERIES]) for i in range(0, len(rows), QUERIES)]
-        for start in range(0, len(bank), _BANK):
-            tile = UnitRows(bank[start : start + _BANK])
+    screens = k <= _SCREENED and len(bank) > TILE and _has_fast_bfloat16(query.device)
+    for first in range(0, len(query) if k else 0, TILE):
+        rows = query[first : first + TILE]
+        queries = [UnitRows(_centred(rows[i : i + QUERIES], centre)) for i in range(0, len(rows), QUERIES)]
+        for start in range(0, len(bank), TILE):
+            tile = UnitRows(_centred(bank[start : start + TILE], centre))
             for i, block in enumerate(queries):
                 part = slice(first + i * QUERIES, first + i * QUERIES + len(block.z))
                 own = None
                 if not apart and query_source is not None and bank_source is not None:
-                    own = query_source[part], bank_source[start : start + _BANK]
+                    own = query_source[part], bank_source[start : start + TILE]
                 if screens and _screen(best[part], index[part], block, tile, own, start):
                     continue
                 cosine = block.cosines(tile)  # (m, n)
                 _leave_out(cosine, own)
                 _merge(best[part], index[part], cosine, start)
                 if screens:
-                    _recompute(best[part], index[part], block, bank)
+                    _recompute(best[part], index[part], block, bank, centre)
     return best, index
+
+
+Neighbours = Callable[..., tuple[Tensor, Tensor]]
+"""A search with the arguments and the result of `neighbours`"""
+
+
+def _centred(rows: Tensor, centre: Tensor | None) -> Tensor:
+    return rows if centre is None else rows - centre
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:
@@ -116,14 +126,14 @@ def _screen(
     return True
 
 
-def _recompute(best: Tensor, index: Tensor, block: UnitRows, bank: Tensor) -> None:
+def _recompute(best: Tensor, index: Tensor, block: UnitRows, bank: Tensor, centre: Tensor | None) -> None:
     """Put the digits of `one_by_one` in place of a product's, so that equal rows of the bank stay equal."""
     index_by_number, order = index.sort(1)
     cosine = best.gather(1, order)
     row, place = cosine.isfinite().nonzero().unbind(1)
     for start in range(0, len(row), PAIRS):
         few = row[start : start + PAIRS], place[start : start + PAIRS]
-        near = unit(bank[index_by_number[few]]).float()
+        near = unit(_centred(bank[index_by_number[few]], centre)).float()
         cosine[few] = one_by_one(block.z, near, few[0], torch.arange(len(near), device=row.device))
     value, order = largest(cosine, best.shape[1])
     best.copy_(value)
@@ -189,6 +199,7 @@ def knn_scores(
     temperature: float | None,
     query_source: Tensor | None = None,
     bank_source: Tensor | None = None,
+    search: Neighbours = neighbours,
 ) -> Tensor:
     """Votes of the k nearest labelled bank rows for each class: (M, K) float32.
 
@@ -212,7 +223,7 @@ def knn_scores(
     if not known.all():  # otherwise the bank would be copied
         bank, bank_labels = bank[known], bank_labels[known]
         bank_source = None if bank_source is None else bank_source[known]
-    cosine, index = neighbours(query, bank, k, query_source, bank_source)
+    cosine, index = search(query, bank, k, query_source, bank_source)
     return votes(cosine, bank_labels[index], classes, temperature)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslcells.evaluation.encode import spread
-from sslcells.evaluation.knn import knn_accuracy, knn_scores, neighbours
+from sslcells.evaluation.knn import Neighbours, knn_accuracy, knn_scores, neighbours
 from sslcells.losses import unit
 
 BINS = 16
@@ -94,6 +94,7 @@ def leaks(
     near: tuple[Tensor, Tensor] | None,
     seed: int,
     most: int | None = None,
+    search: Neighbours = neighbours,
 ) -> dict[str, Any]:
     """Search for leaks; the result goes into evaluation.json.
 
@@ -108,8 +109,8 @@ def leaks(
         "images": _images(by_split, classes, known),
         "exact duplicates": _duplicates(by_split),
         "sources": _sources(by_split, known),
-        "near duplicates": _near(by_split, near, known, most),
-        "shortcut": _shortcut(by_split, query_split, len(classes), known, seed, most),
+        "near duplicates": _near(by_split, near, known, most, search),
+        "shortcut": _shortcut(by_split, query_split, len(classes), known, seed, most, search),
     }
     findings = [finding for part in parts.values() for finding in part.pop("findings")]
     return {"sources known": known, "findings": findings, **parts}
@@ -200,7 +201,11 @@ def _sources(by_split: Mapping[str, SplitFeatures], known: bool) -> dict[str, An
 
 
 def _near(
-    by_split: Mapping[str, SplitFeatures], pair: tuple[Tensor, Tensor] | None, known: bool, most: int | None
+    by_split: Mapping[str, SplitFeatures],
+    pair: tuple[Tensor, Tensor] | None,
+    known: bool,
+    most: int | None,
+    search: Neighbours,
 ) -> dict[str, Any]:
     """Find pairs that are as similar as copies, and more similar than strangers.
 
@@ -218,12 +223,11 @@ def _near(
             ]
         }
     mean = train.z.mean(0)
-    bank = train.z - mean
     original, copy = (unit(z - mean) for z in pair)
     copied = (original * copy).sum(1)
-    rows, ids = bank[usable], apart[usable]
+    rows, ids = (train.z, apart) if usable.all() else (train.z[usable], apart[usable])
     few = spread(len(rows), most)
-    strange = neighbours(rows[few], rows, 1, ids[few], ids)[0][:, 0]
+    strange = search(rows[few], rows, 1, ids[few], ids, mean)[0][:, 0]
     threshold = max(torch.quantile(copied, 1 - _RECALL).item(), _upper(strange, _STRANGERS))
     recall = (copied >= threshold).float().mean().item()
     out: dict[str, Any] = {"cosine": threshold, "copies found": recall, "findings": []}
@@ -231,7 +235,7 @@ def _near(
         if split == "train":
             continue
         whole, features = len(features.z), features.at(spread(len(features.z), most))
-        cosine, index = (x[:, 0] for x in neighbours(features.z - mean, bank, 1))
+        cosine, index = (x[:, 0] for x in search(features.z, train.z, 1, None, None, mean))
         found = cosine >= threshold
         images, sources = int(found.sum()), _distinct(features.sources[found])
         expected = max(_STRANGERS, 1 / len(strange)) * len(features.z)  # by chance alone
@@ -262,7 +266,13 @@ def _distinct(numbers: Tensor) -> int:
 
 
 def _shortcut(
-    by_split: Mapping[str, SplitFeatures], query_split: str, classes: int, known: bool, seed: int, most: int | None
+    by_split: Mapping[str, SplitFeatures],
+    query_split: str,
+    classes: int,
+    known: bool,
+    seed: int,
+    most: int | None,
+    search: Neighbours,
 ) -> dict[str, Any]:
     """Accuracy of nearest neighbours by colour histogram, without an encoder: on the query split and a random one."""
     train = by_split["train"]
@@ -276,9 +286,17 @@ def _shortcut(
     def accuracy(query: SplitFeatures, chosen: Tensor, bank: Tensor, apart: bool) -> dict[str, float]:
         chosen = chosen.nonzero()[:, 0]
         chosen = chosen[spread(len(chosen), most)]
-        sources = (query.sources[chosen], train.sources[bank]) if apart else (None, None)
+        own, theirs = (query.sources[chosen], train.sources[bank]) if apart else (None, None)
         scores = knn_scores(
-            query.histogram[chosen], train.histogram[bank], train.labels[bank], classes, SHORTCUT_K, None, *sources
+            query.histogram[chosen],
+            train.histogram[bank],
+            train.labels[bank],
+            classes,
+            SHORTCUT_K,
+            None,
+            own,
+            theirs,
+            search,
         )
         return knn_accuracy(scores, query.labels[chosen])
 

@@ -43,7 +43,9 @@ class Rows(NamedTuple):
     """(N,) int64 laboratory; 0 where unknown"""
 
     def at(self, index: Tensor) -> "Rows":
-        """The rows with these indices, or where this mask is True."""
+        """The rows with these indices, or where this mask is True; not a copy of them if it always is."""
+        if index.dtype == torch.bool and bool(index.all()):
+            return self
         return Rows(*(x[index] for x in self))
 
     @staticmethod

@@ -78,7 +78,7 @@ def test_tiles_and_groups_do_not_change_anything(monkeypatch, queries, bank, gro
     whole = whole.mul(2**20).round().div(2**20).nan_to_num(nan=-math.inf)  # products of thirds tie as numbers do
     whole[source[:, None] == source] = -math.inf
     expected = whole.sort(dim=1, descending=True, stable=True)
-    for name, size in (("QUERIES", queries), ("_BANK", bank), ("GROUP", group)):
+    for name, size in (("QUERIES", queries), ("TILE", bank), ("GROUP", group)):
         monkeypatch.setattr(knn, name, size)
     cosine, index = neighbours(z, z, k, source, source)
     torch.testing.assert_close(cosine.double(), expected.values[:, :k], rtol=0, atol=2e-6)
@@ -90,7 +90,7 @@ def test_tiles_and_groups_do_not_change_anything(monkeypatch, queries, bank, gro
 
 
 def test_equal_rows_come_in_their_order_across_tiles(monkeypatch):
-    for name, size in (("QUERIES", 2), ("_BANK", 32), ("GROUP", 2)):
+    for name, size in (("QUERIES", 2), ("TILE", 32), ("GROUP", 2)):
         monkeypatch.setattr(knn, name, size)
     bank = torch.eye(4).repeat(25, 1)  # row i is axis i % 4
     cosine, index = neighbours(torch.eye(4)[:3], bank, 5)
@@ -111,7 +111,7 @@ def screened(monkeypatch):
     kept = knn._screen
     monkeypatch.setattr(knn, "_screen", counted)
     monkeypatch.setattr(knn, "_has_fast_bfloat16", lambda device: True)
-    monkeypatch.setattr(knn, "_BANK", 1024)
+    monkeypatch.setattr(knn, "TILE", 1024)
     return tiles
 
 
@@ -168,7 +168,7 @@ def test_the_bank_is_not_copied(monkeypatch):
                 made.append(out.numel())
             return out
 
-    monkeypatch.setattr(knn, "_BANK", 2048)
+    monkeypatch.setattr(knn, "TILE", 2048)
     query, bank = rows(64), rows(40_000, seed=1)
     with Watched():
         neighbours(query, bank, 5, torch.arange(64), torch.arange(64, 40_064))
