@@ -169,7 +169,7 @@ class Evaluation:
         if ranks.rank() > 0 or not isinstance(method, Reconstructing):
             return {}
         batch = next(read(shown, InOrder(spread(len(shown), 8), 8), 0, pin_memory=False))
-        x = self._augment.plain(batch.pixels.to(self._device))
+        x = self._augment.plain(batch.pixels.to(self._device), batch.lab)
         training = learner.training
         learner.eval()
         seen, made = method.reconstruct(learner.backbone, x, Draws(self._run.seed, 0, batch.image, 1, MASKS))

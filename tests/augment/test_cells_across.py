@@ -3,8 +3,10 @@
 import pytest
 import torch
 from cells_drawn import stained
+from gloo import launched, on_ranks
+from PIL import Image
 from safetensors.torch import load_file
-from test_train import Killed, killed_after, tiny, untimed
+from test_train import NO_BATCHNORM, TINY, Killed, killed_after, tiny, untimed
 from torch import Tensor
 
 from sslcells import inputs
@@ -171,3 +173,41 @@ def test_the_recipe_is_read():
     run = load("cells_across_pbc96", ["data.path=x"])
     assert run.augment.of_others
     assert run.standardise.active
+
+
+def of_two_laboratories(root):
+    """Folders LAB/CLASS of cells of two laboratories that stain otherwise."""
+    for lab, look in (("north", {"density": 0.7}), ("south", {"density": 1.3, "lamp": (0.8, 0.9, 0.9)})):
+        for i, pixels in enumerate(cells(20, **look)):
+            below = root / "train" / lab / ("even", "odd")[i % 2]
+            below.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(below / f"{i}.png")
+    return root
+
+
+def trained_across(path, folder, *changes):
+    kept = [word for word in TINY if not word.startswith("data.")]
+    data = ["data.kind=folder", f"data.path={path}", "data.lab_folder=above", "evaluate.pictures=false"]
+    recipe = ["augment.recipe=cells_across", "augment.bank=8", "standardise.colour=two_point", "standardise.by=lab"]
+    few = ["optim.name=sgd", "train.total_steps=3", "train.device=cpu", "evaluate.every_epochs=100"]
+    done = train(load(None, [*kept, *data, *NO_BATCHNORM, *recipe, *few, f"out={folder}", *changes]))
+    return load_file(done / "encoder.safetensors")
+
+
+def trained_on_a_rank(path, folder):
+    with launched():
+        return trained_across(path, folder)
+
+
+@pytest.mark.slow
+def test_two_ranks_and_micro_batches_learn_what_one_process_learns(tmp_path):
+    """By laboratory, with partners of other laboratories: nothing of a view depends on the rank or the micro-batch."""
+    path = of_two_laboratories(tmp_path / "cells")
+    whole = trained_across(path, tmp_path / "one")
+    parts = trained_across(path, tmp_path / "micro", "train.micro_batch=4")
+    first, second = on_ranks(2, trained_on_a_rank, path, tmp_path / "two")
+    for key, weight in whole.items():
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+        torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(parts[key], weight, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(parts[key], whole[key]) for key in whole), "the two were not computed apart"
