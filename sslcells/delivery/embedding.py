@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -23,6 +21,7 @@ from sslcells.data._names import some
 from sslcells.data._patterns import Patterns, given
 from sslcells.data.loader import Readable, read_readable, with_workers
 from sslcells.delivery import DeliveryError
+from sslcells.delivery.embedding_meter import Meter
 from sslcells.delivery.encoder import Encoder, find_run, finite, load_encoder
 from sslcells.delivery.labs import OfLabs, of_labs
 from sslcells.delivery.listed import Listed, listed
@@ -30,7 +29,6 @@ from sslcells.delivery.shards import FORMATS, MANIFEST, NO_CELL, UNREADABLE, Emb
 from sslcells.evaluation.encode import encode_batches
 from sslcells.run.interrupt import Awaited, Interrupt, Stopped
 from sslcells.run.lock import Lock
-from sslcells.run.progress import columns_on
 from sslcells.standardise import AS_THEY_ARE
 from sslcells.storage import is_file
 from sslcells.values import place
@@ -39,8 +37,6 @@ SHARD = 4096
 """Images a shard: the most that a kill costs one rank."""
 _WAIT = 7 * 24 * 60.0
 """Minutes that a rank which is done waits for the others."""
-_LINE = 15.0
-"""Seconds between two lines of progress if the output is not a terminal."""
 
 _log = logging.getLogger(__name__)
 
@@ -220,7 +216,7 @@ def _work(
     console = Console(highlight=False, quiet=ranks.rank() > 0)
     for line in labs.said if labs is not None else []:
         console.print(line, markup=False, soft_wrap=True)
-    with _Meter(embeddings, missing, console) as meter:
+    with Meter(embeddings, missing, console) as meter:
         failure: Exception | None = None
         try:
             _embed(embeddings, found, labs, mine, encoder, device, batch, workers, interrupt, meter)
@@ -270,7 +266,7 @@ def _embed(
     batch: int,
     workers: int,
     interrupt: Interrupt,
-    meter: "_Meter",
+    meter: Meter,
 ) -> None:
     """Make and write these shards, one after the other, until all are done or a signal asks to stop."""
     root = embeddings.root
@@ -355,66 +351,3 @@ class _Parts(Sampler[list[Pick]]):
 
     def __len__(self) -> int:
         return sum(-(-len(self._embeddings.members(number)) // self._batch) for number in self._shards)
-
-
-class _Meter:
-    """Progress of all ranks as rank 0 sees it: the shards that exist, and its own unfinished one."""
-
-    def __init__(self, embeddings: Embeddings, missing: Sequence[int], console: Console) -> None:
-        self._embeddings, self._console = embeddings, console
-        self._todo = sum(len(embeddings.members(number)) for number in missing)
-        self._before = embeddings.count - self._todo
-        self._seen = self._others = 0
-        self._progress: Progress | None = None
-
-    def __enter__(self) -> "_Meter":
-        self._began = self._looked = time.monotonic()
-        console, already = self._console, f", {self._before} of them already" if self._before else ""
-        of = f"{ranks.world()} rank{'s' * (ranks.world() > 1)}"
-        console.print(
-            f"{self._embeddings.root}: {self._embeddings.count} images{already}; {of}",
-            markup=False,
-            soft_wrap=True,
-        )
-        if console.is_terminal and not console.quiet:
-            self._progress = columns_on(console)
-            self._task = self._progress.add_task("images", total=self._embeddings.count, completed=self._before)
-            self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        if self._seen and error[0] is None:
-            self._line()
-
-    def add(self, images: int) -> None:
-        """This rank has processed so many more images."""
-        self._seen += images
-        now = time.monotonic()
-        if self._console.quiet or now - self._looked < (1.0 if self._progress is not None else _LINE):
-            return
-        self._looked = now
-        if self._progress is not None:
-            rate = f"{self._rate():,.0f} images/s"
-            self._progress.update(self._task, completed=self._before + self._done(), description=rate)
-        else:
-            self._line()
-
-    def _done(self) -> int:
-        """Images processed by all ranks since this start, as far as rank 0 can see."""
-        there = sum(len(self._embeddings.members(number)) for number in self._embeddings.written())
-        return max(self._seen, there - self._before)
-
-    def _rate(self) -> float:
-        return self._done() / max(1e-6, time.monotonic() - self._began)
-
-    def _line(self) -> None:
-        done, rate = self._done(), self._rate()
-        left = time.strftime("%H:%M:%S", time.gmtime((self._todo - done) / max(rate, 1e-6)))
-        self._console.print(
-            f"{time.strftime('%H:%M:%S')}  {self._before + done} of {self._embeddings.count} images  "
-            f"{rate:,.1f} images/s  {left} left",
-            markup=False,
-            soft_wrap=True,
-        )

@@ -60,7 +60,8 @@ def of_labs(
     if alone := int((of == 0).sum()):
         said.append(f"{alone:,} images without a laboratory: each is standardised by itself")
     nothing = torch.full((len(standard.spec["reference"]),), torch.nan)
-    return OfLabs(labs, torch.stack([nothing, *(torch.tensor(one["row"]) for one in labs.values())]), of, said)
+    rows = [nothing if one["row"] is None else torch.tensor(one["row"]) for one in labs.values()]
+    return OfLabs(labs, torch.stack([nothing, *rows]), of, said)
 
 
 def _measured(encoder: Encoder, found: Listed, index: Tensor) -> dict[str, Any]:
@@ -73,6 +74,6 @@ def _measured(encoder: Encoder, found: Listed, index: Tensor) -> dict[str, Any]:
         except DataError:  # listed when its turn comes
             continue
     if not read:
-        return {"row": [float("nan")] * len(encoder.standard.spec["reference"]), "measured": 0, "failed": 0}
+        return {"row": None, "measured": 0, "failed": 0}
     with torch.no_grad():
         return encoder.standard.laboratory(read)

@@ -358,6 +358,7 @@ def _row_of(lab: str | None, asked: Sequence[Path], embeddings: Embeddings, netw
             raise ConfigError(f"--lab {lab}: the encoder takes each image by itself (standardise.by=image)")
         return None
     known = {**(network.standard.spec.get("labs") or {}), **(embeddings.labs or {})}
+    known = {name: of for name, of in known.items() if of["row"] is not None}  # of which no image could be read
     if lab is None and len(embeddings.labs or {}) == 1:
         (lab,) = embeddings.labs or {}
     if lab not in known:
