@@ -27,6 +27,10 @@ TINY = [
     ),
 ]
 DINO = ["method.name=dino", "method.local_size=16", "method.local_views=2", "method.prototypes=32"]
+IBOT = [
+    *("method.name=ibot", "method.prototypes=32", "method.centring=sinkhorn", "method.koleo=0.1"),
+    *("model.backbone=test_vit", "model.args={img_size: 32, patch_size: 8}", "train.micro_batch=4"),
+]
 
 
 def tiny(folder, *changes):
@@ -106,7 +110,8 @@ def test_mocos_queue_takes_the_newest_keys():
     assert network.method.queue_image.tolist() == [*image.tolist() * 2, *[-1] * 4]
 
 
-def test_dino_hands_out_the_teacher_and_goes_on_exactly(tmp_path):
+@pytest.mark.parametrize("method", [DINO, IBOT], ids=["dino", "ibot"])
+def test_the_teacher_is_handed_out_and_training_goes_on_exactly(method, tmp_path):
     class Killed(BaseException):
         pass
 
@@ -115,10 +120,10 @@ def test_dino_hands_out_the_teacher_and_goes_on_exactly(tmp_path):
         if seen.count("loss") == 5:
             raise Killed
 
-    whole = train(tiny(tmp_path / "whole", *DINO))
+    whole = train(tiny(tmp_path / "whole", *method))
     with pytest.raises(Killed):
-        train(tiny(tmp_path / "killed", *DINO), die)
-    again = train(tiny(tmp_path / "killed", *DINO))
+        train(tiny(tmp_path / "killed", *method), die)
+    again = train(tiny(tmp_path / "killed", *method))
     exported = [load_file(f / files.WEIGHTS) for f in (whole, again)]
     torch.testing.assert_close(*exported, rtol=0, atol=0)
     kept = load_file(checkpoint.newest(whole / "checkpoints") / "model.safetensors")
