@@ -157,8 +157,10 @@ def test_a_killed_run_goes_on_exactly(tmp_path):
     changes = [
         "augment.recipe=cells_across",
         "augment.bank=16",
-        "standardise.colour=two_point",
+        "standardise.colour=three_point",
+        "standardise.channels=red_green",
         "standardise.centre=true",
+        "standardise.size=24",
     ]
     whole = train(tiny(tmp_path / "whole", *changes))
     with pytest.raises(Killed):

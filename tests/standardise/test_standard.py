@@ -178,7 +178,8 @@ def test_two_dyes_are_found_and_replaced():
 
 
 STANDARD = [
-    *("standardise.colour=two_point", "standardise.scale=nucleus", "standardise.centre=true"),
+    *("standardise.colour=three_point", "standardise.channels=red_green", "standardise.scale=nucleus"),
+    *("standardise.centre=true", "standardise.size=24"),
     "standardise.outside=blank",
 ]
 
@@ -226,7 +227,7 @@ def test_a_fresh_process_standardises_a_new_laboratorys_file_as_training_did(fin
 @pytest.mark.slow
 def test_an_encoder_is_only_continued_with_its_own_standardisation(finished, tmp_path):
     start = f"model.encoder={finished}"
-    with pytest.raises(ConfigError, match=r"standardise.colour='none', but it learned with 'two_point'"):
+    with pytest.raises(ConfigError, match=r"standardise.colour='none', but it learned with 'three_point'"):
         train(tiny(tmp_path, start))
     run = tiny(tmp_path, start, *STANDARD)
     assert inputs.measured(run, open_splits(run.data)) == inputs.read(finished)
