@@ -108,6 +108,7 @@ def _steps(
         state.load(claim.checkpoint)
     log = Log(run, plan.steps, state.step, accelerator)
     writer = checkpoint.Writer(run.folder / "checkpoints", run.checkpoint.keep, log.say)
+    state.meter.before_naming = writer.join
     _introduce(log, run, plan, splits, state, accelerator, standard)
     for line in [*started, *([prepared] if run.model.start or run.model.encoder else [])]:
         log.say(line)

@@ -154,7 +154,7 @@ def test_a_step_of_training_with_a_repeated_image(tmp_path):
     told = []
     data = ["data.kind=medmnist", f"data.path={tmp_path / 'cells.npz'}", "sampler.kind=balanced", "augment.size=16"]
     small = [
-        "method={name: dino, prototypes: 16, hidden: 8, local_size: 8}",
+        "method={name: dino, prototypes: 16, hidden: 8, local_views: 4, local_size: 8}",
         "train.global_batch=12",
         "train.total_steps=1",
     ]

@@ -41,7 +41,7 @@ class Done:
             before = None
         self.resumed = before is not None
         """True if it was begun before"""
-        if before is None:
+        if before is None or not any(self._folder.glob("*.npz")):  # nothing that another request would spoil
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
             write_atomically(request, lambda file: file.write(text.encode()))
@@ -79,7 +79,7 @@ class Done:
         """
         about = cut._asdict()
         cells: Cells = about.pop("cells")
-        text = json.dumps({**about, "of": _made_of(field, mask, um)})
+        text = json_text({**about, "of": _made_of(field, mask, um)})
         write_atomically(self._file(images), lambda file: np.savez(file, about=np.array(text), **cells._asdict()))
 
     def forget(self) -> None:

@@ -52,8 +52,7 @@ class Writer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        self.join()
 
     def save(self, step: int, model: nn.Module, states: dict[str, Any]) -> None:
         """Begin to write the checkpoint after `step` finished steps.
@@ -71,10 +70,14 @@ class Writer:
 
     def wait(self) -> None:
         """Wait until the checkpoint is written; raises like `check`."""
+        self.join()
+        self.check()
+
+    def join(self) -> None:
+        """Wait until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
 
     def check(self) -> None:
         """Raise a CheckpointError if a checkpoint could not be written."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -65,6 +65,8 @@ class Meter:
         self._figures: dict[str, Tensor] = {}
         self._last_loss = float("nan")
         self._most_skipped, self._skipped = SKIPPED if scaled else 0, 0
+        self.before_naming: Callable[[], None] = lambda: None
+        """called before an error names the newest checkpoint, so that the one being written is complete"""
         self.start()
 
     def start(self) -> None:
@@ -138,6 +140,7 @@ class Meter:
 
     def divergence(self, what: str) -> TrainingError:
         """The error of a run that diverged: what happened, its last good checkpoint, and what may help."""
+        self.before_naming()
         newest = checkpoint.newest(self._run.folder / "checkpoints")
         on = f"the newest checkpoint before that is {newest}" if newest else "there is no checkpoint yet"
         return TrainingError(f"{what}; {on}. A lower optim.lr, optim.clip_norm or train.precision=no may help.")

@@ -141,7 +141,7 @@ def test_check_accepts_a_run_and_its_picture_is_drawn(tmp_path):
     assert "negatives: none" in consequences(run, 1)
     splits = open_run(run)
     network = learner.build(run, splits["train"], sync_batchnorm=False)
-    evaluation = Evaluation(run, splits, inputs.augment(run, splits["train"], None), torch.device("cpu"))
+    evaluation = Evaluation(run, splits, inputs.augment(run, splits, None), torch.device("cpu"))
     drawn = evaluation.reconstructions(network)
     assert list(drawn) == ["reconstructions"]
     assert drawn["reconstructions"].stat().st_size > 1000

@@ -69,7 +69,8 @@ def test_what_surrounds_the_cell_is_gone():
 
 
 def test_percentiles_of_each_channel_become_black_and_white():
-    x = torch.rand(2, 4, 32, 32) * torch.tensor([0.1, 0.5, 0.9, 0.3])[:, None, None] + 0.05
+    drawn = torch.rand(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = drawn * torch.tensor([0.1, 0.5, 0.9, 0.3])[:, None, None] + 0.05
     y = standard(x, colour="percentiles", stain="bright")(x)
     assert y.flatten(2).amax(2).min() > 0.998
     assert y.flatten(2).amin(2).max() < 0.002
