@@ -300,7 +300,10 @@ def write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
         made.save(str(file))
     except Exception as error:  # as above
         file.unlink(missing_ok=True)
-        raise NotMade(f"{ONNX}: this backbone cannot be written as ONNX: {_first(error)}") from error
+        raise NotMade(
+            f"{ONNX}: the encoder, with what standardises its input, cannot be written as ONNX: {_first(error)}; "
+            f"{PROGRAM} and load.py have it"
+        ) from error
 
 
 def onnx_session(file: Path) -> Callable[[Tensor], Tensor]:
