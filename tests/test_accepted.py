@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from trained import make_run
 
 from sslcells.config import PLUGINS, ConfigError, load
 from sslcells.plan import consequences
 from sslcells.train import train
 
 QUICK, MANY = 5, 60
+CROPS = ("dino", "ibot", "swav")
+"""Methods with local views."""
 
 
 def written(folder: Path, draw: random.Random) -> str:
@@ -81,20 +84,24 @@ def configuration(folder: Path, seed: int) -> list[str]:
         "sampler.per_source": draw.choice([1, 2, 2]),
         "evaluate.max_images": draw.choice([2, 5]),
         "evaluate.batch": draw.choice([1, 3]),
-        "model.freeze": "true",
+        "model.freeze": draw.choice([1, 0.5]),
         "model.stem": "small",
         "train.precision": "bf16",
         "train.channels_last": "false",
         "data.size": draw.choice([1, 8, 40]) if kind == "folder" else None,
         "checkpoint.every_steps": 1,
         "method.queue": draw.choice([1, 7, 64]) if said["method.name"] == "moco" else None,
-        "method.local_views": draw.choice([0, 1, 2]) if said["method.name"] == "dino" else None,
-        "method.local_size": draw.choice([8, 32]) if said["method.name"] == "dino" else None,
+        "method.local_views": draw.choice([0, 1, 2]) if said["method.name"] in CROPS else None,
+        "method.local_size": draw.choice([8, 32]) if said["method.name"] in CROPS else None,
         "optim.clip_norm": 1,
     }
     said |= {key: value for key, value in maybe.items() if draw.random() < 0.3 and value is not None}
     if said["sampler.kind"] == "classes" and draw.random() < 0.8:  # P × K that go into the batch
         said["sampler.per_class"] = draw.choice([n for n in (1, 2, 3) if batch % n == 0])
+    if said["method.name"] == "distill" and draw.random() < 0.9:
+        said["method.teacher.weights"] = make_run(folder.with_name(f"teacher_{seed}"))
+    if said["method.name"] in ("ibot", "mae") and draw.random() < 0.9:
+        said["model.backbone"] = "test_vit"
     if said["model.backbone"] == "test_vit" and draw.random() < 0.9:
         said["augment.size"] = 160
     return [f"{key}={value}" for key, value in said.items()]
