@@ -123,15 +123,14 @@ def lab_rows(standard: Standard | None, splits: Mapping[str, ImageSet], new: Map
         if standard is None or not standard.by_lab:
             return Labs(None, [])
         seen, known = [*splits.values()], standard.spec.get("labs") or {}
-        nothing = torch.full((len(standard.spec["reference"]),), torch.nan)
         fresh = _new_labs(standard, seen)
         fresh |= {name: standard.laboratory(_parts(parts, None)) for name, parts in new.items()}
         names = seen[0].lab_names
         if all(images.labs is None for images in seen):
             fresh[UNNAMED] = standard.laboratory(_parts(seen, None))
         of = {**known, **fresh}
-        rows = [torch.tensor(of[name]["row"]) if name in of else nothing for name in (UNNAMED, *names, *new)]
-        return Labs(torch.stack(rows), [said_of_lab(name, one) for name, one in fresh.items()])
+        rows = standard.rows(of.get(name) for name in (UNNAMED, *names, *new))
+        return Labs(rows, [said_of_lab(name, one) for name, one in fresh.items()])
 
     return ranks.from_main(found)
 

@@ -59,9 +59,7 @@ def of_labs(
             said.append(said_of_lab(name, labs[name]))
     if alone := int((of == 0).sum()):
         said.append(f"{alone:,} images without a laboratory: each is standardised by itself")
-    nothing = torch.full((len(standard.spec["reference"]),), torch.nan)
-    rows = [nothing if one["row"] is None else torch.tensor(one["row"]) for one in labs.values()]
-    return OfLabs(labs, torch.stack([nothing, *rows]), of, said)
+    return OfLabs(labs, standard.rows([None, *labs.values()]), of, said)
 
 
 def _measured(encoder: Encoder, found: Listed, index: Tensor) -> dict[str, Any]:

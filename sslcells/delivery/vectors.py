@@ -14,7 +14,8 @@ from sslcells.data import DataError, Decoder, Unreadable
 from sslcells.data.folder import expanded, list_images
 from sslcells.data.loader import Readable
 from sslcells.delivery.encoder import Encoder, Lab, Pictures, finite, load_encoder
-from sslcells.evaluation.encode import encode_batches, eval_mode, spread
+from sslcells.evaluation.encode import encode_batches, spread
+from sslcells.models import eval_mode
 from sslcells.standardise import AS_THEY_ARE, SAMPLE_OF_LAB
 from sslcells.storage import is_file
 from sslcells.values import place

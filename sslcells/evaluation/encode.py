@@ -15,7 +15,7 @@ from sslcells import ranks
 from sslcells.data import DataError, ImageSet
 from sslcells.data.loader import InOrder, Readable, read_readable, with_workers
 from sslcells.data.sampler import permutation
-from sslcells.models import eval_mode as eval_mode
+from sslcells.models import eval_mode
 
 Prepare = Callable[[Tensor, Tensor], Tensor]
 """Pixels (B, C, H, W) uint8 on the device and image ids (B,) on the CPU → what the encoder takes."""

@@ -1,5 +1,6 @@
 """Weighted k-nearest-neighbour classification by cosine: the quality of features without training on them."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -84,6 +85,7 @@ def _centred(rows: Tensor, centre: Tensor | None) -> Tensor:
     return rows if centre is None else rows - centre
 
 
+@functools.cache
 def _has_fast_bfloat16(device: torch.device) -> bool:
     """True on a CPU that multiplies matrices in bfloat16; a GPU is quick enough without."""
     return device.type == "cpu" and launcher.precision_for(device) == "bf16"

@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from sslcells import ranks
-from sslcells.evaluation.knn import QUERIES, TILE, neighbours
+from sslcells.evaluation.knn import QUERIES, TILE, largest, neighbours
 
 CHUNK = 8 * TILE
 """Rows that a rank searches at a time: 256 MiB if they have 512 numbers."""
@@ -40,7 +40,7 @@ class Search:
     """
 
     def __init__(self, device: torch.device, threads: int) -> None:
-        self._device, self._ended = device, False
+        self._device, self._threads, self._ended = device, threads, False
         self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(
@@ -79,7 +79,8 @@ class Search:
                 continue
             try:
                 cosine, near = self._nearest(asked, chunk, source)
-                best, index = _merged(best, index, cosine, near + first + CHUNK * ranks.rank(), asked.k)
+                near += first + CHUNK * ranks.rank()
+                best, index = _nearest_of(torch.cat([best, cosine], 1), torch.cat([index, near], 1), asked.k)
             except Exception as error:  # handed to every rank, and raised there
                 failure = error
         try:
@@ -92,9 +93,7 @@ class Search:
             return best, index
         best, index = (torch.cat(parts, 1) for parts in zip(*each, strict=True))
         order = index.argsort(dim=1, stable=True)  # of equal cosines the lowest index comes first
-        best, index = best.gather(1, order), index.gather(1, order)
-        empty = best[:, :0]
-        return _merged(empty, empty.long(), best, index, asked.k)
+        return _nearest_of(best.gather(1, order), index.gather(1, order), asked.k)
 
     def _nearest(self, asked: _Asked, chunk: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
         """The nearest rows of a chunk."""
@@ -106,12 +105,15 @@ class Search:
             cosine, index = neighbours(*moved, asked.k, own, source, centre)
             return cosine.cpu(), index.cpu()
 
+        blocks = -(-len(asked.query) // QUERIES)
+        share = max(1, -(-blocks // self._threads)) * QUERIES  # of one thread, which prepares each tile once for it
+
         def block(start: int) -> tuple[Tensor, Tensor]:
-            part = slice(start, start + QUERIES)
+            part = slice(start, start + share)
             own = None if asked.source is None else asked.source[part]
             return neighbours(asked.query[part], chunk, asked.k, own, source, asked.centre)
 
-        found = list(self._pool.map(block, range(0, max(1, len(asked.query)), QUERIES)))
+        found = list(self._pool.map(block, range(0, max(1, len(asked.query)), share)))
         cosine, index = (torch.cat(parts) for parts in zip(*found, strict=True))
         return cosine, index
 
@@ -142,10 +144,10 @@ def _padded(rows: Tensor, count: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
 
 
-def _merged(best: Tensor, index: Tensor, more: Tensor, of_more: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of two sets of cosines (M, ·) with their indices; of equal ones the first."""
-    value, order = torch.cat([best, more], 1).sort(dim=1, descending=True, stable=True)
-    return value[:, :k], torch.cat([index, of_more], 1).gather(1, order[:, :k])
+def _nearest_of(cosine: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the cosines (M, ·), or all, with their indices; of equal ones the first."""
+    best, order = largest(cosine, min(k, cosine.shape[1]))
+    return best, index.gather(1, order)
 
 
 @contextmanager

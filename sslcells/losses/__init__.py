@@ -1,6 +1,6 @@
 """The losses over the global batch, for this framework's loop and for anyone's own."""
 
-from sslcells.losses._rows import row_std, sound, unit
+from sslcells.losses._rows import at_least_float32, row_std, sound, unit
 from sslcells.losses.contrastive import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss
 from sslcells.losses.distillation import FeatureDistillationLoss, SimilarityDistillationLoss
 from sslcells.losses.gather import gather_ids, gather_with_grad
@@ -27,6 +27,7 @@ __all__ = [
     "SimilarityDistillationLoss",
     "SupConLoss",
     "VICRegLoss",
+    "at_least_float32",
     "gather_ids",
     "gather_with_grad",
     "row_std",

@@ -9,6 +9,11 @@ from torch import Tensor
 from sslcells import ranks
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """The numbers in float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def unit(z: Tensor) -> Tensor:
     """Scale rows of any norm to length 1, in float32 (float64 stays): (N, D) → (N, D).
 
@@ -20,7 +25,7 @@ def unit(z: Tensor) -> Tensor:
     """
     if z.ndim != 2 or not z.shape[1]:
         raise ValueError(f"rows must be (N, D), of one number at least; they are {tuple(z.shape)}")
-    z = z if z.dtype == torch.float64 else z.float()
+    z = at_least_float32(z)
     z = z / _magnitude(z)
     norm = z.norm(dim=1, keepdim=True)
     return z / torch.where(norm == 0, 1.0, norm)

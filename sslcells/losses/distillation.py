@@ -5,7 +5,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from sslcells.losses._rows import unit
+from sslcells.losses._rows import at_least_float32, unit
 from sslcells.losses.redundancy import totals
 
 
@@ -46,7 +46,7 @@ class FeatureDistillationLoss(nn.Module):
         if z.ndim != 2 or z.shape != target.shape:
             raise ValueError(f"rows and the teacher's features must both be (A, D); {_shapes(z, target)}")
         with torch.autocast(z.device.type, enabled=False):
-            z, target = _wide(z), _wide(target.detach())
+            z, target = at_least_float32(z), at_least_float32(target.detach())
             cosine, error, sums, count = totals(
                 (unit(z) * unit(target)).sum(), (z - target).square().sum(), target.sum(0), z.new_tensor(float(len(z)))
             )
@@ -102,10 +102,6 @@ class SimilarityDistillationLoss(nn.Module):
             cka = both / (own * theirs).clamp_min(torch.finfo(own.dtype).tiny).sqrt()
         self.stats = {"cka": cka.detach()}
         return 1 - cka
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _shapes(z: Tensor, target: Tensor) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sslcells.losses._rows import row_std
+from sslcells.losses._rows import at_least_float32, row_std
 from sslcells.losses.redundancy import totals
 
 
@@ -58,7 +58,7 @@ class LeJEPALoss(nn.Module):
         if z.ndim != 3 or not len(z) or not z.shape[2]:
             raise ValueError(f"z must be (V, B, D), of one view and one number at least; it is {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
-            z = z if z.dtype == torch.float64 else z.float()
+            z = at_least_float32(z)
             along = z @ directions(z.shape[2], self.slices, seed).to(z)  # (V, B, M)
             t, phi, step = self._knots(z)
             cosines, sines = _Sums.apply(along, t)  # (T, V, M)

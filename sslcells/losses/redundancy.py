@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcells import ranks
-from sslcells.losses._rows import check_views
+from sslcells.losses._rows import at_least_float32, check_views
 
 
 @final
@@ -58,7 +58,7 @@ class VICRegLoss(nn.Module):
         with torch.autocast(z0.device.type, enabled=False):
             first, second, count = centred(z0, z1)
             products = torch.stack([first.T @ first, second.T @ second])
-            difference = (z0 - z1 if z0.dtype == torch.float64 else z0.float() - z1.float()).square().sum()
+            difference = (at_least_float32(z0) - at_least_float32(z1)).square().sum()
             products, difference = totals(products, difference)
             covariance = products / (count - 1)  # (2, D, D)
             std = (covariance.diagonal(dim1=1, dim2=2) + self.epsilon).sqrt()  # (2, D)
@@ -139,7 +139,7 @@ def centred(z0: Tensor, z1: Tensor) -> Centred:
     """
     check_views(z0, z1)
     z = torch.stack([z0, z1])
-    z = z if z.dtype == torch.float64 else z.float()
+    z = at_least_float32(z)
     sums, count = totals(z.detach().sum(1), z.new_tensor(float(len(z0))))
     if len(z0) < 2 and count < 2:  # reads the device only where a rank has so few
         raise ValueError(f"statistics of {int(count)} image in the global batch: there must be two")

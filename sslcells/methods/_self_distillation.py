@@ -8,9 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslcells import ranks
-from sslcells.losses import KoLeoLoss, sinkhorn, sound
+from sslcells.losses import KoLeoLoss, at_least_float32, sinkhorn, sound
 from sslcells.methods import Outputs
 from sslcells.methods._local import LocalViews
+from sslcells.methods._prototypes import across_views
 from sslcells.models.heads import Norm, Prototypes, projection
 
 
@@ -90,12 +91,12 @@ def of_images(
     """
     assert outputs.teacher is not None
     images = len(outputs.teacher) // 2
-    student = full(outputs.rows).view(-1, images, config.prototypes)  # (V, B, K)
-    target = assigned(config, full(outputs.teacher.detach()), centre, progress).view(2, images, -1)  # (2, B, K)
+    student = at_least_float32(outputs.rows).view(-1, images, config.prototypes)  # (V, B, K)
+    target = assigned(config, at_least_float32(outputs.teacher.detach()), centre, progress).view(
+        2, images, -1
+    )  # (2, B, K)
     log_student = (student / config.temperature).log_softmax(2)
-    cross = -torch.einsum("tbk,sbk->ts", target, log_student) / images  # (2, V): for each pair of views
-    others = 1 - torch.eye(*cross.shape, dtype=cross.dtype, device=cross.device)
-    loss = (cross * others).sum() / others.sum() * sound(outputs.rows) * sound(outputs.teacher)
+    loss = across_views(target, log_student) * sound(outputs.rows) * sound(outputs.teacher)
 
     entropy = torch.special.entr(target).sum(2).mean()
     figures = {
@@ -109,8 +110,3 @@ def of_images(
         spread = torch.stack([koleo(view) for view in outputs.features.chunk(2)]).mean()
         return loss + config.koleo * spread, figures | {"koleo": spread.detach(), **koleo.stats}
     return loss, figures
-
-
-def full(x: Tensor) -> Tensor:
-    """X in float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()

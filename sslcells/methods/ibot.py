@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from sslcells import methods
 from sslcells.augment import Draws
 from sslcells.data import Batch, ImageSet
-from sslcells.losses import sound
-from sslcells.methods._self_distillation import PrototypeHead, SelfDistillation, assigned, full, of_images
+from sslcells.losses import at_least_float32, sound
+from sslcells.methods._self_distillation import PrototypeHead, SelfDistillation, assigned, of_images
 from sslcells.models import tokens
 
 
@@ -129,8 +129,8 @@ class Method(methods.Masked):
         assert outputs.patches is not None
         c, (rows, teacher, weight) = self._config, outputs.patches
         loss, figures = of_images(c, outputs, self.centre, progress)
-        target = assigned(c, full(teacher.detach()), self.patch_centre, progress)  # (M, K)
-        cross = -(target * (full(rows) / c.temperature).log_softmax(1)).sum(1)
+        target = assigned(c, at_least_float32(teacher.detach()), self.patch_centre, progress)  # (M, K)
+        cross = -(target * (at_least_float32(rows) / c.temperature).log_softmax(1)).sum(1)
         views = len(outputs.teacher)
         patch = (weight * cross).sum() / views * sound(rows) * sound(teacher)
         entropy = (weight * torch.special.entr(target).sum(1)).sum() / weight.sum().clamp_min(1)

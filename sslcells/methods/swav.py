@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sslcells import methods, ranks
 from sslcells.data import Batch, ImageSet
-from sslcells.losses import row_std, sinkhorn, sound, unit
+from sslcells.losses import at_least_float32, row_std, sinkhorn, sound, unit
 from sslcells.methods._local import LocalViews
+from sslcells.methods._prototypes import across_views
 from sslcells.models.heads import Norm, Prototypes, projection
 
 
@@ -74,15 +75,13 @@ class Method(methods.Method):
 
     def loss(self, outputs: methods.Outputs, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 2: each full-size view's assignment against all other views' predictions. Its rows join the queue."""
-        rows = outputs.rows if outputs.rows.dtype == torch.float64 else outputs.rows.float()
+        rows = at_least_float32(outputs.rows)
         scores = self.prototypes(rows, frozen=progress < self._config.freeze)  # (V·B, K)
         scores = scores.view(self.views_in_all, -1, scores.shape[1])  # (V, B, K)
         images = scores.shape[1]
         target = torch.stack([self._assigned(scores[v].detach(), v, progress) for v in range(self.views)])  # (2, B, K)
         predicted = (scores / self._config.temperature).log_softmax(2)
-        cross = -torch.einsum("tbk,sbk->ts", target.to(predicted), predicted) / images  # (2, V): for each pair of views
-        others = 1 - torch.eye(*cross.shape, dtype=cross.dtype, device=cross.device)
-        loss = (cross * others).sum() / others.sum() * sound(outputs.rows)
+        loss = across_views(target, predicted) * sound(outputs.rows)
         self._push(rows.detach())
         usage = ranks.total(target.mean((0, 1))) / ranks.world()
         entropy = torch.special.entr(target).sum(2).mean()

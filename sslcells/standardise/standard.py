@@ -90,6 +90,11 @@ class Standard(nn.Module):
             raise ValueError(f"laboratory {lab!r} was not measured: {known}")
         return torch.tensor(labs[lab]["row"])
 
+    def rows(self, labs: Iterable[Mapping[str, Any] | None]) -> Tensor:
+        """(N, P) rows of laboratories as `laboratory` returns them; NaN, for the image itself, where there is none."""
+        nothing = [torch.nan] * len(self.spec["reference"])
+        return torch.tensor([nothing if of is None or of["row"] is None else of["row"] for of in labs])
+
     def laboratory(self, parts: Iterable[Tensor]) -> dict[str, Any]:
         """What stands for each image of a laboratory, from some of them, (N, C, H, W) float in 0..1 each.
 
