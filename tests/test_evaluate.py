@@ -230,6 +230,7 @@ def test_what_is_left_out_is_said(run, capsys):
     assert f"Left out: {said}" in _figures(run, load(f"{run}/config.yaml"))
 
 
+@pytest.mark.slow
 def test_train_alone_is_asked_in_part(run, capsys):
     few = [*QUICK, "evaluate.queries=15", "data.test=0", "data.val=0", "evaluate.holdout=0"]
     (run / "held_out.json").unlink(missing_ok=True)
