@@ -95,6 +95,14 @@ with --recipes all recipes too. Existing files that differ are kept, and listed.
   cd my_project && bash slurm/simclr.sh data.path=/shared/cells name=cells
 """
 
+_RUNS = """\
+List every run in a folder, at any depth: running, silent (since when), broken (what), failed (why), stopped, finished;
+its step, the time left, the best figure on val, and the curve of its loss. It reads the folders and changes nothing.
+
+  sslcells runs
+  sslcells runs /shared/me/runs --watch
+"""
+
 _EXPORT = """\
 Export the encoder for timm, torch.export and ONNX, with a model card. The output of each format is compared with the
 encoder's. A format that cannot be written is skipped, and the last lines say why.
@@ -113,7 +121,7 @@ def arguments(command: str | None = None, argv: Sequence[str] | None = None) -> 
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     adding = (_train, _evaluate, _compare, _selfcheck, _export, _embed, _search, _sources, _cells, _split, _pack)
-    for add in (*adding, _sync, _recipes, _init):
+    for add in (*adding, _runs, _sync, _recipes, _init):
         add(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser.parse_known_args([command, *argv] if command else argv)
@@ -322,6 +330,23 @@ def _pack(commands: _Commands) -> None:
     sub.add_argument("--config", metavar="RECIPE", type=_path, help=f"read the data set as {_RECIPE} does")
     sub.add_argument("--shard", type=int, metavar="MIB", help="size of a shard, the most that a kill costs (256)")
     sub.add_argument("--workers", type=int, metavar="N", help="processes that decode")
+
+
+def _runs(commands: _Commands) -> None:
+    sub = _command(commands, "runs", "list every run with state, step, time left and best figure", _RUNS)
+    sub.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", type=_path, help="searched in (runs)")
+    words = "show them again every so many seconds (5) until Ctrl-C"
+    sub.add_argument("--watch", metavar="SECONDS", nargs="?", const=5.0, type=_seconds, help=words)
+
+
+def _seconds(typed: str) -> float:
+    try:
+        seconds = float(typed)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{typed!r} is no number of seconds from 0.1 to 86400")
+    return seconds
 
 
 def _sync(commands: _Commands) -> None:

@@ -46,6 +46,15 @@ def _selfcheck(args: argparse.Namespace) -> None:
     command(args)
 
 
+def _runs(args: argparse.Namespace) -> None:
+    from sslcells.overview import console
+
+    if args.watch is None:
+        console.show(Path(args.folder))
+    else:
+        console.watch(Path(args.folder), args.watch)
+
+
 def _sync(args: argparse.Namespace) -> None:
     """Upload each run, even if others fail; the exit status is the highest of all."""
     status = 0
@@ -171,6 +180,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "compare": _compare,
     "selfcheck": _selfcheck,
+    "runs": _runs,
     "sync": _sync,
     "export": _export,
     "embed": _embed,

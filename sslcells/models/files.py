@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from sslcells.config import ConfigError, Model
 from sslcells.models import CROP, INTERPOLATION, MEAN, STD, arguments, create, lora, normalisation, small_stem
 from sslcells.models import preparation as prepared
+from sslcells.names import SPEC as SPEC
+from sslcells.names import WEIGHTS as WEIGHTS
 from sslcells.storage import denied, is_file, json_text, write_atomically
 from sslcells.values import place
-
-WEIGHTS, SPEC = "encoder.safetensors", "encoder.json"
 
 
 def export(

@@ -13,12 +13,10 @@ from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import ImageSet, listing
 from sslcells.data.pack import source_of
 from sslcells.errors import TrainingError
+from sslcells.names import STOPPED
 from sslcells.run import checkpoint
 from sslcells.run.interrupt import Stopped
 from sslcells.run.lock import Lock
-
-STOPPED = "stopped.txt"
-"""In a run's folder: why its last start ended, if another start would end in the same way."""
 
 
 @contextmanager

@@ -18,12 +18,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from filelock import FileLock, Timeout
 
-from sslcells.config import ConfigError
+from sslcells.errors import ConfigError
 from sslcells.storage import json_text, partial_name, write_atomically
 
 FILE = "lock.json"
@@ -110,10 +110,7 @@ class Lock:
 
     def _is_alive(self, other: dict[str, Any]) -> bool:
         if other["host"] == self._owner["host"]:
-            try:
-                return bool(psutil.Process(other["process"]).create_time() == other["started"])
-            except psutil.NoSuchProcess:
-                return False
+            return _process_lives(other)
         if other["job"] and other["job"] == self._owner["job"] and other["start"] != self._owner["start"]:
             return False  # an earlier start of this job: SLURM ended it before this one
         until = time.monotonic() + 3 * BEAT
@@ -149,6 +146,48 @@ class Lock:
     def _write(self, beat: int) -> None:
         text = json_text(self._owner | {"beat": beat})
         write_atomically(self._path, lambda file: file.write(text.encode()))
+
+
+class Owner(NamedTuple):
+    """The owner of a folder, as `lock.json` names it."""
+
+    name: str
+    lives: bool | None
+    """whether its process lives; None on another host, where only its beat tells"""
+    silent: float
+    """seconds since its last beat, by the clock of the disk and of this host"""
+    age: float
+    """seconds since its process started, by the clock of its host and of this one"""
+
+
+def owner(folder: Path) -> Owner | None:
+    """The owner of a folder, without waiting and without touching anything; None if no process has it.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not the file of an owner.
+    """
+    path = folder / FILE
+    try:
+        text, beaten = path.read_bytes(), path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    try:
+        other: dict[str, Any] = json.loads(text)
+        name, here = _name(other), other["host"] == socket.gethostname()
+        lives = _process_lives(other) if here else None
+        now = time.time()
+        return Owner(name, lives, max(0.0, now - beaten), max(0.0, now - other["started"]))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("it names no owner") from None
+
+
+def _process_lives(owner: dict[str, Any]) -> bool:
+    """True if the owner's process is one of this host."""
+    try:
+        return bool(psutil.Process(owner["process"]).create_time() == owner["started"])
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.contextmanager
