@@ -190,10 +190,10 @@ def test_every_folder_is_found_and_none_is_touched(tmp_path):
     (tmp_path / "configs" / "config.yaml").write_text("name: x")  # no run
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "itself").symlink_to(tmp_path / "itself")
-    before = {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")}
+    before = {path: os.lstat(path).st_mtime_ns for path in tmp_path.rglob("*")}
     names = {console.name(tmp_path, one) for one in runs(tmp_path)}
     assert names == {"deep/er/two", "one", "one/compare/probe_1_0"}
-    assert {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {path: os.lstat(path).st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert [console.name(inner, one) for one in runs(inner)] == ["probe_1_0"]
 
 
