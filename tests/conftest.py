@@ -13,9 +13,9 @@ from sslcells import storage
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two processes for the whole quick suite; none for a part of it, or for slow tests, which take every core."""
+    """Two processes for a whole suite; none for a part of one, or for SLURM's tests, which share one cluster."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
-    return 2 if whole and config.option.markexpr == "not slow and not slurm" else 0
+    return 2 if whole and config.option.markexpr in ("slow", "slow and not slurm", "not slow and not slurm") else 0
 
 
 @pytest.fixture(scope="session")

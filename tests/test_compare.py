@@ -1,9 +1,12 @@
 """The comparison of three models: what it trains, what it prints and leaves, that it goes on, and what it refuses."""
 
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from trained import SMALL
 
 from sslcells import compare as module
@@ -11,6 +14,7 @@ from sslcells.cli import main
 from sslcells.compare import compare, plan
 from sslcells.config import ConfigError, load
 from sslcells.evaluation.classifier import read_predictions
+from sslcells.models import files
 from sslcells.plan import open_run
 
 TINY = [
@@ -74,6 +78,24 @@ def test_evaluate_shows_the_fine_tuned(compared, capsys):
     out = capsys.readouterr().out
     assert "between" in out
     assert "global batch" not in out  # nothing was trained again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", [{"lora_rank": 2}, {"freeze": 2}], ids=["lora", "freeze"])
+def test_the_fine_tuned_may_be_adapted_in_part(adapted, tmp_path):
+    vit = ["model.backbone=test_vit", "model.args={img_size: 24, patch_size: 8}", "compare.seeds=1"]
+    part = f"compare.fine_tuned={json.dumps({'model': adapted})}"
+    run = load(None, [*TINY, "augment.size=24", *vit, part, "compare.fractions=[1]", f"out={tmp_path}"])
+    models = {row["model"]: row for row in compare(run)["models"]}
+    assert models["fine-tuned"]["scores"]["accuracy"]["mean"] is not None
+    start, tuned = (load_file(folder / files.WEIGHTS) for folder in (run.folder, run.folder / "compare/fine-tuned_1_0"))
+    moved = {name for name in start if not torch.equal(start[name], tuned[name])}
+    assert start.keys() == tuned.keys()
+    if "lora_rank" in adapted:
+        assert moved == {name for name in start if re.search(r"blocks\..*(qkv|proj|fc1|fc2)\.weight", name)}
+    else:
+        assert moved
+        assert not any(name.startswith(("patch_embed", "pos_embed", "blocks.0.")) for name in moved)
 
 
 def test_sections_reach_the_models_they_are_for(tmp_path):

@@ -88,6 +88,12 @@ class Method(methods.Reconstructing):
 
     def __init__(self, config: Config, features: int, images: ImageSet, layout: tokens.Layout) -> None:
         super().__init__()
+        if layout.pool == "map":
+            raise ConfigError(
+                "method.name=mae: the backbone pools by attention that is learned (global_pool=map), which the loss "
+                "never reaches, and its features would be those of an untrained one; model.args={global_pool: avg} or "
+                "token"
+            )
         kept = round(layout.patches * (1 - config.mask_ratio))
         if not 0 < kept < layout.patches:
             raise ConfigError(

@@ -26,6 +26,8 @@ class Layout(NamedTuple):
     """F of a token"""
     prefix: int
     """P, the tokens before the patches: class and registers"""
+    pool: str
+    """how tokens become a feature: `avg`, `token`, `map` for attention that is learned, …"""
 
     @property
     def patches(self) -> int:
@@ -48,7 +50,7 @@ def layout(encoder: nn.Module, size: int) -> Layout | None:
     (rows, columns), (height, width) = embed.dynamic_feat_size((size, size)), embed.feat_ratio(as_scalar=False)
     if (rows * height, columns * width) != (size, size):
         raise ConfigError(f"augment.size={size} is no multiple of the backbone's patches, {height}×{width} px")
-    return Layout((height, width), (rows, columns), encoder.embed_dim, encoder.num_prefix_tokens)
+    return Layout((height, width), (rows, columns), encoder.embed_dim, encoder.num_prefix_tokens, encoder.global_pool)
 
 
 def encode(

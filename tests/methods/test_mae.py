@@ -171,3 +171,6 @@ def test_what_cannot_be_hidden_is_named():
     run = load(None, [*TINY, "method.mask_ratio=0.99"])
     with pytest.raises(ConfigError, match=r"mask_ratio=0\.99 of 9 patches: 0 would be seen and 9 hidden"):
         learner.build(run, Images(), sync_batchnorm=False)
+    pooled = "model.args={img_size: 24, patch_size: 8, global_pool: map}"
+    with pytest.raises(ConfigError, match=r"method.name=mae: the backbone pools by attention that is learned"):
+        learner.build(load(None, [*TINY, pooled]), Images(), sync_batchnorm=False)
