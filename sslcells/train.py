@@ -5,6 +5,7 @@ import math
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -87,6 +88,8 @@ def _steps(
 ) -> None:
     """Every step from the first batch to the last; then the last pictures and the export."""
     images, device, world = splits["train"], accelerator.device, ranks.world()
+    if images.device_decoder is not None:
+        ranks.together(partial(images.device_decoder.check, device))
     sampling = sampler.build(run.sampler, images, plan.global_batch, run.seed)
     sync, resumes, started = world > 1 and device.type == "cuda", claim.checkpoint is not None, list[str]()
     net = learner.build(run, images, sync_batchnorm=sync, resumes=resumes, say=started.append)
@@ -148,7 +151,8 @@ def _steps(
     indices = sampler.Steps(sampling, ranks.rank(), world, start=state.step, stop=plan.steps)
     pieces, pin, meter, first = plan.batch // plan.micro_batch, device.type == "cuda", state.meter, state.step
     meter.start()
-    with writer, with_workers(read_in_parts(images, indices, pieces, run.train.workers, pin_memory=pin)) as batches:
+    ahead = read_in_parts(images, indices, pieces, run.train.workers, pin_memory=pin, device=device)
+    with writer, with_workers(ahead) as batches:
         for parts in in_step(batches, (claim.check, writer.check), interrupt):  # read
             meter.arrived()
             for part in parts:

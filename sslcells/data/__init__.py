@@ -7,6 +7,7 @@ splits that there are; what they have in common is read once.
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from sslcells.config import ConfigError, Section
 from sslcells.data._decode import Decoder as Decoder
 from sslcells.data._decode import Header as Header
 from sslcells.data._decode import Unreadable as Unreadable
+from sslcells.data._decode.on_device import DeviceDecoder
 from sslcells.data._found import Found as Found
 from sslcells.data._sources import check_pattern as check_pattern
 from sslcells.data._sources import look_up_sources as look_up_sources
@@ -94,6 +96,10 @@ class ImageSet(ABC):
     data set does not say; the same numbers in every split"""
     lab_names: tuple[str, ...] = ()
     """names of the laboratories (sites, scanners, stain batches)"""
+    whole_files: bool = False
+    """True if every image is a whole file, whose bytes `plain_jpeg` may give"""
+    device_decoder: DeviceDecoder | None = None
+    """what decodes the files of `plain_jpeg` where they are not decoded when they are read"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -114,6 +120,10 @@ class ImageSet(ABC):
         Raises:
             DataError: if the image cannot be read; the message names it.
         """
+
+    def plain_jpeg(self, index: int) -> bytes | None:
+        """The file of image `index`, if a device can decode it; None if not, or if it cannot be read."""
+        return None
 
     def fill(self, indices: Sequence[int], out: Tensor) -> None:
         """Write the images with these indices into `out`, (B, C, H, W) uint8 and contiguous, of the set's `shape`.
@@ -162,10 +172,28 @@ def open_splits(config: Section) -> dict[str, ImageSet]:
 
     shared = ranks.from_main(first)
     splits = shared if shared is not None else ranks.together(lambda: opened or _open_splits(config))
+    if getattr(config, "decode", "worker") == "device":
+        _decode_on_device(splits["train"], config)
     if getattr(config, "cache", "none") == "none":
         return splits
     keep: Callable[..., dict[str, ImageSet]] = importlib.import_module("sslcells.data._cache").cached
     return keep(splits, config.cache_gib)  # type: ignore[attr-defined]
+
+
+def _decode_on_device(train: ImageSet, config: Section) -> None:
+    """Leave the plain JPEG files of train to the device, and say so.
+
+    Raises:
+        ConfigError: if its images are no whole files.
+    """
+    if not train.whole_files:
+        raise ConfigError("data.decode=device: the images are cut from boxes where they are read; use decode=worker")
+    train.device_decoder = DeviceDecoder(config.channels, config.size, config.fit)  # type: ignore[attr-defined]
+    assert train.found is not None
+    jpegs = sum(n for kind, (n, _) in train.found.kinds.items() if kind.startswith("JPEG "))
+    known = f"{jpegs:,} of {train.found.headers:,} files are JPEG; " if train.found.headers else ""
+    note = f"{known}plain ones are decoded on the device, the others, and all for figures, by the processes that read"
+    train.found = replace(train.found, notes=[*train.found.notes, note])
 
 
 def _open_splits(config: Section) -> dict[str, ImageSet]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from sslcells.config import ConfigError
 from sslcells.data import SPLITS, DataError, ImageSet
 from sslcells.data._decode import Decoder, Header, Unreadable
+from sslcells.data._decode.on_device import plain
 from sslcells.data._files import Files
 from sslcells.data._names import check_classes, some
 from sslcells.data._packed import Packed
@@ -54,6 +55,8 @@ class Config(Files):
 class Encoded(ImageSet):
     """One split of such a data set."""
 
+    whole_files = True
+
     def __init__(self, names: Sequence[str], decoder: Decoder) -> None:
         self._names, self._decoder = Packed(names), decoder
         self._size = decoder.size
@@ -81,6 +84,13 @@ class Encoded(ImageSet):
             first = "×".join(map(str, self._size or ()))
             raise DataError(f"{self.name(index)} is {height}×{width}, the first image {first}; set data.size=")
         return pixels
+
+    def plain_jpeg(self, index: int) -> bytes | None:
+        """The bytes of image `index`, if a device can decode them; None if not, or if they cannot be read."""
+        try:
+            return plain(self.encoded(index))
+        except (OSError, EOFError, ValueError):  # `pixels` raises it again, in words
+            return None
 
     def values(self, index: int) -> NDArray[Any]:
         """The raw values of image `index`."""

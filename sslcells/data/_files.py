@@ -69,6 +69,9 @@ class Files(Section):
     """`ram` keeps decoded images in memory, shared by all processes of a machine, as far as `cache_gib` goes."""
     cache_gib: float = Field(4.0, gt=0)
     """With `cache: ram`: GiB of memory on each machine, for train first; other images are decoded each time."""
+    decode: Literal["worker", "device"] = "worker"
+    """`device`: plain JPEG files of train (8 bit, grey or YCbCr, upright) are decoded and resized on the device that
+    trains, by nvJPEG on CUDA; other files, and all images for figures and embeddings, by the processes that read."""
 
     @model_validator(mode="after")
     def _channels(self) -> Self:
@@ -97,6 +100,22 @@ class Files(Section):
             raise ValueError(f"um_per_pixel={self.um_per_pixel:g} needs size=, the pixels of that scale to cut")
         if self.fit == "stretch":
             raise ValueError(f"fit=stretch distorts images, and um_per_pixel={self.um_per_pixel:g} keeps their scale")
+        return self
+
+    @model_validator(mode="after")
+    def _on_device(self) -> Self:
+        if self.decode == "worker":
+            return self
+        for field, why in {
+            "cache": "it keeps what the processes that read decode",
+            "stack": "it reads TIFF files, not JPEG",
+            "level": "JPEG files are no pyramids",
+            "um_per_pixel": "images are brought to one scale where they are read",
+        }.items():
+            if getattr(self, field) != Files.model_fields[field].default:
+                raise ValueError(f"decode=device does not go with {field}={getattr(self, field)}: {why}; decode=worker")
+        if self.size is None and self.verify == "none":
+            raise ValueError("decode=device needs size= where images are not verified: they could differ in size")
         return self
 
     def decoder(self) -> Decoder:

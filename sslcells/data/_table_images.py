@@ -51,6 +51,13 @@ class TableImages(ImageSet):
         self._decoder = decoder
         self._last: tuple[int, Tensor] | None = None
         self.channels = files.channels
+        self.whole_files = boxes is None
+
+    def plain_jpeg(self, index: int) -> bytes | None:
+        """The file of image `index`, if the row has no box and a device can decode it."""
+        if not self.whole_files or index in self._wrong:
+            return None
+        return self._files.plain_jpeg(int(self._rows[index]))
 
     def pixels(self, index: int) -> Tensor:
         """Image `index`: (C, H, W) uint8, of the box if the row has one.

@@ -15,6 +15,7 @@ from torch import Tensor
 from sslcells.config import ConfigError, nearest
 from sslcells.data import SPLITS, DataError, ImageSet
 from sslcells.data._decode import ZARR, Decoder, Header, Unreadable
+from sslcells.data._decode.on_device import read_plain
 from sslcells.data._files import Files, one_group, one_lab, verify
 from sslcells.data._found import Clock, Found
 from sslcells.data._labs import LabFolder, class_in, lab_names, labs_of
@@ -84,6 +85,7 @@ class Config(Files):
 class FolderImages(ImageSet):
     """One split of a folder; only paths, labels and sources are in memory."""
 
+    whole_files = True
     skipped: dict[str, str]
     """path relative to data.path → reason, for images that were left out"""
 
@@ -136,6 +138,10 @@ class FolderImages(ImageSet):
             raise DataError(f"{file}: {error.strerror}") from None
         except Unreadable as error:
             raise DataError(f"{file}: {error}") from None
+
+    def plain_jpeg(self, index: int) -> bytes | None:
+        """The file of image `index`, if a device can decode it; None if not, or if it cannot be read."""
+        return read_plain(f"{self._root}/{self._names[index]}")
 
     def values(self, index: int) -> NDArray[Any]:
         """The raw values in the file of image `index`."""

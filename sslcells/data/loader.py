@@ -1,7 +1,5 @@
 """Reads images in the batches that a sampler chooses."""
 
-import math
-import shutil
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -10,9 +8,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslcells.data import Batch, DataError, ImageSet, Pick
+from sslcells.data._room import no_room, room, share, stacked
+from sslcells.data._undecoded import Undecoded, finished, joined
 
 T = TypeVar("T")
 
@@ -33,13 +33,15 @@ class _Read(NamedTuple):
     pixels: Tensor | list[Tensor]
     """of those that could be read"""
     unread: list[Unread]
+    files: dict[int, bytes]
+    """of those that a device decodes, by their position in the batch"""
 
 
 class _Images(Dataset[_Read]):
     """An image set for torch's data loader. An error is returned, not raised: the main process raises or lists it."""
 
-    def __init__(self, images: ImageSet) -> None:
-        self._images = images
+    def __init__(self, images: ImageSet, undecoded: bool = False) -> None:
+        self._images, self._undecoded = images, undecoded
 
     def __len__(self) -> int:
         return len(self._images)
@@ -52,76 +54,41 @@ class _Images(Dataset[_Read]):
         indices: list[int] = image.tolist()
         if images.shape is not None:
             with suppress(DataError):  # then one by one, to find out which image it is
-                pixels = _room(len(indices), *images.shape)
+                pixels = room(len(indices), *images.shape)
                 if isinstance(pixels, DataError):
-                    return _Read(ids, [], [Unread(0, pixels)])
+                    return _Read(ids, [], [Unread(0, pixels)], {})
                 images.fill(indices, pixels)
-                return _Read(ids, pixels, [])
+                return _Read(ids, pixels, [], {})
         read: list[Tensor] = []
         unread: list[Unread] = []
+        files: dict[int, bytes] = {}
         for at, index in enumerate(indices):
+            file = images.plain_jpeg(index) if self._undecoded else None
+            if file is not None:
+                files[at] = file
+                continue
             try:
                 read.append(images.pixels(index))
             except DataError as error:
                 unread.append(Unread(at, error))
-        return _Read(ids, read, unread)
+        return _Read(ids, read, unread, files)
 
 
 def _collate(read: _Read) -> Batch | DataError:
     if read.unread:
         return read.unread[0].error
-    pixels = read.pixels if isinstance(read.pixels, Tensor) else _stacked(read.pixels)
+    pixels = read.pixels if isinstance(read.pixels, Tensor) else stacked(read.pixels)
     if isinstance(pixels, DataError):
         return pixels
     batch = Batch(pixels, *read.ids)
-    return _share_memory(batch) or batch
+    return share(batch) or batch
 
 
-def _room(*shape: int) -> Tensor | DataError:
-    """A tensor of uint8 for the pixels of a batch, of a worker in memory that it shares; or that there is no room."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    size = math.prod(shape)
-    try:  # as torch's own collate function: share_memory_() would copy what is not written yet
-        shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        return _no_room_error(size, error)
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
-
-
-def _stacked(pixels: Sequence[Tensor]) -> Tensor | DataError:
-    """(C, H, W) each → (B, C, H, W), of a worker in memory that it shares."""
-    room = _room(len(pixels), *pixels[0].shape)
-    return torch.stack([*pixels], out=room) if isinstance(room, Tensor) else room
-
-
-def _share_memory(tensors: Sequence[Tensor]) -> DataError | None:
-    """Move a worker's tensors into memory that it shares with the main process; returns the error if there is no room.
-
-    Otherwise torch would do it later, in a thread of its queue. There an error is only printed and the batch is lost,
-    and the main process waits for it for ever.
-    """
-    if get_worker_info() is None:
-        return None
-    try:
-        for x in tensors:
-            x.share_memory_()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        return _no_room_error(sum(x.nbytes for x in tensors), error)
-    return None
-
-
-def _no_room_error(size: int, error: Exception) -> DataError:
-    try:
-        room = shutil.disk_usage("/dev/shm")
-        shm = f"/dev/shm has {room.total / 2**20:.4g} MiB, {room.free / 2**20:.4g} of them free"
-    except OSError:
-        shm = "there is no /dev/shm"
-    return DataError(
-        f"a process that reads images found no room in shared memory for {size / 2**20:.3g} MiB: {shm} "
-        f"({str(error).splitlines()[0]}). Make it larger (docker run --shm-size=8g), use fewer train.workers, or use "
-        f"train.workers=0 (sslcells embed: --workers 0)"
-    )
+def _collate_undecoded(read: _Read) -> Undecoded | DataError:
+    if read.unread:
+        return read.unread[0].error
+    assert isinstance(read.pixels, list)
+    return joined(read.files, read.pixels, read.ids)
 
 
 def start_worker(worker: int) -> None:
@@ -133,28 +100,44 @@ def start_worker(worker: int) -> None:
 
 
 def read(
-    images: ImageSet, batches: Sampler[list[Pick]], workers: int, pin_memory: bool, together: int = 1
+    images: ImageSet,
+    batches: Sampler[list[Pick]],
+    workers: int,
+    pin_memory: bool,
+    together: int = 1,
+    device: torch.device | None = None,
 ) -> Generator[Batch, None, None]:
     """The batches of images that a sampler chooses, in its order, read ahead by `workers` processes.
 
     Use it inside `with_workers`. The caller uses `together` batches at a time; the images read ahead have as many bytes
-    as these, or `AHEAD` if that is more.
+    as these, or `AHEAD` if that is more. With `device`, images that have a `device_decoder` are decoded there, and the
+    pixels are on it.
 
     Raises:
         DataError: if an image cannot be read; the message names it.
     """
-    for batch in _loaded(images, batches, workers, pin_memory, _collate, together):
+    decoder = images.device_decoder if device is not None else None
+    collate = _collate if decoder is None else _collate_undecoded
+    for batch in _loaded(images, batches, workers, pin_memory, collate, together):
         if isinstance(batch, DataError):
             raise batch
-        yield Batch(*batch)
+        if decoder is None or device is None:
+            yield Batch(*batch)
+        else:
+            yield finished(Undecoded(*batch), images, decoder, device)
 
 
 def read_in_parts(
-    images: ImageSet, batches: Sampler[list[Pick]], parts: int, workers: int, pin_memory: bool
+    images: ImageSet,
+    batches: Sampler[list[Pick]],
+    parts: int,
+    workers: int,
+    pin_memory: bool,
+    device: torch.device | None = None,
 ) -> Generator[list[Batch], None, None]:
     """Like `read`, but each batch comes in `parts` equal parts, so a large batch is never copied into one piece."""
     batch: list[Batch] = []
-    for part in read(images, Parts(batches, parts), workers, pin_memory, together=parts):
+    for part in read(images, Parts(batches, parts), workers, pin_memory, parts, device):
         batch.append(part)
         if len(batch) == parts:
             yield batch
@@ -220,11 +203,11 @@ def _collate_readable(read: _Read) -> Readable | DataError:
     indices: list[int] = read.ids[1].tolist()
     pixels = read.pixels
     if not isinstance(pixels, Tensor) and len({x.shape for x in pixels}) == 1:
-        stacked = _stacked(pixels)
-        if isinstance(stacked, DataError):
-            return stacked
-        pixels = stacked
-    error = _share_memory([pixels] if isinstance(pixels, Tensor) else pixels)
+        together = stacked(pixels)
+        if isinstance(together, DataError):
+            return together
+        pixels = together
+    error = share([pixels] if isinstance(pixels, Tensor) else pixels)
     unreadable = [(indices[one.at], str(one.error)) for one in read.unread]
     image = [index for at, index in enumerate(indices) if at not in lost]
     return error or Readable(len(indices), image, pixels, unreadable)
@@ -239,21 +222,22 @@ def _loaded(
     together: int = 1,
 ) -> Iterator[Any]:
     """The result of `collate` for each batch."""
+    undecoded = collate is _collate_undecoded
     loader: DataLoader[_Read] = DataLoader(
-        _Images(images),
+        _Images(images, undecoded),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,  # type: ignore[arg-type]
         worker_init_fn=start_worker,
         pin_memory=pin_memory,
-        prefetch_factor=ahead(_bytes(images, batches), workers, together) if workers else None,
+        prefetch_factor=ahead(_bytes(images, batches, undecoded), workers, together) if workers else None,
     )
     try:
         batches_read = iter(loader)
     except OSError as error:  # the processes' locks are in shared memory too
         if not workers:
             raise
-        raise _no_room_error(0, error) from None
+        raise no_room(0, error) from None
     yield from batches_read
 
 
@@ -267,11 +251,14 @@ def ahead(size: int, workers: int, together: int = 1) -> int:
     return max(1, min(4 * together, allowed // workers))
 
 
-def _bytes(images: ImageSet, batches: Sampler[list[Pick]]) -> int:
-    """Bytes of the pixels of a batch, estimated from its first image."""
+def _bytes(images: ImageSet, batches: Sampler[list[Pick]], undecoded: bool = False) -> int:
+    """Bytes of a batch, estimated from the pixels of its first image, or from its file if that is larger."""
     first = next(iter(batches), [])
+    if not first:
+        return 0
+    file = images.plain_jpeg(first[0].image) if undecoded else None
     try:
-        return len(first) * images.pixels(first[0].image).nbytes if first else 0
+        return len(first) * max(images.pixels(first[0].image).nbytes, len(file or b""))
     except DataError:  # raised again when the batch is read
         return 0
 

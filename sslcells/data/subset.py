@@ -18,7 +18,7 @@ class Subset(ImageSet):
     def __init__(self, images: ImageSet, index: Tensor, about: str = "") -> None:
         self._images, self._index, self.about = images, index.numpy(), about
         self.light, self.channels, self.classes = images.light, images.channels, images.classes
-        self.shape = images.shape
+        self.shape, self.whole_files, self.device_decoder = images.shape, images.whole_files, images.device_decoder
         self.labels, self.sources = images.labels[index], images.sources[index]
         self.targets = None if images.targets is None else images.targets[index]
         self.labs, self.lab_names = None if images.labs is None else images.labs[index], images.lab_names
@@ -27,6 +27,10 @@ class Subset(ImageSet):
     def pixels(self, index: int) -> Tensor:
         """Image `index` of the part: (C, H, W) uint8."""
         return self._images.pixels(int(self._index[index]))
+
+    def plain_jpeg(self, index: int) -> bytes | None:
+        """The file of image `index`, if a device can decode it."""
+        return self._images.plain_jpeg(int(self._index[index]))
 
     def fill(self, indices: Sequence[int], out: Tensor) -> None:
         """Write images of the part into `out`: (B, C, H, W) uint8."""

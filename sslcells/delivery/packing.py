@@ -98,6 +98,8 @@ def _data(source: str, overrides: Sequence[str], config: str | None, size: str |
     data = load(config, [*found, *verify, *overrides, *sized]).data
     if data.kind == "pack":  # type: ignore[attr-defined]
         raise ConfigError(f"{source} is a pack; copy the folder as it is")
+    if getattr(data, "decode", "worker") == "device":
+        raise ConfigError("data.decode=device is for training on files; a pack is decoded where they are read")
     return data
 
 
