@@ -103,6 +103,15 @@ its step, the time left, the best figure on val, and the curve of its loss. It r
   sslcells runs /shared/me/runs --watch
 """
 
+_BOARD = """\
+Show the runs of `sslcells runs` as a page that renews itself: sortable, filtered, with curves and links to reports.
+Only this machine can open it, and it needs no network. On a cluster: ssh -L 8000:localhost:8000 LOGIN_NODE, and the
+page is at http://localhost:8000 on your own computer.
+
+  sslcells board /shared/me/runs
+  sslcells board /shared/me/runs --out board.html
+"""
+
 _EXPORT = """\
 Export the encoder for timm, torch.export and ONNX, with a model card. The output of each format is compared with the
 encoder's. A format that cannot be written is skipped, and the last lines say why.
@@ -121,7 +130,7 @@ def arguments(command: str | None = None, argv: Sequence[str] | None = None) -> 
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     adding = (_train, _evaluate, _compare, _selfcheck, _export, _embed, _search, _sources, _cells, _split, _pack)
-    for add in (*adding, _runs, _sync, _recipes, _init):
+    for add in (*adding, _runs, _board, _sync, _recipes, _init):
         add(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser.parse_known_args([command, *argv] if command else argv)
@@ -337,6 +346,21 @@ def _runs(commands: _Commands) -> None:
     sub.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", type=_path, help="searched in (runs)")
     words = "show them again every so many seconds (5) until Ctrl-C"
     sub.add_argument("--watch", metavar="SECONDS", nargs="?", const=5.0, type=_seconds, help=words)
+
+
+def _board(commands: _Commands) -> None:
+    sub = _command(commands, "board", "show the runs of `sslcells runs` as a page in your browser", _BOARD)
+    sub.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", type=_path, help="searched in (runs)")
+    either = sub.add_mutually_exclusive_group()
+    words = "port on this machine (8000); 0 for any that is free"
+    either.add_argument("--port", metavar="N", type=_port, default=8000, help=words)
+    either.add_argument("--out", metavar="FILE", type=_path, help="write the page to this file instead of serving it")
+
+
+def _port(typed: str) -> int:
+    if not typed.isdecimal() or int(typed) > 65_535:
+        raise argparse.ArgumentTypeError(f"{typed!r} is no port from 0 to 65535")
+    return int(typed)
 
 
 def _seconds(typed: str) -> float:

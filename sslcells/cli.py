@@ -1,6 +1,7 @@
 """The commands: `sslcells <command>`. A command is imported only when it runs, as torch alone takes seconds."""
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +53,19 @@ def _runs(args: argparse.Namespace) -> None:
     if args.watch is None:
         console.show(Path(args.folder))
     else:
-        console.watch(Path(args.folder), args.watch)
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+            console.watch(Path(args.folder), args.watch)
+
+
+def _board(args: argparse.Namespace) -> None:
+    from sslcells.overview import board
+
+    if args.out is not None:
+        board.write(Path(args.folder), Path(args.out))
+        print(args.out)
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        board.serve(Path(args.folder), args.port)
 
 
 def _sync(args: argparse.Namespace) -> None:
@@ -181,6 +194,7 @@ _COMMANDS = {
     "compare": _compare,
     "selfcheck": _selfcheck,
     "runs": _runs,
+    "board": _board,
     "sync": _sync,
     "export": _export,
     "embed": _embed,

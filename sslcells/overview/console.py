@@ -9,7 +9,8 @@ from rich.live import Live
 from rich.text import Text
 
 from sslcells.overview.found import runs
-from sslcells.overview.summary import Summary, duration, printable
+from sslcells.overview.summary import Summary
+from sslcells.overview.words import best, duration, headline, name, step
 
 STYLES = {
     "running": "green",
@@ -70,13 +71,11 @@ def _fitted(shown: Sequence[Text], height: int) -> Group:
 def lines(folder: Path, found: Sequence[Summary]) -> list[Text]:
     """A headline, and a line for each run below it, in columns."""
     if not found:
-        return [Text(f"{printable(str(folder))}: no runs")]
+        return [Text(headline(folder, found))]
     table = [_HEADINGS, *(_cells(folder, one) for one in found)]
     widths = [max(len(row[column]) for row in table) for column in range(len(_HEADINGS) - 1)]
     styles = ["bold", *(STYLES[one.state] for one in found)]
-    counts = {state: sum(one.state == state for one in found) for state in STYLES}
-    head = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
-    shown = [Text(f"{printable(str(folder))}: {len(found)} run{'s' * (len(found) > 1)}: {head}")]
+    shown = [Text(headline(folder, found))]
     for row, style in zip(table, styles, strict=True):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         shown.append(Text("  ".join([*cells, row[-1]]).rstrip(), style))
@@ -94,25 +93,6 @@ def _cells(folder: Path, one: Summary) -> tuple[str, ...]:
         "" if one.seen is None else f"{duration(one.seen)} ago",
         one.note,
     )
-
-
-def name(folder: Path, one: Summary) -> str:
-    """A run's folder below the one that was searched."""
-    below = one.folder.relative_to(folder)
-    return printable(one.folder.name if below == Path() else str(below))
-
-
-def step(one: Summary) -> str:
-    """Steps done, of how many."""
-    return f"{one.figures.step:,}/{'?' if one.steps is None else f'{one.steps:,}'}"
-
-
-def best(one: Summary) -> str:
-    """The best figure on val, and its step."""
-    found = one.figures.best
-    if found is None:
-        return "–"
-    return f"{found.name} {100 * found.value:.1f} % {f'at {found.step:,}' if found.step else 'before training'}"
 
 
 def curve(values: Sequence[float], width: int = WIDTH) -> str:

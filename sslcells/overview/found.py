@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sslcells import names
 from sslcells.errors import ConfigError
-from sslcells.overview.summary import Summary, summary
+from sslcells.overview.summary import STATES, Summary, summary
 from sslcells.run import lock
 from sslcells.run.metrics import METRICS
 from sslcells.storage import is_folder
@@ -15,7 +15,6 @@ _SIGNS = {METRICS, lock.FILE, names.STOPPED, "checkpoints", "plots"}
 """A run's folder has config.yaml and one of these, or metrics.jsonl."""
 _PARTS = {"checkpoints", "plots", "wandb", "export", "embeddings", "tensorboard"}
 """Folders of a run that hold no other run."""
-_ORDER = ("running", "silent", "broken", "failed", "stopped", "finished")
 
 
 def runs(folder: Path) -> list[Summary]:
@@ -27,7 +26,7 @@ def runs(folder: Path) -> list[Summary]:
     if not is_folder(folder):
         raise ConfigError(f"{folder}: no such folder; runs are in runs/ unless out= said otherwise")
     found = list(_below(folder, set()))
-    return sorted(found, key=lambda one: (_ORDER.index(one.state), one.seen or 0.0, str(one.folder)))
+    return sorted(found, key=lambda one: (STATES.index(one.state), one.seen or 0.0, str(one.folder)))
 
 
 def _below(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Summary]:

@@ -6,17 +6,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from sslcells import names
 from sslcells.overview.figures import Figures, figures
 from sslcells.overview.settings import Settings, settings
+from sslcells.overview.words import duration, printable
 from sslcells.run import lock
 from sslcells.run.metrics import METRICS
 from sslcells.storage import is_file
 
 T = TypeVar("T")
 State = Literal["running", "silent", "broken", "failed", "stopped", "finished"]
+STATES: tuple[State, ...] = get_args(State)
+"""Those that need attention first."""
 
 DEAF = 6 * lock.BEAT
 """Seconds without a beat after which a run on another host counts as silent."""
@@ -85,20 +88,6 @@ def _state_without_owner(folder: Path, owner: lock.Owner | None, over: bool) -> 
     saved = _newest_checkpoint(folder)
     resumes = f"the same command resumes it after step {saved}" if saved else "the same command starts it again"
     return "stopped", f"{f'{owner.name} is gone' if owner else 'ended by a signal, or with its node'}; {resumes}"
-
-
-def printable(text: str) -> str:
-    """Text of others for a terminal or a page, without control characters and what is no Unicode."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-
-
-def duration(seconds: float) -> str:
-    """A time in words: 5 s, 12 min, 3.4 h, 2.5 days."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
 
 
 def _read(folder: Path, name: str, read: Callable[[bytes], T], faults: list[str]) -> T | None:
