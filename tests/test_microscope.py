@@ -1,4 +1,4 @@
-"""From fields and masks to embeddings, by the lines of the README: 200 drawn fields of two magnifications."""
+"""From fields and masks to embeddings, by the lines of docs/fields.md: 200 drawn fields of two magnifications."""
 
 import json
 import re
@@ -15,8 +15,8 @@ from drawn_fields import SCALES, WIDTH, draw_fields
 
 from sslcells.data import open_split, table
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-LINES = re.findall(r"```bash\n(sslcells cells .*?)```", README, re.S)[0].strip().splitlines()
+PAGE = (Path(__file__).parent.parent / "docs" / "fields.md").read_text(encoding="utf-8")
+LINES = re.findall(r"```bash\n(sslcells cells .*?)```", PAGE, re.S)[0].strip().splitlines()
 SHORTER = [
     "model.backbone=small_cnn",
     "model.args={width: 16}",
@@ -28,7 +28,7 @@ SHORTER = [
 
 
 def run(line: str, folder: Path) -> str:
-    """Run a line of the README, and return what it printed."""
+    """Run a line of the page, and return what it printed."""
     program, command, *words = shlex.split(line)
     assert program == "sslcells"
     more = SHORTER if command == "train" else []
@@ -38,7 +38,7 @@ def run(line: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_readme_has_five_lines():
+def test_the_page_has_five_lines():
     assert [line.split()[1] for line in LINES] == ["cells", "split", "train", "evaluate", "embed"]
 
 

@@ -1,0 +1,93 @@
+"""The documentation: every block of every page runs on drawn data, and every setting is on its page."""
+
+import re
+import sys
+
+import pytest
+from drawn_lab import draw_what_pages_name
+from pages import DOCS, LANGUAGES, blocks, pages, run_bash, run_page
+from pydantic import BaseModel
+
+from sslcells.config import PLUGINS, Run
+
+sys.path.insert(0, str(DOCS / "generate"))
+import settings
+
+ELSEWHERE = {"laboratories.md": "tests/test_laboratories_page.py"}
+"""Pages whose commands another test runs."""
+ROOT = DOCS.parent
+
+
+def test_every_page_is_in_the_navigation():
+    names = re.findall(r"[\w.]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2])
+    assert {page.name for page in pages()} <= {*names}
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_every_block_says_what_it_is(page):
+    for block in blocks(page):
+        assert block.language in LANGUAGES, f"{block}: ```{block.language}"
+        if block.language == "bash" and not block.not_run:
+            assert block.commands, block
+    text = page.read_text(encoding="utf-8")
+    assert text.count("```") == 2 * len(blocks(page))
+    assert not re.search(r"^    (sslcells|accelerate|bash|python|pip) ", text, re.M), "an indented block is not run"
+
+
+def test_a_command_that_fails_is_seen(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- not run: no -->\n```bash\nsslcells no\n```\n\n```bash\nsslcells recipes nothing\n```\n")
+    first, second = blocks(page)
+    assert (first.not_run, second.not_run) == ("no", "")
+    with pytest.raises(AssertionError, match=r"page.md:6: recipes nothing ended with 2|ended with 2"):
+        run_bash(second)
+
+
+@pytest.mark.parametrize("section", PLUGINS)
+def test_every_setting_of_a_choice_is_on_its_page(section):
+    text = settings.plugin(section)
+    for choice in PLUGINS[section].names():
+        part = text.split(f"`{section}.{PLUGINS[section].key}={choice}`")[1].split("\n## ")[0]
+        for name, field in PLUGINS[section].config(choice).model_fields.items():
+            inner = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            if name != PLUGINS[section].key:
+                assert f"| `{section}.{name}{'.' if inner else '` |'}" in part, (choice, name)
+
+
+def test_every_setting_is_on_the_page_with_its_default():
+    text = settings.general()
+    for name, field in Run.model_fields.items():
+        if name in PLUGINS:
+            continue
+        kind = field.annotation
+        section = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        keys = [f"{name}.{key}" for key in section.model_fields] if section else [name]
+        for key in keys:
+            assert text.count(f"| `{key}` | ") == 1, key
+    assert "| `optim.lr` | `0.002` | number > 0 | Peak learning rate." in text
+    assert "| `model.weights` | `none` | text, `none` | Start from published weights" in text
+
+
+def test_every_setting_has_a_meaning():
+    shown = settings.general() + "".join(settings.plugin(section) for section in PLUGINS)
+    assert not re.findall(r"^\| `[^`]+` \|.*\|  \|$", shown, re.M)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A folder in which the first hour has been run: drawn images, a trained run, and what the other pages name."""
+    folder = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        ran = run_page(DOCS / "first_hour.md")
+        draw_what_pages_name(folder)
+        yield folder
+    assert len(ran) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in pages() if p.name != "first_hour.md"], ids=lambda page: page.name)
+def test_the_blocks_of_the_page_run(lab, page):
+    if page.name in ELSEWHERE:
+        pytest.skip(f"{ELSEWHERE[page.name]} runs the commands of {page.name}")
+    run_page(page)
