@@ -3,7 +3,7 @@
 A comment before a block says what the tests do with it:
 
     <!-- not run: why -->        nothing
-    <!-- run with: words -->     these words go to its training commands, which are then really run
+    <!-- run with: words -->     these words are added to its commands that take settings; training is then really run
 
 Without a comment every command runs as it stands; only `train` without --check or --debug is run with --check.
 """
@@ -39,7 +39,7 @@ class Block(NamedTuple):
     not_run: str
     """why it is not run; empty if it is"""
     run_with: str
-    """what its training commands get in addition"""
+    """what its commands that take settings get in addition"""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -115,9 +115,9 @@ def arguments(words: list[str], run_with: list[str]) -> list[str]:
         argv = argv[1:] if argv[0] == "sslcells" else [argv[0].removeprefix("sslcells."), *argv[1:]]
     else:
         raise ValueError(f"{shlex.join(words)}: no command of sslcells; a comment must say why it is not run")
-    if argv[0] == "train" and not {"--check", "--debug"} & {*argv}:
-        return [*argv, *(run_with or ["--check"])]
-    return [*argv, *run_with] if argv[0] == "compare" else argv
+    if argv[0] == "train" and not run_with and not {"--check", "--debug"} & {*argv}:
+        return [*argv, "--check"]
+    return [*argv, *run_with] if argv[0] in ("train", "evaluate", "compare") else argv
 
 
 def check_printed(block: Block, printed: str) -> None:
