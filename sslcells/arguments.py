@@ -33,6 +33,7 @@ RUN/report.html. It uses the test split, which training never reads; use evaluat
   sslcells evaluate runs/my_cells
   sslcells evaluate runs/my_cells data.sources=sources.csv evaluate.split=val
   sslcells evaluate runs/my_cells --lab clinic=path/to/clinic --lab other=cells.csv
+  sslcells evaluate runs/my_cells data.path=path/to/other/cells data.sources=sources.csv --out runs/other_cells
   sslcells evaluate runs/my_cells --against vit_small_patch14_dinov2.lvd142m --against runs/before
   accelerate launch --config_file launch/gpu8.yaml -m sslcells.evaluate runs/my_cells
 """
@@ -185,6 +186,7 @@ def _evaluate(commands: _Commands) -> None:
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to data, evaluate or train")
     words = "images of a laboratory that training never saw, classes as sub-folders, or a table; may be repeated"
     sub.add_argument("--lab", action="append", default=[], metavar="NAME=FOLDER", help=words)
+    _lab_sources(sub)
     words = (
         "an encoder to measure beside the run's, frozen: published weights (as model.weights names them), a run or an "
         "export; {weights: FILE, backbone: NAME} for a file; may be repeated"
@@ -192,6 +194,8 @@ def _evaluate(commands: _Commands) -> None:
     sub.add_argument("--against", action="append", default=[], metavar="NAME", help=words)
     words = "first fine-tune the encoder on fractions of the labels (set by compare.*): minutes to hours"
     sub.add_argument("--fine-tune", action="store_true", help=words)
+    words = "folder for the results, such as those on other data than the run's (RUN)"
+    sub.add_argument("--out", metavar="FOLDER", type=_path, help=words)
 
 
 def _compare(commands: _Commands) -> None:
@@ -202,6 +206,12 @@ def _compare(commands: _Commands) -> None:
     sub.add_argument("--frozen", action="append", default=[], metavar="NAME", help=words)
     words = "images of a laboratory that training never saw, to ask all models about; may be repeated"
     sub.add_argument("--lab", action="append", default=[], metavar="NAME=FOLDER", help=words)
+    _lab_sources(sub)
+
+
+def _lab_sources(sub: argparse.ArgumentParser) -> None:
+    words = "table with the source (photograph, slide, donor) of each image of that folder: columns path and source"
+    sub.add_argument("--lab-sources", action="append", default=[], metavar="NAME=CSV", help=words)
 
 
 def _selfcheck(commands: _Commands) -> None:

@@ -55,11 +55,13 @@ class Part(NamedTuple):
     run: Run
 
 
-def compare(run: Run, frozen: Sequence[str] = (), labs: Sequence[str] = ()) -> dict[str, Any]:
+def compare(
+    run: Run, frozen: Sequence[str] = (), labs: Sequence[str] = (), lab_sources: Sequence[str] = ()
+) -> dict[str, Any]:
     """Train the run, then every part of the comparison; print and write the results, and return them on rank 0.
 
     `frozen` names encoders to measure beside the run's, and `labs` are laboratories that training never saw,
-    NAME=FOLDER each, to ask all models about; so are those of `train.without_labs`.
+    NAME=FOLDER each, to ask all models about, with `lab_sources` NAME=CSV; so are those of `train.without_labs`.
 
     Raises:
         ConfigError: if the configuration of the run or of the comparison does not fit the data, or an encoder or a
@@ -72,7 +74,7 @@ def compare(run: Run, frozen: Sequence[str] = (), labs: Sequence[str] = ()) -> d
     _check_labels(run, splits)
     parts = list(plan(run, splits, MODELS))
     others = ranks.together(lambda: against.opened(frozen, splits, "--frozen"))
-    asked = ranks.together(lambda: _asked(run, splits, labs))
+    asked = ranks.together(lambda: _asked(run, splits, labs, lab_sources))
     if not ranks.from_main(lambda: _finished(run)):
         train(run)
     answers = carry_out(parts, splits, asked, device)
@@ -137,7 +139,9 @@ _PROBED = "logistic regression"
 """What stands beside a frozen encoder in the table."""
 
 
-def _asked(run: Run, splits: Mapping[str, ImageSet], labs: Sequence[str]) -> dict[str, Sequence[ImageSet]]:
+def _asked(
+    run: Run, splits: Mapping[str, ImageSet], labs: Sequence[str], lab_sources: Sequence[str]
+) -> dict[str, Sequence[ImageSet]]:
     """What the models are asked about: first the split, then laboratories that were not trained on, by their names.
 
     Raises:
@@ -153,7 +157,7 @@ def _asked(run: Run, splits: Mapping[str, ImageSet], labs: Sequence[str]) -> dic
             index = torch.nonzero(whole.labs == whole.lab_names.index(name) + 1)[:, 0]
             if len(index):
                 out[name] = [Subset(whole, index)]
-    for lab in new_labs.opened(labs, run.data, splits["train"], run.augment.size):
+    for lab in new_labs.opened(labs, run.data, splits["train"], run.augment.size, lab_sources):
         if lab.name in out:
             raise ConfigError(f"--lab {lab.name}: choose another name than that of a split")
         out[lab.name] = lab.parts
@@ -350,7 +354,7 @@ def draw(run: Run, parts: Sequence[Part], answers: Sequence[Answer], images: Ima
 
 def command(args: argparse.Namespace) -> None:
     """`sslcells compare`."""
-    compare(load(args.config, args.overrides), args.frozen, args.lab)
+    compare(load(args.config, args.overrides), args.frozen, args.lab, args.lab_sources)
 
 
 if __name__ == "__main__":

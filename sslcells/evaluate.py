@@ -29,6 +29,7 @@ from sslcells.evaluation.report import page, say_figures, say_leaks, write
 from sslcells.evaluation.scores import Units, of_classes, rounded
 from sslcells.evaluation.search import one_thread, searching
 from sslcells.evaluation.sheets import Image
+from sslcells.evaluation.ways import ways
 from sslcells.models import files
 from sslcells.plan import leave_out
 from sslcells.run import checkpoint, wandb_sync
@@ -47,11 +48,14 @@ def evaluate(
     also: Sequence[dict[str, Any]] = (),
     labs: Sequence[str] = (),
     frozen: Sequence[str] = (),
+    lab_sources: Sequence[str] = (),
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a finished run, print the results and write them to the run's folder; returns them on rank 0.
+    """Evaluate a finished run, print the results and write them to a folder; returns them on rank 0.
 
     `also` holds rows for the table of classifiers that were measured before, by fine-tuning; `labs` are laboratories
-    that training never saw, NAME=FOLDER each; `frozen` names encoders to measure beside the run's.
+    that training never saw, NAME=FOLDER each, with tables of sources NAME=CSV; `frozen` names encoders to measure
+    beside the run's. The results go to `out`; without it to the run's own folder, and its metrics too.
 
     Every rank encodes its part of each split once, and searches neighbours in its part of the rows, on its device; rank
     0 does the rest, and has the features of all images in memory. The figures are the same to the last digit on any
@@ -64,14 +68,18 @@ def evaluate(
     """
     began = time.perf_counter()
     run = _run(folder, overrides)
-    result, pictures = measured(run, folder, launcher.accelerator(run).device, also, labs, frozen)
+    to = folder if out is None else ranks.together(lambda: _elsewhere(out, folder))
+    result, pictures = measured(run, folder, launcher.accelerator(run).device, also, labs, frozen, lab_sources, to)
     if result:
+        if data := [o for o in overrides if o.startswith("data.")]:
+            result["notes"].append(f"the data is that of {' '.join(data)}; the encoder is the run's, as it was trained")
         seconds = round(time.perf_counter() - began, 1)
         result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": ranks.world()}
-        write(folder / RESULTS, json_text(result, indent=2) + "\n")
-        write(folder / REPORT, page(result, [*_of_training(folder), *pictures]))
-        print(f"{folder / RESULTS}, {REPORT}: the results above, and pictures; {seconds:.0f} s")
-        _log(folder, result, pictures)
+        write(to / RESULTS, json_text(result, indent=2) + "\n")
+        write(to / REPORT, page(result, [*_of_training(folder), *pictures]))
+        print(f"{to / RESULTS}, {REPORT}: the results above, and pictures; {seconds:.0f} s")
+        if out is None:
+            _log(folder, result, pictures)
     return result
 
 
@@ -82,14 +90,17 @@ def measured(
     also: Sequence[dict[str, Any]] = (),
     labs: Sequence[str] = (),
     frozen: Sequence[str] = (),
+    lab_sources: Sequence[str] = (),
+    out: Path | None = None,
 ) -> tuple[dict[str, Any], list[Picture]]:
     """Compute, print and draw the results of `evaluate`; returned on rank 0, empty on the others."""
+    to = out or folder
     if run.evaluate.umap:
         installed("umap", "umap", "evaluate.umap=true")
     names = ranks.from_main(lambda: holdout.held_out_by(folder))
     splits = holdout.hold_out_named(leave_out(open_splits(run.data), run.train.without_labs), names)
     encoder, spec = ranks.together(lambda: _encoder(folder, run, splits["train"].channels))
-    outside = ranks.together(lambda: new_labs.opened(labs, run.data, splits["train"], run.augment.size))
+    outside = ranks.together(lambda: new_labs.opened(labs, run.data, splits["train"], run.augment.size, lab_sources))
     others = ranks.together(lambda: against.opened(frozen, splits))
     console = Console(highlight=False, quiet=ranks.rank() > 0)
     with bars(console) as bar:
@@ -156,7 +167,7 @@ def measured(
     }
     say_figures(console, result)
     if predictions is not None:
-        predictions.write(folder, run.evaluate.split)
+        predictions.write(to, run.evaluate.split)
     pixels = encoded.pixels_of(splits[shown])
     with one_thread():
         pictures = draw(
@@ -166,12 +177,12 @@ def measured(
             figures.predictions,
             lambda i: pixels(chosen[i]),
             (encoded.views[0], encoded.views[1]),
-            folder / "plots",
+            to / "plots",
             run.seed,
             run.evaluate.umap,
         )
         if across.result is not None:
-            pictures += lab_pictures.draw(across, classes, folder / "plots", run.seed)
+            pictures += lab_pictures.draw(across, classes, to / "plots", run.seed)
     return result, pictures
 
 
@@ -342,6 +353,17 @@ def _run(folder: Path, overrides: Sequence[str]) -> Run:
     return load(str(config), ["log.tracker=none", *overrides])
 
 
+def _elsewhere(out: Path, folder: Path) -> Path:
+    """`out`, a folder that exists now and is no other run's."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made: {error.strerror}") from None
+    if is_file(out / "config.yaml") and not out.samefile(folder):
+        raise ConfigError(f"--out {out} is the folder of another run, whose results would be lost; choose another")
+    return out
+
+
 def _encoder(folder: Path, run: Run, channels: int) -> tuple[nn.Module, dict[str, Any]]:
     encoder, spec = files.load(folder)
     if spec["channels"] != channels:
@@ -400,22 +422,13 @@ def _of_classifier(predictions: Predictions | None, run: Run) -> list[dict[str, 
     """Rows of the run's own classifier; empty if an image may have several classes, which the table cannot show."""
     if predictions is None or predictions.labels.ndim > 1:
         return []
-    units, out, classes = (
-        Units(predictions.sources, run.seed, run.evaluate.bootstrap),
-        list[dict[str, Any]](),
-        predictions.classes,
-    )
-    for unit in units.names:
-        found = units.scored(of_classes(predictions.labels, predictions.probabilities.argmax(1), len(classes)), unit)
+    out, classes = list[dict[str, Any]](), len(predictions.classes)
+    units = Units(predictions.sources, run.seed, run.evaluate.bootstrap)
+    for way in ways(units, predictions.labels, predictions.probabilities):
+        found = way.scored(of_classes(way.labels, way.predicted, classes))
+        row = {"task": "the run's classifier", "name": "", "unit": way.unit, "images": way.images}
         scores = {key: rounded(score) for key, score in found.items()}
-        row = {
-            "task": "the run's classifier",
-            "name": "",
-            "unit": unit,
-            "images": len(predictions.labels),
-            "scores": scores,
-        }
-        out.append(row)
+        out.append(row | {"sources": way.sources, "scores": scores})
     return out
 
 
@@ -439,7 +452,7 @@ def command(args: argparse.Namespace) -> None:
         from sslcells.compare import fine_tuned
 
         also = fine_tuned(args.run, args.overrides)
-    evaluate(args.run, args.overrides, also, args.lab, args.against)
+    evaluate(args.run, args.overrides, also, args.lab, args.against, args.lab_sources, args.out)
 
 
 if __name__ == "__main__":

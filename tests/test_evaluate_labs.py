@@ -92,6 +92,57 @@ def test_laboratories_of_the_runs_own_data(tmp_path, capsys):
     assert "north and south: neighbours tell the laboratory" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_other_data_by_its_own_labels_and_a_laboratory_with_sources_beside_it(run, tmp_path, capsys):
+    """Three images of each photograph; the results lie elsewhere, and the run is left as it was."""
+    for split, of in (("train", 0), ("test", 100)):
+        for name, drawn in (("lymphocyte", 3), ("eosinophil", 1)):
+            (tmp_path / "cells" / split / name).mkdir(parents=True)
+            for i in range(18):
+                pixels = draw_smear(3, of + i // 3, drawn, 40)
+                Image.fromarray(pixels - i % 3).save(tmp_path / "cells" / split / name / f"{of + i // 3}_{i % 3}.png")
+    files = [file.relative_to(tmp_path / "cells").as_posix() for file in (tmp_path / "cells").rglob("*.png")]
+    rows = [f"{file},{file.split('/', 1)[1].split('_')[0]}" for file in files]
+    (tmp_path / "sources.csv").write_text("\n".join(["path,source", *rows]))
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    data = ["data.kind=folder", f"data.path={tmp_path / 'cells'}", f"data.sources={tmp_path / 'sources.csv'}"]
+    lab = ["--lab", f"clinic={tmp_path / 'cells'}", "--lab-sources", f"clinic={tmp_path / 'sources.csv'}"]
+    for place, asked in (("by_its_own", data), ("from_outside", lab)):
+        assert main(None, ["evaluate", str(run), *asked, *QUICK, "--out", str(tmp_path / place)]) == 0
+        out = capsys.readouterr().out
+        assert "source vote" in out
+        assert "36 of 12 sources" in out or "72 of 24 sources" in out
+    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    result = json.loads((tmp_path / "by_its_own" / "evaluation.json").read_text())
+    vote = [row for row in result["figures"] if row["unit"] == "source vote"]
+    assert {(row["images"], row["sources"]) for row in vote} == {(36, 12)}
+    assert any(note.startswith("the data is that of data.kind=folder data.path=") for note in result["notes"])
+    assert "source vote" in (tmp_path / "by_its_own" / "report.html").read_text()
+    outside = json.loads((tmp_path / "from_outside" / "evaluation.json").read_text())["labs"]["labs"][0]
+    assert outside["sources"] == 24
+    assert "source vote" in {row["unit"] for row in outside["figures"]}
+    other = make_run(tmp_path / "other")
+    assert main(None, ["evaluate", str(run), *QUICK, "--out", str(other)]) == 2
+    assert f"--out {other} is the folder of another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lab-sources", "clinic=x.csv"], "--lab-sources clinic=x.csv: no --lab has that name"),
+        (["--lab", "clinic={there}/new", "--lab-sources", "clinic"], "--lab-sources clinic: expected NAME=CSV"),
+        (["--lab", "clinic={there}/new", "--lab-sources", "clinic=x.csv"], "x.csv: data.sources='x.csv': no such file"),
+        (["--lab", "clinic=x.csv", "--lab-sources", "clinic=y.csv"], "x.csv is a table; its own column names"),
+    ],
+)
+def test_mistakes_in_sources(run, tmp_path, capsys, arguments, words):
+    clinic(tmp_path / "new", {"monocyte": 4}, each=1)
+    assert main(None, ["evaluate", str(run), *(a.format(there=tmp_path) for a in arguments), *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [

@@ -137,6 +137,8 @@ def findings(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             out.append(
                 finding(f"{lab['lab']}: {lab['not used']:,} images, drawn at random, were left out to save time")
             )
+        if lab["no vote"]:
+            out.append(finding(f"{lab['lab']}: {lab['no vote']}"))
         if lab["few"]:
             out.append(finding(f"{lab['lab']}: fewer than {FEW} images of {', '.join(lab['few'])}: not counted"))
         if lab["without others' labels"]:

@@ -15,7 +15,7 @@ from sslcells.evaluation.figures import ClassScores, Figures
 from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.new_labs import NewLab
 from sslcells.evaluation.scores import Metric, Units, of_classes, rounded
-from sslcells.evaluation.tables import Table, shown
+from sslcells.evaluation.tables import Table, of_images, shown
 from sslcells.inputs import lab_rows
 from sslcells.models import frozen
 from sslcells.models.frozen import FrozenEncoder
@@ -143,8 +143,8 @@ def compared(one: Beside, ours: Figures, theirs: Figures, across: Across) -> dic
 
 def _differences(figures: Figures, mine: ClassScores, other: ClassScores) -> Iterator[tuple[str, dict[str, Any]]]:
     """The run's scores minus the other's on the same resamples, for each way to count."""
-    for unit in figures.units.names:
-        yield unit, difference(figures.units, figures.labels, [mine.predicted], [other.predicted], unit)
+    for one, its in zip(figures.ways(mine.scores), figures.ways(other.scores), strict=True):
+        yield one.unit, difference(one.units, one.labels, [one.predicted], [its.predicted], one.weighs)
 
 
 def difference(
@@ -223,7 +223,7 @@ def _classes(result: Mapping[str, Any]) -> Table:
             cells = [shown(row["scores"].get(metric)) for metric in metrics]
             less = differences.get((method, row["unit"]))
             minus = "" if less is None else _signed(less)
-            lines.append([name, row["task"], row["name"], row["unit"], f"{row['images']:,}", *cells, minus])
+            lines.append([name, row["task"], row["name"], row["unit"], of_images(row), *cells, minus])
     caption = (
         f"%, with 95 % intervals from {result['resamples']:,} resamples of sources, or of images. Every encoder is "
         f"frozen, gets the same images, prepared as it was trained, and the same kNN and probe. Last column: the run's "
@@ -237,7 +237,7 @@ def _labs(result: Mapping[str, Any]) -> Table:
     metrics = (METRIC, "accuracy", "macro F1")
     of_each = [("this run", result.get("labs")), *((one["encoder"], one["labs"]) for one in result["against"])]
     lines = [
-        [lab["lab"], name, row["method"], row["labels of"], row["among"], row["unit"], f"{row['images']:,}"]
+        [lab["lab"], name, row["method"], row["labels of"], row["among"], row["unit"], of_images(row)]
         + [shown(row["scores"].get(metric)) for metric in metrics]
         for name, across in of_each
         for lab in (across or {"labs": []})["labs"]

@@ -12,6 +12,7 @@ from sslcells.evaluation.classifier import Predictions
 from sslcells.evaluation.robustness import FEW
 from sslcells.evaluation.scores import Units, of_classes, of_ranking, rounded
 from sslcells.evaluation.tables import Table
+from sslcells.evaluation.ways import VOTE, ways
 
 
 class Answer(NamedTuple):
@@ -29,11 +30,9 @@ def rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     out = []
     groups = dict.fromkeys((of.model, of.fraction) for of in answers)
     for model, fraction in groups:
-        of_seeds = [of.predictions for of in answers if (of.model, of.fraction) == (model, fraction)]
-        for unit in Units(of_seeds[0].sources, 0).names if of_seeds[0].labels.ndim == 1 else ["image"]:
-            each = [_scores(one, unit) for one in of_seeds]
-            scores = {key: _over_seeds([e[key] for e in each]) for key in each[0]}
-            images = len(of_seeds[0].labels)
+        each = [_counted(of.predictions) for of in answers if (of.model, of.fraction) == (model, fraction)]
+        for unit, (images, found) in each[0].items():
+            scores = {key: _over_seeds([one[unit][1][key] for one in each]) for key in found}
             out.append({"model": model, "fraction": fraction, "unit": unit, "images": images, "scores": scores})
     return out
 
@@ -45,15 +44,18 @@ def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
-def _scores(predictions: Predictions, unit: str) -> dict[str, float]:
+def _counted(predictions: Predictions) -> dict[str, tuple[int, dict[str, float]]]:
+    """Images and scores, by the way to count them."""
     if predictions.labels.ndim > 1:
-        return {{"auroc": "AUROC"}.get(key, key): value for key, value in predictions.figures().items()}
-    units = Units(predictions.sources, 0, draws=100)
-    found = units.scored(
-        of_classes(predictions.labels, predictions.probabilities.argmax(1), len(predictions.classes)), unit, 1
-    )
-    found |= units.scored(of_ranking(predictions.labels, predictions.probabilities), unit, 1)
-    return {"loss": predictions.loss(), **{key: score.value for key, score in found.items()}}
+        figures = {{"auroc": "AUROC"}.get(key, key): value for key, value in predictions.figures().items()}
+        return {"image": (len(predictions.labels), figures)}
+    out = {}
+    for way in ways(Units(predictions.sources, 0, draws=100), predictions.labels, predictions.probabilities):
+        found = way.scored(of_classes(way.labels, way.predicted, len(predictions.classes)), 1)
+        found |= way.scored(of_ranking(way.labels, way.scores), 1)
+        loss = {} if way.unit == VOTE else {"loss": predictions.loss()}
+        out[way.unit] = way.images, loss | {key: score.value for key, score in found.items()}
+    return out
 
 
 def of_lab(name: str, answers: Sequence[Answer]) -> dict[str, Any]:

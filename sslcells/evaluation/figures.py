@@ -1,6 +1,6 @@
 """The figures of `sslcells evaluate`, from the features of whole splits, computed by one process."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +14,10 @@ from sslcells.evaluation.fewshot import DRAWS, SHOTS, few_shot
 from sslcells.evaluation.health import effective_rank, row_std, uniformity
 from sslcells.evaluation.knn import Neighbours, knn_predictions, neighbours, votes
 from sslcells.evaluation.leaks import SplitFeatures
-from sslcells.evaluation.probe import Labelled, linear_probe
+from sslcells.evaluation.probe import Labelled, linear_probe, shared
 from sslcells.evaluation.retrieval import retrieval
 from sslcells.evaluation.scores import Score, Units, mean_of, of_class, of_classes, of_ranking, rounded
+from sslcells.evaluation.ways import VOTE, Way, ways, without_vote
 
 KS = (1, 5, 20)
 _PROBED = 100_000
@@ -84,7 +85,7 @@ class Figures:
             self.notes.append("no labels: only figures that need none")
             return
         self._query, self._bank = _labelled(asked or by_split[query_split]), _labelled(by_split["train"])
-        self._alone = query_split == "train"
+        self._asked, self._alone = query_split, query_split == "train"
         self._units = Units(self._query.sources, run.seed, run.evaluate.bootstrap)
         val = _labelled(by_split["val"]) if "val" in by_split and query_split != "val" else None
         self._add_caveats(query_split)
@@ -100,16 +101,6 @@ class Figures:
         self._retrieval()
         self._clustering()
 
-    @property
-    def labels(self) -> Tensor:
-        """(M,) int64 classes of the images that were asked."""
-        return self._query.labels
-
-    @property
-    def units(self) -> Units:
-        """The units of these images, and their resamples."""
-        return self._units
-
     def _add_caveats(self, query_split: str) -> None:
         units, sources = self._units, "images" if not self._units.known else "sources"
         if self._alone:
@@ -120,6 +111,8 @@ class Figures:
             self.notes.append(f"{query_split} has a single source: no intervals")
         elif units.count < 10:
             self.notes.append(f"{query_split} has {units.count} {sources}: intervals are too narrow")
+        if said := without_vote(units, self._query.labels):
+            self.notes.append(f"{query_split}: {said}")
         shown = set(self._query.labels.tolist())
         absent = [name for c, name in enumerate(self._classes) if c not in shown]
         if absent:
@@ -128,21 +121,30 @@ class Figures:
         if unseen and len(self._bank.labels):
             self.notes.append(f"train shows no {', no '.join(unseen)}: no classifier can name them")
 
-    def _add(self, task: str, name: str, unit: str, images: int, scores: Mapping[str, Score]) -> None:
+    def _add(
+        self, task: str, name: str, unit: str, images: int, scores: Mapping[str, Score], sources: int | None = None
+    ) -> None:
         kept = {key: rounded(score) for key, score in scores.items()}
-        self.rows.append({"task": task, "name": name, "unit": unit, "images": images, "scores": kept})
+        if sources is None and self._units.known:
+            sources = self._units.count
+        row = {"task": task, "name": name, "unit": unit, "images": images, "sources": sources}
+        self.rows.append(row | {"scores": kept})
+
+    def ways(self, scores: Tensor) -> Iterator[Way]:
+        """The ways to count scores (M, K) for the images that were asked."""
+        return ways(self._units, self._query.labels, scores)
 
     def _classifier(self, task: str, name: str, scores: Tensor, each_class: bool = False) -> None:
-        predicted, labels = knn_predictions(scores), self._query.labels
-        answer = ClassScores(f"{task}, {name}" if name else task, scores, predicted)
-        for unit in self._units.names:
-            found = self._units.scored(of_classes(labels, predicted, len(self._classes)), unit)
-            found |= self._units.scored(of_ranking(labels, scores), unit, _SLOW_DRAWS)
-            self._add(task, name, unit, len(labels), found)
-            for c in sorted(set(labels.tolist())) if each_class else []:
-                each = self._units.scored(of_class(c, labels, scores, predicted), unit, _SLOW_DRAWS)
+        labels = self._query.labels
+        answer = ClassScores(f"{task}, {name}" if name else task, scores, knn_predictions(scores))
+        for way in self.ways(scores):
+            found = way.scored(of_classes(way.labels, way.predicted, len(self._classes)))
+            found |= way.scored(of_ranking(way.labels, way.scores), _SLOW_DRAWS)
+            self._add(task, name, way.unit, way.images, found, way.sources)
+            for c in sorted(set(labels.tolist())) if each_class and way.unit != VOTE else []:
+                each = way.scored(of_class(c, labels, scores, answer.predicted), _SLOW_DRAWS)
                 of = labels == c
-                row = {"method": answer.name, "class": self._classes[c], "unit": unit, "images": int(of.sum())}
+                row = {"method": answer.name, "class": self._classes[c], "unit": way.unit, "images": int(of.sum())}
                 row["sources"] = _distinct(self._query.sources[of]) if self._units.known else None
                 self.by_class.append(row | {"scores": {key: rounded(score) for key, score in each.items()}})
         if each_class:
@@ -174,6 +176,12 @@ class Figures:
         if probed is None:
             self.notes.append("linear probe: train shows one class alone")
             return
+        if not self._alone and (both := shared(self._bank.sources, self._query.sources)):
+            mine = int(torch.isin(self._query.sources, torch.tensor(both)).sum())
+            self.notes.append(
+                f"linear probe: {len(both):,} sources are in train and in {self._asked} too; their {mine:,} images are "
+                f"classified by probes that did not learn from them, as kNN leaves out their neighbours"
+            )
         self._classifier("linear probe", f"C = {probed.strength:g}", probed.scores, each_class=True)
         self.notes.append(f"linear probe: C = {probed.strength:g}, chosen on {probed.chosen_on}")
         if probed.on_edge:

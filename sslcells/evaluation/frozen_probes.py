@@ -55,7 +55,8 @@ def answers(
         for seed in range(run.seed, run.seed + run.compare.seeds):
             learnt = place[labelled_index(train, fraction, seed)]
             some = bank.at(learnt[learnt >= 0].numpy())
-            probed = linear_probe(some, query, chosen_on, len(train.classes), seed)
+            # The models that it stands beside learn from all of train too.
+            probed = linear_probe(some, query, chosen_on, len(train.classes), seed, apart=False)
             if probed is None:
                 continue
             first = 0

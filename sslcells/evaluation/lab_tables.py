@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sslcells.evaluation.robustness import FEW
-from sslcells.evaluation.tables import Table, shown
+from sslcells.evaluation.tables import Table, of_images, shown
 
 
 def lab_tables(result: Mapping[str, Any]) -> list[Table]:
@@ -43,7 +43,7 @@ def _pairs(result: Mapping[str, Any]) -> Table:
 def _left_out(result: Mapping[str, Any]) -> Table:
     metrics = ("balanced accuracy", "accuracy", "macro F1")
     lines = [
-        [lab["lab"], row["method"], row["labels of"], row["among"], row["unit"], f"{row['images']:,}"]
+        [lab["lab"], row["method"], row["labels of"], row["among"], row["unit"], of_images(row)]
         + [shown(row["scores"].get(metric)) for metric in metrics]
         for lab in result["labs"]
         for row in lab["figures"]

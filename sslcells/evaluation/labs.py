@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sslcells.config import Evaluate
 from sslcells.evaluation.knn import knn_predictions, knn_scores
-from sslcells.evaluation.probe import Labelled, linear_probe
+from sslcells.evaluation.probe import Labelled, linear_probe, shared
 from sslcells.evaluation.robustness import (
     FEW,
     KS,
@@ -27,6 +27,7 @@ from sslcells.evaluation.robustness import (
     predictability,
 )
 from sslcells.evaluation.scores import Units, of_classes, rounded, unit_rows
+from sslcells.evaluation.ways import ways, without_vote
 
 MOST = 10_000
 """Labelled images that are asked in a laboratory, and of the others that answer; of more, drawn at random."""
@@ -68,26 +69,27 @@ def left_out(lab: Lab, classes: Sequence[str], config: Evaluate, seed: int) -> d
         "classes counted": [classes[int(c)] for c in enough],
         "others' images": len(bank.labels),
         "not used": int(counted.sum()) - len(asked.labels) + len(lab.bank.labels) - len(bank.labels),
+        "no vote": without_vote(Units(asked.sources, seed), asked.labels),
         "figures": [],
     }
     if not len(asked.labels):
         return out
 
-    def add(method: str, labels_of: str, among: str, rows: Rows, predicted: Tensor) -> None:
-        units = Units(rows.sources, seed, config.bootstrap)
-        for unit in units.names:
-            scores = units.scored(of_classes(rows.labels, predicted, len(classes)), unit)
-            row = {"method": method, "labels of": labels_of, "among": among, "unit": unit, "images": len(rows.labels)}
-            out["figures"].append(row | {"scores": {key: rounded(score) for key, score in scores.items()}})
+    def add(method: str, labels_of: str, among: str, rows: Rows, scores: Tensor) -> None:
+        for way in ways(Units(rows.sources, seed, config.bootstrap), rows.labels, scores):
+            found = way.scored(of_classes(way.labels, way.predicted, len(classes)))
+            row: dict[str, Any] = {"method": method, "labels of": labels_of, "among": among, "unit": way.unit}
+            row |= {"images": way.images, "sources": way.sources}
+            out["figures"].append(row | {"scores": {key: rounded(score) for key, score in found.items()}})
 
     if len(bank.labels):
         for among, chosen in _choices(bank, enough):
-            for method, predicted in _by_others(chosen, lab.val, asked, enough, len(classes), config, seed):
-                add(method, "the others", among, asked, predicted)
+            for method, scores in _by_others(chosen, lab.val, asked, len(classes), config, seed):
+                add(method, "the others", among, asked, scores)
                 if method == "linear probe" and among == "all classes":
-                    out["confusion"] = confusion_counts(asked.labels, predicted, classes)
-    for method, rows, predicted in _by_its_own(asked, len(classes), config, seed):
-        add(method, "its own", "all classes", rows, predicted)
+                    out["confusion"] = confusion_counts(asked.labels, knn_predictions(scores), classes)
+    for method, rows, scores in _by_its_own(asked, len(classes), config, seed):
+        add(method, "its own", "all classes", rows, scores)
     return out
 
 
@@ -107,40 +109,56 @@ def _choices(bank: Rows, enough: Tensor) -> Iterator[tuple[str, Rows]]:
 
 
 def _by_others(
-    bank: Rows, val: Rows | None, asked: Rows, enough: Tensor, classes: int, config: Evaluate, seed: int
+    bank: Rows, val: Rows | None, asked: Rows, classes: int, config: Evaluate, seed: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Predictions (M,) of each method that is trained on the bank."""
+    """Scores (M, K) of each method that is trained on the bank, never on an image of the source that is asked."""
     near_ones = (config.k, config.temperature, asked.sources, bank.sources)
-    scores = knn_scores(asked.z, bank.z, bank.labels, classes, *near_ones)
-    yield f"kNN, k = {config.k}", knn_predictions(scores)
-    yield "prototypes", _prototypes(bank, asked)
+    yield f"kNN, k = {config.k}", _shares(knn_scores(asked.z, bank.z, bank.labels, classes, *near_ones))
+    yield "prototypes", _prototypes(bank, asked, classes)
     chosen_on = None
     if val is not None:
         present = torch.isin(val.labels, bank.labels.unique())  # type: ignore[no-untyped-call]
         chosen_on = _labelled(val.at(present)) if present.any() else None
     probed = linear_probe(_labelled(bank), _labelled(asked), chosen_on, classes, seed)
     if probed is not None:
-        yield "linear probe", probed.scores.argmax(1)
+        yield "linear probe", probed.scores
 
 
 def _by_its_own(asked: Rows, classes: int, config: Evaluate, seed: int) -> Iterator[tuple[str, Rows, Tensor]]:
-    """The rows that were asked and their predictions from the laboratory's own labels, never of the same source."""
+    """The rows that were asked and their scores from the laboratory's own labels, never of the same source."""
     own = (asked.sources, asked.sources)
     scores = knn_scores(asked.z, asked.z, asked.labels, classes, config.k, config.temperature, *own)
-    yield f"kNN, k = {config.k}", asked, knn_predictions(scores)
+    yield f"kNN, k = {config.k}", asked, _shares(scores)
     few = drawn(asked, seed, _FITTED)
     probed = linear_probe(_labelled(few), None, None, classes, seed)
     if probed is not None:
-        answered = probed.scores.sum(1) > 0
-        yield "linear probe", few, probed.scores.argmax(1).where(answered, -1)
+        yield "linear probe", few, probed.scores
 
 
-def _prototypes(bank: Rows, asked: Rows) -> Tensor:
-    """(M,) class of the nearest mean of unit rows, by cosine (arXiv 1703.05175)."""
-    rows, present = unit_rows(bank.z), bank.labels.unique()  # type: ignore[no-untyped-call]
-    means = unit_rows(torch.stack([rows[bank.labels == c].mean(0) for c in present]))
-    nearest: Tensor = present[(unit_rows(asked.z) @ means.T).argmax(1)]
-    return nearest
+def _shares(votes: Tensor) -> Tensor:
+    """Neighbours' votes (M, K) as shares of all; 0 where no neighbour votes."""
+    total = votes.sum(1, keepdim=True)
+    return votes / total.where(total > 0, 1)
+
+
+def _prototypes(bank: Rows, asked: Rows, classes: int) -> Tensor:
+    """(M, K) nearness to the mean of unit rows of each class, 1 + cosine (arXiv 1703.05175); 0 for classes without.
+
+    Where a source is in the bank too, its queries are compared with means without its rows.
+    """
+    rows, query = unit_rows(bank.z), unit_rows(asked.z)
+    scores = _nearness(query, rows, bank.labels, classes)
+    for source in shared(bank.sources, asked.sources):
+        own, rest = asked.sources == source, bank.sources != source
+        scores[own] = _nearness(query[own], rows[rest], bank.labels[rest], classes)
+    return scores
+
+
+def _nearness(query: Tensor, rows: Tensor, labels: Tensor, classes: int) -> Tensor:
+    scores = query.new_zeros(len(query), classes)
+    for c in set(labels.tolist()):
+        scores[:, c] = 1 + query @ unit_rows(rows[labels == c].mean(0, keepdim=True))[0]
+    return scores
 
 
 def _labelled(rows: Rows) -> Labelled:

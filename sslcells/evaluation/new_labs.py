@@ -35,8 +35,12 @@ class NewLab(NamedTuple):
         return text + (f"; {self.unlabelled:,} images without a class left out" if self.unlabelled else "")
 
 
-def opened(given: Sequence[str], config: Section, train: ImageSet, size: int) -> list[NewLab]:
+def opened(
+    given: Sequence[str], config: Section, train: ImageSet, size: int, sources: Sequence[str] = ()
+) -> list[NewLab]:
     """The laboratories of arguments NAME=FOLDER or NAME=TABLE, read as the run's own images were.
+
+    `sources` are arguments NAME=CSV, tables with the source of each image of a folder.
 
     Their images have the numbers after those of the run's own laboratories as `labs`.
     Classes are matched by name, whatever their letter case, blanks, hyphens and underscores.
@@ -46,22 +50,46 @@ def opened(given: Sequence[str], config: Section, train: ImageSet, size: int) ->
     """
     if given and not train.labelled:
         raise ConfigError("--lab needs labels of the run's train split, which has none, to be measured by")
+    named = [_named(argument, "--lab", "FOLDER", "path/to/images") for argument in given]
+    tables = dict(_named(argument, "--lab-sources", "CSV", "path/to/sources.csv") for argument in sources)
+    for name in tables:
+        if name not in dict(named):
+            raise ConfigError(
+                f"--lab-sources {name}={tables[name]}: no --lab has that name{nearest(name, [*dict(named)])}"
+            )
     out: list[NewLab] = []
-    for number, argument in enumerate(given, len(train.lab_names) + 1):
-        name, equals, path = argument.partition("=")
-        if not equals or not name or not path:
-            raise ConfigError(f"--lab {argument}: expected NAME=FOLDER, such as --lab clinic=path/to/images")
+    for number, (name, path) in enumerate(named, len(train.lab_names) + 1):
         if name in (*train.lab_names, *(lab.name for lab in out)):
-            raise ConfigError(f"--lab {argument}: there is a laboratory {name} already; choose another name")
-        out.append(_opened(name, path, config, train, size, number))
+            raise ConfigError(f"--lab {name}={path}: there is a laboratory {name} already; choose another name")
+        fields = _fields(config, train, size) | _place(name, path, tables.get(name))
+        out.append(_opened(name, path, fields, train, number))
     return out
 
 
-def _opened(name: str, path: str, config: Section, train: ImageSet, size: int, number: int) -> NewLab:
-    fields = _fields(config, train, size)
-    kind = table if place(path).suffix.lower() in TABLES else folder
-    found = kind.Config(**fields, **({"table": path} if kind is table else {"path": path}))
-    splits = [*present_splits(found).values()]
+def _named(argument: str, option: str, what: str, such: str) -> tuple[str, str]:
+    """NAME and what follows it."""
+    name, equals, given = argument.partition("=")
+    if not equals or not name or not given:
+        raise ConfigError(f"{option} {argument}: expected NAME={what}, such as {option} clinic={such}")
+    return name, given
+
+
+def _place(name: str, path: str, sources: str | None) -> dict[str, Any]:
+    """Where images and sources of a laboratory are, as fields of a folder's or a table's Config."""
+    if place(path).suffix.lower() not in TABLES:
+        return {"path": path, "sources": sources}
+    if sources is not None:
+        raise ConfigError(f"--lab-sources {name}={sources}: {path} is a table; its own column names the sources")
+    return {"table": path}
+
+
+def _opened(name: str, path: str, fields: Mapping[str, Any], train: ImageSet, number: int) -> NewLab:
+    kind = table if "table" in fields else folder
+    try:
+        splits = [*present_splits(kind.Config(**fields)).values()]
+    except ConfigError as error:
+        given = f", --lab-sources {name}={fields['sources']}" if fields.get("sources") else ""
+        raise ConfigError(f"--lab {name}={path}{given}: {error}") from None
     theirs = splits[0].classes
     to = _matched(theirs, train.classes)
     if not any(c is not None for c in to):

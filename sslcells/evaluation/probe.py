@@ -48,13 +48,14 @@ class Probed(NamedTuple):
 
 
 def linear_probe(
-    train: Labelled, query: Labelled | None, val: Labelled | None, classes: int, seed: int
+    train: Labelled, query: Labelled | None, val: Labelled | None, classes: int, seed: int, apart: bool = True
 ) -> Probed | None:
     """Train on `train` with the C that is best on `val`, and score `query`; None if train has fewer than two classes.
 
     Features are standardised by train's mean and deviation. Without `val` C is chosen by cross-validation inside train;
     without `query` train's own rows are scored, each by a probe that saw no image of its source. Folds keep the images
-    of a source together. `val` must not be the query: its figure would be that of the best of seven probes.
+    of a source together. With `apart` queries whose source train shows too are scored by a probe without that source
+    (and others, in up to 3 folds). `val` must not be the query: its figure would be that of the best of seven probes.
     """
     if len(set(train.labels.tolist())) < 2:
         return None
@@ -64,7 +65,7 @@ def linear_probe(
             scores, strength, how = _cross_validated(train, classes, seed)
         else:
             strength, how = _chosen(train, val, seed)
-            scores = _path(train, query, (strength,), classes)[0]
+            scores = _scored(train, query, strength, classes, apart)
     unfinished = any(issubclass(w.category, ConvergenceWarning) for w in caught)
     edge = strength in (STRENGTHS[0], STRENGTHS[-1]) and how != _FIXED
     return Probed(torch.from_numpy(scores), strength, how, edge, not unfinished)
@@ -98,6 +99,25 @@ def _cross_validated(train: Labelled, classes: int, seed: int) -> tuple[Floats, 
         strengths.append(strength)
         scores[out] = _path(train.at(rest), train.at(out), (strength,), classes)[0]
     return scores, float(np.median(strengths or [1.0])), f"inside each fold: {how}"
+
+
+def shared(train: Tensor, query: Tensor) -> list[int]:
+    """The sources that rows of train and of the query, sources (N,) and (M,), have both; in order."""
+    return sorted({*train.tolist()} & {*query.tolist()})
+
+
+def _scored(train: Labelled, query: Labelled, strength: float, classes: int, apart: bool) -> Floats:
+    """Scores (M, K) of the query; 0 where train has fewer than two classes without the query's source."""
+    both = shared(train.sources, query.sources) if apart else []
+    if not both:
+        return _path(train, query, (strength,), classes)[0]
+    scores, asked, learnt = np.zeros((len(query.labels), classes)), query.sources.numpy(), train.sources.numpy()
+    others = np.setdiff1d(asked, both).tolist()
+    for fold in (others, *(both[i::3] for i in range(3))):
+        mine, rest = np.flatnonzero(np.isin(asked, fold)), np.flatnonzero(~np.isin(learnt, fold))
+        if len(mine) and len(set(train.labels[torch.from_numpy(rest)].tolist())) > 1:
+            scores[mine] = _path(train.at(rest), query.at(mine), (strength,), classes)[0]
+    return scores
 
 
 def _folds(rows: Labelled, seed: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:

@@ -14,7 +14,9 @@ from sslcells.evaluation.against import against_tables
 from sslcells.evaluation.gallery import Picture
 from sslcells.evaluation.lab_tables import lab_tables
 from sslcells.evaluation.tables import Table as Table
+from sslcells.evaluation.tables import of_images
 from sslcells.evaluation.tables import shown as shown
+from sslcells.evaluation.ways import VOTE
 from sslcells.storage import write_atomically
 
 CLASSIFIERS = ("the run's classifier", "kNN", "linear probe", "fine-tuning", "few-shot")
@@ -32,7 +34,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             f"Classes of the {query_split} split",
             classifiers,
             f"{interval}. Trained or searched in train, measured on {query_split}; {apart}. "
-            f"Per source: each source counts once.",
+            f"Per source: each source counts once. {a_vote(rows)}",
         ),
         _of_rows(
             f"Retrieval inside the {query_split} split",
@@ -51,6 +53,13 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     return [table for table in found if table.rows]
 
 
+def a_vote(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a vote is, where rows of figures are of votes."""
+    return f"Per {VOTE}: a source is of one class by the mean of its images' scores." * any(
+        row["unit"] == VOTE for row in rows
+    )
+
+
 def _of_rows(title: str, rows: Sequence[Mapping[str, Any]], caption: str, percent: bool = True) -> Table:
     metrics = list(dict.fromkeys(m for row in rows for m in row["scores"]))
     lines = []
@@ -60,7 +69,7 @@ def _of_rows(title: str, rows: Sequence[Mapping[str, Any]], caption: str, percen
         for what in ("draws", "seeds"):
             if (spread := row.get(f"spread over {what}")) is not None:
                 name += f" (± {100 * spread:.1f} between {what})"
-        lines.append([row["task"], name, row["unit"], f"{row['images']:,}", *scores])
+        lines.append([row["task"], name, row["unit"], of_images(row), *scores])
     return Table(title, ["method", "", "per", "images", *metrics], lines, caption)
 
 

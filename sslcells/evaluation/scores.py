@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,8 +35,9 @@ class Units:
     """The units that a resample draws: the sources of M images; each image is its own if sources are unknown."""
 
     def __init__(self, sources: Tensor, seed: int, draws: int = DRAWS) -> None:
-        numbers, self._source = np.unique(sources.cpu().numpy(), return_inverse=True)
-        self._size = np.bincount(self._source)
+        numbers, self.number = np.unique(sources.cpu().numpy(), return_inverse=True)
+        """(M,) int64: which source each image is of, counted from 0"""
+        self._size = np.bincount(self.number)
         self._seed, self._draws = seed, draws
         self.count = len(numbers)
         """number of sources"""
@@ -47,23 +49,27 @@ class Units:
         """The ways to count: by image, and by source where sources are known."""
         return ["image", "source"] if self.known else ["image"]
 
+    def of(self, count: int) -> "Units":
+        """As many units of one image each, with resamples of the same seed and number."""
+        return Units(torch.arange(count), self._seed, self._draws)
+
     def scored(self, metric: Metric, unit: str = "image", draws: int | None = None) -> dict[str, Score]:
         """Each score of a metric with its interval; with unit "source" the images of a source share a weight of 1.
 
         The interval holds the middle 95 % of the scores over resamples of the sources, drawn with replacement. The
         resamples are the same for every metric, so that methods are compared on the same draws.
         """
-        share = 1 / self._size[self._source] if unit == "source" else np.ones(len(self._source))
+        share = 1 / self._size[self.number] if unit == "source" else np.ones(len(self.number))
         value = {key: float(v[0]) for key, v in metric(share[None]).items()}
         if self.count < 2:
             return {key: Score(v, np.nan, np.nan) for key, v in value.items()}
         resamples = self._resamples(min(self._draws, draws or self._draws))
-        parts = [metric(times[:, self._source] * share) for times in resamples]
+        parts = [metric(times[:, self.number] * share) for times in resamples]
         return {key: Score(value[key], *_middle(np.concatenate([p[key] for p in parts]))) for key in value}
 
     def _resamples(self, draws: int) -> Iterator[Floats]:
         """How often each source is drawn, (r, sources) at a time."""
-        generator, rows = np.random.default_rng(self._seed), max(1, _TILE // len(self._source))
+        generator, rows = np.random.default_rng(self._seed), max(1, _TILE // len(self.number))
         for start in range(0, draws, rows):
             some = min(rows, draws - start)
             yield generator.multinomial(self.count, np.full(self.count, 1 / self.count), some).astype(float)

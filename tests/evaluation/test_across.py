@@ -15,6 +15,7 @@ from sslcells.evaluation.lab_tables import lab_tables
 from sslcells.evaluation.labs import drawn
 from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.robustness import Rows
+from sslcells.evaluation.ways import VOTE
 from sslcells.standardise import Standard, fit
 
 CLASSES = ("eosinophil", "lymphocyte")
@@ -128,7 +129,22 @@ def test_the_ceiling_never_learns_from_the_same_source():
         assert lab["sources"] == 20
         assert figure(lab, "kNN", "its own")["value"] < 0.75
         assert figure(lab, "linear", "its own")["value"] < 0.75
-        assert {row["unit"] for row in lab["figures"]} == {"image", "source"}
+        assert {row["unit"] for row in lab["figures"]} == {"image", "source", VOTE}
+
+
+def test_prototypes_never_hold_rows_of_the_source_that_is_asked():
+    """A source's rows are alike and its class is random: only a mean with its own rows would know."""
+    g = torch.Generator().manual_seed(0)
+    sources = torch.arange(10).repeat_interleave(20)
+    z = torch.randn(10, 64, generator=g)[sources] + 0.01 * torch.randn(200, 64, generator=g)
+    labels = (torch.arange(10) % 2)[sources]
+    labs = torch.arange(200) % 2 + 1  # both laboratories have half of each source
+    found = across({"train": split_of(z, labels, labs, sources)}).result
+    for lab in found["labs"]:
+        assert figure(lab, "prototypes")["value"] < 0.75
+        assert figure(lab, "linear")["value"] < 0.75
+        assert {row["unit"] for row in lab["figures"]} == {"image", "source", VOTE}
+        assert all(row["sources"] == 10 for row in lab["figures"])
 
 
 def test_classes_under_ten_and_classes_the_others_lack_are_named():

@@ -60,6 +60,29 @@ def test_train_asked_itself_is_asked_by_probes_that_did_not_see_it():
     assert 0.2 < float((found.scores.argmax(1) == train.labels).float().mean()) < 0.8
 
 
+@pytest.mark.parametrize(("apart", "low", "high"), [(True, 0.2, 0.8), (False, 0.95, 1)])
+def test_queries_are_asked_by_probes_that_did_not_see_their_source(apart, low, high, monkeypatch):
+    """As above, with half of each source in train; queries of other sources are answered as they were."""
+    monkeypatch.setattr(probe, "_chosen", lambda *_: (1.0, "nothing"))
+    generator = torch.Generator().manual_seed(0)
+    source = torch.arange(160) // 4
+    z = torch.randn(40, 64, generator=generator)[source] + 0.01 * torch.randn(160, 64, generator=generator)
+    rows = Labelled(z, torch.randint(2, (40,), generator=generator)[source], source)
+    half = np.arange(160) % 2 == 0
+    train, same = rows.at(half.nonzero()[0]), rows.at((~half).nonzero()[0])
+    other = Labelled(z[:9].flip(1), rows.labels[:9], torch.arange(1000, 1009))
+    asked = Labelled(*(torch.cat(columns) for columns in zip(other, same, strict=True)))
+    found = linear_probe(train, asked, None, 2, 0, apart=apart).scores
+    assert low < float((found[9:].argmax(1) == same.labels).double().mean()) <= high
+    assert torch.equal(found[:9], linear_probe(train, other, None, 2, 0).scores)
+
+
+def test_a_probe_without_the_only_source_of_a_class_has_no_answer():
+    train = labelled(20, classes=2, per_source=10)
+    found = linear_probe(train, train, None, 2, 0)
+    assert not found.scores.any()
+
+
 @pytest.mark.parametrize(
     "train",
     [
