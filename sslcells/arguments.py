@@ -96,6 +96,15 @@ with --recipes all recipes too. Existing files that differ are kept, and listed.
   cd my_project && bash slurm/simclr.sh data.path=/shared/cells name=cells
 """
 
+_DOCTOR = """\
+Look at versions, devices, threads, memory, shared memory, disk, network name and backends; gather on two ranks; compare
+the gradient of every loss with one process in float64; train a little. One line each, with what to do; exit status 1 if
+something fails. Launched on many ranks, it checks these instead of two of its own.
+
+  sslcells doctor --out /scratch/me/runs
+  accelerate launch --config_file launch/gpu8.yaml -m sslcells.doctor
+"""
+
 _RUNS = """\
 List every run in a folder, at any depth: running, silent (since when), broken (what), failed (why), stopped, finished;
 its step, the time left, the best figure on val, and the curve of its loss. It reads the folders and changes nothing.
@@ -130,7 +139,7 @@ def arguments(command: str | None = None, argv: Sequence[str] | None = None) -> 
     parser = argparse.ArgumentParser(prog="sslcells", description="Self-supervised learning for cell images.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    adding = (_train, _evaluate, _compare, _selfcheck, _export, _embed, _search, _sources, _cells, _split, _pack)
+    adding = (_train, _evaluate, _compare, _doctor, _export, _embed, _search, _sources, _cells, _split, _pack)
     for add in (*adding, _runs, _board, _sync, _recipes, _init):
         add(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -146,11 +155,13 @@ _Commands = Any
 """What `add_subparsers` returns; argparse does not export its type."""
 
 
-def _command(commands: _Commands, name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
-    """Add a command; its description keeps its line breaks."""
+def _command(
+    commands: _Commands, name: str, summary: str, description: str | None = None, aliases: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Add a command, with former names as aliases; its description keeps its line breaks."""
     raw = argparse.RawDescriptionHelpFormatter
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=description, formatter_class=raw
+        name, help=summary, description=description, formatter_class=raw, aliases=aliases
     )
     return parser
 
@@ -214,8 +225,12 @@ def _lab_sources(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--lab-sources", action="append", default=[], metavar="NAME=CSV", help=words)
 
 
-def _selfcheck(commands: _Commands) -> None:
-    _command(commands, "selfcheck", "check that this machine or cluster computes correct losses and gradients")
+def _doctor(commands: _Commands) -> None:
+    summary = "check this machine or cluster, and say what to do about what is wrong"
+    sub = _command(commands, "doctor", summary, _DOCTOR, aliases=["selfcheck"])
+    sub.set_defaults(command="doctor")
+    words = "folder where runs will be written, to look at its disk (runs)"
+    sub.add_argument("--out", metavar="FOLDER", default="runs", type=_path, help=words)
 
 
 def _export(commands: _Commands) -> None:

@@ -41,8 +41,8 @@ def _compare(args: argparse.Namespace) -> None:
     command(args)
 
 
-def _selfcheck(args: argparse.Namespace) -> None:
-    from sslcells.selfcheck import command
+def _doctor(args: argparse.Namespace) -> None:
+    from sslcells.doctor import command
 
     command(args)
 
@@ -192,7 +192,7 @@ _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
-    "selfcheck": _selfcheck,
+    "doctor": _doctor,
     "runs": _runs,
     "board": _board,
     "sync": _sync,

@@ -35,6 +35,14 @@ def rank() -> int:
     return dist.get_rank() if world() > 1 else 0
 
 
+def backends() -> list[str]:
+    """The backends of this build of torch."""
+    if not dist.is_available():
+        return []
+    nccl = [f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"] if dist.is_nccl_available() else []  # type: ignore[no-untyped-call]
+    return nccl + ["gloo"] * dist.is_gloo_available()
+
+
 def gather(x: Tensor) -> Tensor:
     """Rows of all ranks in rank order, without gradient: (A, ...) on every rank → (A·world, ...).
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from PIL import Image
 from wandb_standin import handmade, no_credentials, server  # noqa: F401 (fixtures; the second is for every test)
 
 from sslcells import shipped
+from sslcells.checks import Check
 from sslcells.cli import main
 from sslcells.config import load
 from sslcells.data import DataError
@@ -204,11 +206,30 @@ def test_an_unknown_command(capsys):
     assert "trian" in capsys.readouterr().err
 
 
-def test_selfcheck(capsys):
-    assert main("selfcheck", []) == 0
+@pytest.fixture
+def doctor(monkeypatch):
+    """The doctor without what takes long: two ranks and a training."""
+    from sslcells import doctor
+
+    monkeypatch.setattr(doctor, "two_ranks", lambda: Check("two ranks", True, "met"))
+    monkeypatch.setattr(doctor, "speed", lambda: [Check("decoding", None, "slow", "buy [more]")])
+    return doctor
+
+
+@pytest.mark.parametrize("name", ["doctor", "selfcheck"])
+def test_doctor(name, doctor, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    if name == "selfcheck":
+        monkeypatch.setattr(doctor.gradients, "gradients", lambda *_: [Check("gradient of X", False, "off", "report")])
+    assert main(name, []) == (1 if name == "selfcheck" else 0)
     out = capsys.readouterr().out
-    assert "gradient of NT-Xent" in out
-    assert "FAIL" not in out
+    assert re.search(r"decoding +│ look +│ slow +│ buy \[more\]", out)
+    if name == "doctor":
+        assert re.search(r"gradient of NT-Xent +│ pass", out)
+        assert "FAIL" not in out
+    else:
+        assert re.search(r"gradient of X +│ FAIL +│ off +│ report", out)
 
 
 def synced(*folders):

@@ -45,8 +45,8 @@ def test_two_ranks_train_like_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_selfcheck_passes_on_two_ranks():
-    out = finish(start(*LAUNCH, "-m", "sslcells.selfcheck"))
+def test_the_doctor_finds_two_ranks_well():
+    out = finish(start(*LAUNCH, "-m", "sslcells.doctor"))
     assert "2 on" in out
     assert "gradient of SupCon" in out
     assert "FAIL" not in out

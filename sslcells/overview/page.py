@@ -12,7 +12,7 @@ from sslcells.overview.words import best, duration, headline, name, step
 
 REPORTS = {"report.html": "report", "comparison.html": "comparison"}
 """Pages that `sslcells evaluate` and `sslcells compare` write into a run's folder → their name."""
-_COLUMNS = ("run", "method", "state", "step", "left", "best on val", "val", "loss", "seen", "note")
+_COLUMNS = ("run", "state", "method", "step", "left", "best on val", "val", "loss", "seen", "note")
 _NUMBERS = {"step", "left", "best on val", "seen"}
 _DRAWN = {"val", "loss"}
 """Columns of pictures, which nothing is sorted by."""
@@ -101,6 +101,7 @@ input { font: inherit; width: 16rem; max-width: 100%; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; max-width: 24rem; }
 td.n { text-align: right; } td.note { white-space: normal; min-width: 16rem; }
 th button { font: inherit; font-weight: 600; border: 0; padding: 0; background: none; cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " ↑"; } th[aria-sort=descending] button::after { content: " ↓"; }
