@@ -1,17 +1,19 @@
 """What comes with the package: recipes by name, copies of launch files and templates, and the wheel by itself."""
 
-import importlib.util
+import email
 import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sslcells import shipped
+from sslcells import __version__, shipped
 from sslcells.cli import main
 from sslcells.config import ConfigError, load
 
@@ -85,19 +87,57 @@ def test_init_where_nothing_can_be_written(tmp_path, capsys):
     assert "file: cannot be written" in capsys.readouterr().err
 
 
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "WORLD_SIZE", "RANK")}
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """The built wheel in an environment of its own, whose other packages are this one's; called with a command."""
-    folder = tmp_path_factory.mktemp("installed")
-    alone = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "WORLD_SIZE", "RANK")}
-    wheels = [*pip, "wheel", "--quiet", "--no-deps", *alone, "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(wheels, env=environment, check=True)
+def built(tmp_path_factory):
+    """The source distribution, and the wheel that was built from it alone."""
+    pytest.importorskip("hatchling", reason="hatchling builds the source distribution")
+    folder = tmp_path_factory.mktemp("built")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(folder)]
+    subprocess.run(build, env=ENVIRONMENT, cwd=ROOT, check=True, capture_output=True)
+    (source,) = folder.glob("*.tar.gz")
+    wheels = [*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
+    subprocess.run(wheels, env=ENVIRONMENT, check=True)
     (wheel,) = folder.glob("*.whl")
+    return source, wheel
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_the_tree_and_the_wheel_what_runs(built):
+    source, wheel = built
+    with tarfile.open(source) as archive:
+        sources = {name.partition("/")[2] for name in archive.getnames()}
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    tracked = set(done.stdout.splitlines())
+    if not done.returncode:
+        assert sources - tracked <= {"PKG-INFO"}  # nothing that only lies about
+        assert {name for name in tracked - sources if not name.startswith(".git")} == set()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (email.message_from_bytes(archive.read(n)) for n in names if n.endswith(".dist-info/METADATA"))
+        (points,) = (archive.read(n).decode() for n in names if n.endswith("entry_points.txt"))
+    held = {name for name in names if ".dist-info/" not in name}
+    assert {name.partition("/")[0] for name in held} == {"sslcells"}
+    assert {f"sslcells/{path}" for path in ("py.typed", "cli.py", "_shipped/configs/folder.yaml")} <= held
+    assert metadata["Version"] == __version__
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert "sslcells = sslcells.cli:main" in points
+    assert wheel.stat().st_size < 5 * 2**20
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """The wheel in an environment of its own, whose other packages are this one's; called with a command."""
+    folder, environment = tmp_path_factory.mktemp("installed"), dict(ENVIRONMENT)
+    _, wheel = built
     venv.create(folder / "venv", with_pip=False)
     python = folder / "venv" / "bin" / "python"
-    install = [*pip, "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    install = [*PIP, "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, env=environment, check=True)
     ours = sysconfig.get_path("purelib", vars={"base": str(folder / "venv"), "platbase": str(folder / "venv")})
     Path(ours, "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # whose own .pth files do not count
