@@ -61,10 +61,21 @@ def peak_mib(step: Callable[[], None], device: str) -> float:
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew; man 5 proc
-    before = _peak_kib()
+    restart_peak()
+    before = peak_kib()
     step()
-    return (_peak_kib() - before) / 2**10
+    return (peak_kib() - before) / 2**10
+
+
+def restart_peak() -> None:
+    """Make the peak of this process's resident memory what it uses now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # man 5 proc
+
+
+def peak_kib() -> int:
+    """Peak of this process's resident memory since `restart_peak`, or the start."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def seconds(step: Callable[[], object], device: str, repeats: int) -> list[float]:
@@ -131,12 +142,6 @@ def draw(panels: dict[str, dict[str, list[tuple[int, float, float]]]], out: Path
             ax.grid(alpha=0.3)
         pair[0].legend(frameon=False, fontsize="small")
     save(figure, out)
-
-
-def _peak_kib() -> int:
-    """Peak of this process's resident memory since it was last reset, or the start."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def _commit() -> str:

@@ -3,6 +3,7 @@
 import fnmatch
 import importlib
 import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -187,3 +188,39 @@ def test_a_start_to_the_end():
         assert files.strip() == "300"
         assert float(first) + float(after) == pytest.approx(float(whole), abs=0.2)
         assert float(gib) > 0.1
+
+
+@pytest.mark.slow
+def test_end_to_end(tmp_path):
+    """Ours and the bare network are measured, and the parts of our step; a peer that is not there says so."""
+    plot = tmp_path / "bars.png"
+    small = ["--images", "32", "--px", "64", "--sizes", "32", "--networks", "test_resnet", "--batch", "8"]
+    short = ["--warm", "1", "--steps", "1", "--only", "pack at 2×", "lightly", "bare", "--plot", plot]
+    text = printed("end_to_end.py", *small, *short)
+    speeds, parts = (part for part in text.split("\n\n") if part.startswith("| "))
+    rows = {row[1].strip(): [cell.strip() for cell in row[2:-1]] for row in lines(speeds)}
+    assert rows["lightly"][0] == "not installed"
+    ours = rows["sslcells, pack of twice the crop's size"]
+    best = max(float(rows[f"bare network, {form}"][1]) for form in ("channels last", "contiguous"))
+    assert float(ours[-1]) == pytest.approx(float(ours[1]) / best, rel=0.1)
+    (step,) = lines(parts)
+    *of_step, whole = map(float, step[3:-1])
+    assert sum(of_step) == pytest.approx(whole, abs=5)
+    assert plot.stat().st_size > 5_000
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path):
+    plot = tmp_path / "curves.png"
+    text = printed("scaling.py", "--only", "size", "--to", "64", "--budget", "100", "--plot", plot)
+    small, large = (row for row in lines(text) if row[1].strip().isdigit())
+    assert [small[1].strip(), large[1].strip()] == ["32", "64"]
+    steeper = math.log(float(large[3]) / float(small[3])) / math.log(2)
+    assert float(large[4]) == pytest.approx(steeper, abs=0.05)
+    assert plot.stat().st_size > 5_000
+
+
+def lines(text):
+    """The cells of each row below a table's rule."""
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows[2:] if not row[1].strip().startswith(":")]

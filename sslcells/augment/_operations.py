@@ -47,14 +47,21 @@ def warp(x: Tensor, size: int, centre: Tensor, half: Tensor, angle: Tensor, flip
     radius, axes_fail = _filter_radius(scale, cos, sin)
     samples = torch.where((axes_fail | (scale > _SUPERSAMPLE).any(1))[:, None], _samples_per_pixel(scale), 1)  # (N, 2)
     taps = torch.where((samples > 1).any(1), 0, radius.amax(1).ceil().long() - 1)  # (N,) to each side
-    kinds = torch.cat([samples, taps[:, None]], 1)
+    upright = (angle == 0) & (scale > 1).any(1)
+    kinds = torch.cat([samples, taps[:, None], upright[:, None]], 1)
+    x = x.contiguous()
     out = x.new_empty(*x.shape[:2], size, size)
     for kind in kinds.unique(dim=0).tolist():  # type: ignore[no-untyped-call]
-        *per_pixel, most = kind
-        at_once = max(1, _VALUES // (x.shape[1] * max(per_pixel[0] * per_pixel[1] * size**2, x.shape[2] * x.shape[3])))
+        *per_pixel, most, straight = kind
+        of_one = size * x.shape[3] if straight else max(per_pixel[0] * per_pixel[1] * size**2, x.shape[2] * x.shape[3])
+        at_once = max(1, (_CACHED if straight and not x.is_cuda else _VALUES) // (x.shape[1] * of_one))
         for rows in (kinds == torch.tensor(kind)).all(1).nonzero()[:, 0].split(at_once):  # type: ignore[no-untyped-call]
             there = rows.to(x.device, non_blocking=True)
-            if per_pixel != [1, 1]:
+            if straight:
+                views = _resampled(
+                    x, there, size, centre[rows], reach[rows], scale[rows], radius[rows], per_pixel, most
+                )
+            elif per_pixel != [1, 1]:
                 views = _supersampled(x[there], size, theta[rows], scale[rows], per_pixel)
             else:
                 views = _sampled(_smoothed(x[there], radius[rows], most), size, theta[rows])
@@ -68,6 +75,8 @@ _SUPERSAMPLE = 4.0
 """image pixels per pixel of the view above which it is faster to sample the crop finely than to smooth the image"""
 _VALUES = 2**24
 """most values that are in memory at a time, unless one image has more"""
+_CACHED = 2**20
+"""likewise of upright crops on a CPU, so that they stay in its caches"""
 
 
 def _sampled(x: Tensor, size: int, theta: Tensor) -> Tensor:
@@ -126,6 +135,73 @@ def _supersampled(x: Tensor, size: int, theta: Tensor, scale: Tensor, per_pixel:
         if k > 1:
             x = _averaged(x, axis, _triangle(w, k).to(x.device, x.dtype, non_blocking=True), k, size)
     return x
+
+
+def _resampled(
+    x: Tensor,
+    rows: Tensor,
+    size: int,
+    centre: Tensor,
+    reach: Tensor,
+    scale: Tensor,
+    radius: Tensor,
+    per_pixel: Sequence[int],
+    taps: int,
+) -> Tensor:
+    """What `_supersampled`, or `_sampled` after `_smoothed`, gives for upright crops of x[rows]: (n, C, size, size).
+
+    Each axis by itself: a pixel of the view is a weighted sum of pixels in a line, and no other pixel is read.
+    """
+    filters = []
+    for axis in (1, 0):
+        k, length = per_pixel[axis], x.shape[3 - axis]
+        if per_pixel == [1, 1]:
+            weight, apart = _triangle(radius[:, axis], taps), torch.ones(len(rows))
+        elif k == 1:
+            weight, apart = torch.ones(len(rows), 1), torch.ones(len(rows))
+        else:
+            weight = _triangle((1 + k**2 * (1 - scale[:, axis] ** -2)).sqrt(), k)
+            apart = scale[:, axis] / k
+        pixel, by = _line(length, size, centre[:, axis], reach[:, axis], weight, apart)
+        filters.append((pixel.to(x.device, non_blocking=True), by.to(x.device, x.dtype, non_blocking=True)))
+    (down, by_line), (across, by_column) = filters
+    channels, height, width = x.shape[1:]
+    start = rows[:, None] * channels + torch.arange(channels, device=x.device)  # (n, C)
+    lines = _means(x.flatten(0, 2), start * height, down, by_line)  # (n, C, size, W)
+    columns = lines.transpose(2, 3).flatten(0, 2)  # (n·C·W, size)
+    start = torch.arange(len(columns) // width, device=x.device).view(-1, channels)
+    return _means(columns, start * width, across, by_column).transpose(2, 3)
+
+
+def _means(table: Tensor, start: Tensor, pixel: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of rows of table (R, L), those of start (n, C) + pixel (n, size, T) → (n, C, size, L)."""
+    at = start[:, :, None, None] + pixel[:, None]  # (n, C, size, T)
+    by = weight[:, None].expand_as(at)
+    sums = F.embedding_bag(at.flatten(0, 2), table, mode="sum", per_sample_weights=by.flatten(0, 2))
+    return sums.view(*at.shape[:3], table.shape[1])
+
+
+def _line(
+    length: int, size: int, centre: Tensor, reach: Tensor, weight: Tensor, apart: Tensor
+) -> tuple[Tensor, Tensor]:
+    """For each pixel of a view along one axis, the pixels of the image's `length` and their weights: (n, size, T) each.
+
+    `weight` (n, 2q + 1) is of bilinear samples that are `apart` (n,) image pixels from each other, the middle one where
+    the pixel of the view is. Outside of the image is its reflection.
+    """
+    q = weight.shape[1] // 2
+    out = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
+    middle = ((centre[:, None].double() + reach[:, None] * out + 1) * length - 1) / 2
+    at = middle[..., None] + apart[:, None, None] * torch.arange(-q, q + 1)  # (n, size, 2q + 1)
+    below = at.floor()
+    first = below[..., :1]
+    cell, part = (below - first).long(), (at - below).float()
+    by = torch.zeros(len(centre), size, int(cell.max()) + 2)
+    weight = weight[:, None].expand_as(part)
+    by.scatter_add_(2, cell, weight * (1 - part)).scatter_add_(2, cell + 1, weight * part)
+    pixel = (first.long() + torch.arange(by.shape[2])) % (2 * length)
+    pixel = torch.where(pixel < length, pixel, 2 * length - 1 - pixel)
+    return pixel, by
 
 
 def _samples_per_pixel(scale: Tensor) -> Tensor:

@@ -177,6 +177,22 @@ def test_a_view_is_the_same_alone_and_among_others():
         torch.testing.assert_close(alone, whole[i : i + 1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(40, 40, 32), (33, 35, 32), (64, 200, 32), (90, 120, 20), (200, 64, 24)]
+)
+def test_upright_crops_are_those_of_a_whole_turn(height, width, size):
+    """Upright crops go line by line; a turn of 2π, which float32 does not hold exactly, goes the general way."""
+    draw = torch.Generator().manual_seed(width)
+    x, centre = torch.rand(8, 2, height, width, generator=draw), 0.4 * torch.randn(8, 2, generator=draw)
+    half = torch.linspace(0.15, 1.2, 8)[:, None] * (0.4 + 0.6 * torch.rand(8, 2, generator=draw))
+    flip, none = torch.rand(8, 2, generator=draw) > 0.5, torch.zeros(8)
+    upright = op.warp(x, size, centre, half, none, flip)
+    torch.testing.assert_close(upright, op.warp(x, size, centre, half, none + 2 * math.pi, flip), rtol=0, atol=1e-4)
+    for i in range(8):
+        one = slice(i, i + 1)
+        assert torch.equal(op.warp(x[one], size, centre[one], half[one], none[one], flip[one]), upright[one])
+
+
 def assert_torchvisions_crops(height, width, scale, theirs, apart):
     """Area, ratio and place of 10⁵ crops, by the largest distance of their distributions (Kolmogorov and Smirnov's)."""
     config = simclr.Config(min_scale=scale[0], max_scale=scale[1])
