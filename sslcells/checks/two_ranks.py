@@ -36,6 +36,8 @@ def two_ranks(seconds: float = SECONDS, extra: Mapping[str, str] | None = None) 
         try:
             statuses = [process.wait(max(0.1, until - time.monotonic())) for process in processes]
         except subprocess.TimeoutExpired:
+            if not all(_read(files[2 * rank]) for rank in range(2)):
+                return Check(name, None, f"still importing torch after {seconds:.0f} s", _BUSY)
             return Check(name, False, f"they did not meet within {seconds:.0f} s", _remedy(cuda))
         finally:
             for process in processes:
@@ -44,7 +46,7 @@ def two_ranks(seconds: float = SECONDS, extra: Mapping[str, str] | None = None) 
         said, errors = ([_read(file) for file in files[k::2]] for k in range(2))
     if any(statuses):
         last = next(error.splitlines()[-1] for error in [*errors, "no reason given"] if error)
-        return Check(name, False, f"ended with status {max(statuses)}: {last}", _remedy(cuda))
+        return Check(name, False, f"ended with status {next(filter(None, statuses))}: {last}", _remedy(cuda))
     found = json.loads(said[0].splitlines()[-1])
     right = found["order"] == [0, 0, 1, 1]
     told = f"gathered in order, {1000 * found['seconds']:.2f} ms for 8,192 rows of 128 a rank"
@@ -71,6 +73,9 @@ def _read(file: Any) -> str:
     return str(file.read())
 
 
+_BUSY = "see the load above, and whether the environment is on a slow disk; then run it again"
+
+
 def _remedy(cuda: bool) -> str:
     if cuda:
         return (
@@ -81,6 +86,7 @@ def _remedy(cuda: bool) -> str:
 
 def _main() -> None:
     """What each of the two ranks does."""
+    print("imported", flush=True)
     device = launcher.start(cpu=False, minutes=1).device
     order = ranks.gather(torch.full((2,), ranks.rank(), device=device)).tolist()
     rows = torch.zeros(8192, 128, device=device)

@@ -15,11 +15,11 @@ def test_they_meet_and_gather():
     assert "gathered in order" in check.found
 
 
-def test_those_that_never_meet_are_ended():
+def test_those_that_do_not_start_in_time_are_ended():
     check = two_ranks(seconds=0.2)
-    assert check.passed is False
-    assert "did not meet within 0 s" in check.found
-    assert "GLOO_SOCKET_IFNAME" in check.remedy or "NCCL" in check.remedy
+    assert check.passed is None
+    assert "still importing torch" in check.found
+    assert "load" in check.remedy
 
 
 @pytest.mark.slow
