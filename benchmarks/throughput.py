@@ -2,11 +2,13 @@
 
     python benchmarks/throughput.py ../shared/data/pbc96                       # JPEG of 96×96 px
     python benchmarks/throughput.py my/cells --size 128 --workers 8 --out benchmarks/RESULTS.md
+    python benchmarks/throughput.py --drawn 4096 360 --size 64 --only files device   # drawn JPEG of 360 px
 
 Every row reads the train images (or all, where there is no train folder) in random order and batches, uint8 and without
 augmentation, in a process of its own; the first pass is not measured. CPU time, of all processes, tells more than the
 clock where something else shares the cores. Then a ResNet-18 trains at 64 px in bf16, and says how long it waits for
-data. Peers (pip install lightly) that are not installed are left out.
+data. `device` is data.decode=device: on CUDA where there is one (not yet measured on a GPU), else on the CPU, where it
+is for tests and has one process to decode in. Peers (pip install lightly) that are not installed are left out.
 """
 
 import argparse
@@ -20,9 +22,11 @@ from typing import Any
 import psutil
 import torch
 from _measure import append, in_fresh_process, markdown, section
+from PIL import Image
 from torch.utils.data import DataLoader
 
-ROWS = ("files", "pack", "cache", "torchvision", "lightly")
+ROWS = ("files", "pack", "cache", "device", "torchvision", "lightly")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _ours(data: list[str], batch: int, workers: int, passes: int) -> Iterator[int]:
@@ -35,9 +39,11 @@ def _ours(data: list[str], batch: int, workers: int, passes: int) -> Iterator[in
     images = open_splits(load(None, data).data)["train"]
     steps = Steps(Shuffle(len(images), batch, 0), 0, 1, 0, passes * (len(images) // batch))
     yield len(images) // batch
-    with with_workers(read(images, steps, workers, pin_memory=False)) as batches:
+    with with_workers(read(images, steps, workers, pin_memory=False, device=torch.device(DEVICE))) as batches:
         for read_batch in batches:
             assert read_batch.pixels.dtype == torch.uint8
+            if read_batch.pixels.is_cuda:
+                torch.cuda.synchronize()
             yield len(read_batch.image)
 
 
@@ -76,7 +82,8 @@ def measure(row: str, folder: str, pack: str, size: int | None, batch: int, work
     """Images, seconds and seconds of CPU of the passes after the first."""
     sized = [f"data.size={size}"] if size else []
     files = ["data.kind=folder", f"data.path={folder}", "data.verify=header", *sized]
-    data = {"files": files, "cache": [*files, "data.cache=ram"], "pack": ["data.kind=pack", f"data.path={pack}"]}
+    data = {"files": files, "cache": [*files, "data.cache=ram"], "device": [*files, "data.decode=device"]}
+    data["pack"] = ["data.kind=pack", f"data.path={pack}"]
     train = Path(folder) / "train"
     theirs = str(train if train.is_dir() else folder)
     counts = (
@@ -112,10 +119,22 @@ def waits(data: list[str], steps: int, batch: int, workers: int, out: str) -> li
     return [float(rows[-1]["images_per_second"]), float(rows[-1]["data_wait"])]
 
 
+def draw(folder: Path, count: int, side: int) -> None:
+    """JPEG files of drawn cells in two classes, of 16 different cells in several qualities."""
+    from sslcells.data._smear import draw_smear
+
+    cells = [Image.fromarray(draw_smear(7, i, i % 5, side)) for i in range(16)]
+    for i in range(count):
+        below = folder / "train" / "ab"[i % 2]
+        below.mkdir(parents=True, exist_ok=True)
+        cells[i % 16].save(below / f"{i:06}.jpg", quality=75 + i % 20)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="folder of images, with classes below it or below its train/")
+    parser.add_argument("folder", nargs="?", help="folder of images, with classes below it or below its train/")
+    parser.add_argument("--drawn", nargs=2, type=int, metavar=("COUNT", "SIDE"), help="instead, drawn JPEG of SIDE px")
     parser.add_argument("--size", type=int, help="resize to this many pixels, where images differ in size")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--workers", type=int, default=1)
@@ -124,28 +143,35 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of the ResNet-18; 0 trains none")
     parser.add_argument("--out", type=Path, help="append the section to this file")
     args = parser.parse_args()
+    if (args.folder is None) == (args.drawn is None):
+        parser.error("give a folder or --drawn")
     from sslcells.delivery.packing import pack
 
     with tempfile.TemporaryDirectory() as temporary:
         packed = f"{temporary}/pack"
+        if args.drawn:
+            args.folder = f"{temporary}/drawn"
+            draw(Path(args.folder), *args.drawn)
         sized = [f"data.size={args.size}"] if args.size else []
         began = time.perf_counter()
         pack(args.folder, packed, sized)
         packing = time.perf_counter() - began
         options = (args.folder, packed, args.size, args.batch, args.workers, args.passes)
         found = {row: in_fresh_process(measure, row, *options) for row in args.only}
+        found = {f"device ({DEVICE})" if row == "device" else row: value for row, value in found.items()}
         rate, cpu = ({k: v[0] / v[at] for k, v in found.items() if not isinstance(v, str)} for at in (1, 2))
         rows = [[row, value] if isinstance(value, str) else _line(row, rate, cpu) for row, value in found.items()]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         notes = f"{args.batch} images a batch, {args.workers} processes that read. Packing took {packing:.1f} s."
         parts = [markdown(["source", "images/s", "× files", "images a CPU second", "× files"], rows)]
         if args.steps:
             of = {"files": ["data.kind=folder", f"data.path={args.folder}", "data.verify=header", *sized]}
             of["pack"] = ["data.kind=pack", f"data.path={packed}"]
+            if DEVICE == "cuda":
+                of["device (cuda)"] = [*of["files"], "data.decode=device"]
             trained = {k: waits(v, args.steps, args.batch, args.workers, f"{temporary}/{k}") for k, v in of.items()}
             lines = [[k, f"{speed:,.0f}", f"{100 * wait:.2f} %"] for k, (speed, wait) in trained.items()]
             parts.append(markdown(["ResNet-18, 64 px, bf16, on", "images/s", "waits for data"], lines))
-    text = section("Throughput", device, notes, parts)
+    text = section("Throughput", DEVICE, notes, parts)
     print(text)
     if args.out:
         append(text, args.out)
