@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -32,6 +33,12 @@ HUB = "config.json", "model.safetensors"
 """As the Hugging Face hub has them, for timm.create_model("local-dir:FOLDER", pretrained=True)."""
 TOLERANCE = 1e-3
 """Largest difference allowed, relative to the largest feature, in float32; another order of sums gives about 1e-6."""
+
+
+NO_CELL = (
+    f"the encoder looks for the cell (standardise.colour=two_point or three_point, scale, centre, outside), and masks "
+    f"grow as bits of integers (`>>`), which are not written as ONNX; {PROGRAM} and load.py have it"
+)
 
 
 class NotMade(DeliveryError):
@@ -195,6 +202,8 @@ def _write(
         loaded = torch.export.load(out / PROGRAM).module()
         checks.append(compare("torch.export", loaded, network, inputs, say))
         if onnx is not False and not missing:
+            if encoder.standard is not None and encoder.standard.needs_cell:
+                raise NotMade(f"{ONNX}: {NO_CELL}")
             write_onnx(program, out / ONNX)
             forms.append(ONNX)
             checks.append(compare("ONNX", onnx_session(out / ONNX), network, inputs, say))
@@ -301,7 +310,7 @@ def write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
     except Exception as error:  # as above
         file.unlink(missing_ok=True)
         raise NotMade(
-            f"{ONNX}: the encoder, with what standardises its input, cannot be written as ONNX: {_first(error)}; "
+            f"{ONNX}: the encoder, with what standardises its input, cannot be written as ONNX: {_lacking(error)}; "
             f"{PROGRAM} and load.py have it"
         ) from error
 
@@ -311,6 +320,12 @@ def onnx_session(file: Path) -> Callable[[Tensor], Tensor]:
     runtime = extra("onnxruntime", "export", "ONNX")
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
+
+
+def _lacking(error: Exception) -> str:
+    """The operation that ONNX lacks, or else how the error begins."""
+    found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error))
+    return f"it has no {found[1]}" if found else _first(error)
 
 
 def _first(error: Exception) -> str:

@@ -15,6 +15,8 @@ DYES = {
     "haematoxylin-eosin": ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776)),
 }
 """Optical densities of the dyes in red, green and blue (Ruifrok and Johnston 2001); the first stains the nucleus."""
+NUCLEAR = {name: F.normalize(torch.tensor(of), dim=1).inverse()[:, 0].tolist() for name, of in DYES.items()}
+"""How much of the first dye an optical density of 1 in red, green and blue adds"""
 GRID = 64
 """masks are found on images of at most this many pixels a side"""
 LEVELS = 64
@@ -68,7 +70,7 @@ def filled(x: Tensor) -> Tensor:
 
 def density(x: Tensor) -> Tensor:
     """Optical density, Beer–Lambert: 0 for white; values below 1/255 count as 1/255."""
-    return -x.clamp(1 / 255, 1).log()
+    return -x.clamp(1 / 255, 1.0).log()
 
 
 def at_rank(values: Tensor, fraction: float, most: float = 1.0) -> Tensor:
@@ -112,8 +114,7 @@ def stained(small: Tensor, background: Tensor, stain: str) -> tuple[Tensor, Tens
     anything = od.mean(1)
     if stain not in DYES or small.shape[1] != 3:
         return anything, anything
-    dyes = F.normalize(torch.tensor(DYES[stain], device=small.device), dim=1)
-    return torch.einsum("nchw,c->nhw", od, dyes.inverse()[:, 0]), anything
+    return torch.einsum("nchw,c->nhw", od, torch.tensor(NUCLEAR[stain], device=small.device)), anything
 
 
 def levels(amount: Tensor, most: float) -> Tensor:

@@ -10,12 +10,13 @@ from cells_drawn import NUCLEUS, RED, disc, stained
 from PIL import Image
 from test_train import tiny
 from torch.nn import functional
+from trained import make_run
 
 import sslcells
 from sslcells import inputs
 from sslcells.config import ConfigError, Standardise, load
 from sslcells.data import open_splits
-from sslcells.delivery.export import export
+from sslcells.delivery.export import export, onnx_session
 from sslcells.standardise import Standard, fit
 from sslcells.standardise.cell import filled
 from sslcells.standardise.standard import colours, curved, opponent, restained
@@ -223,6 +224,40 @@ def test_a_fresh_process_standardises_a_new_laboratorys_file_as_training_did(fin
         torch.testing.assert_close(features, trained, rtol=1e-5, atol=1e-5)
     without = Standard(encoder.standard.spec | {"colour": "none"})
     assert (without(new[None].float() / 255) - encoder.standard(new[None].float() / 255)).abs().mean() > 0.01
+
+
+def untrained(folder, colour):
+    """A run whose encoder standardises, with the reference of drawn cells."""
+    run = make_run(folder, "data.size=40", "augment.size=32", f"standardise.colour={colour}")
+    spec = json.loads((run / "encoder.json").read_text())
+    x = functional.interpolate(images(**PINK), (40, 40), mode="bilinear", antialias=True)
+    spec["standardise"] = fit(load(str(run / "config.yaml")).standardise, x)
+    (run / "encoder.json").write_text(json.dumps(spec))
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("colour", ["background", "reinhard", "percentiles"])
+def test_onnx_standardises_as_the_encoder_does(colour, tmp_path):
+    pytest.importorskip("onnxscript")
+    run = untrained(tmp_path / "run", colour)
+    out = export(str(run), str(tmp_path / "out"), onnx=True, say=lambda line: None)
+    x = functional.interpolate(images(**BLUE), (40, 40), mode="bilinear", antialias=True)
+    pixels = (x * 255).round().byte()
+    features = onnx_session(out / "encoder.onnx")(pixels)
+    torch.testing.assert_close(features, sslcells.embed(pixels, run), rtol=1e-5, atol=1e-5)
+    assert "left out" not in (out / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("colour", "why"), [("macenko", "linalg_eigh"), ("two_point", "looks for the cell")])
+def test_what_onnx_lacks_is_named(colour, why, tmp_path):
+    pytest.importorskip("onnxscript")
+    run, said = untrained(tmp_path / "run", colour), []
+    out = export(str(run), str(tmp_path / "out"), say=said.append)
+    assert not (out / "encoder.onnx").exists()
+    assert (out / "encoder.pt2").is_file()
+    assert any("encoder.onnx" in line and why in line for line in said if line.startswith("left out")), said
 
 
 @pytest.mark.slow
