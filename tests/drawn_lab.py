@@ -26,7 +26,10 @@ def write_table(file: Path, images: list[Path]) -> None:
     with file.open("w", newline="") as out:
         rows = csv.writer(out)
         rows.writerow(["path", "label", "donor", "site"])
-        rows.writerows([image, image.parent.name, f"d{i % 8}", f"s{i % 2}"] for i, image in enumerate(images))
+        rows.writerows(
+            [image.relative_to(file.parent), image.parent.name, f"d{i % 8}", f"s{i % 2}"]
+            for i, image in enumerate(images)
+        )
 
 
 def write_stacks(folder: Path, count: int) -> None:

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands."""
+"""What the README shows runs as it stands, and the tree that CONTRIBUTING shows is there."""
 
 import re
 import subprocess
@@ -10,6 +10,7 @@ from trained import make_cells, make_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_the_losses_run_in_anyones_loop():
@@ -46,7 +47,7 @@ def test_links_lead_somewhere(target):
 
 
 def test_every_folder_and_file_of_the_tree_is_there():
-    tree = README.split("## Where things are")[1].split("```")[1]
+    tree = CONTRIBUTING.split("## Where things are")[1].split("```")[1]
     for name in re.findall(r"^  ([\w./ ]+?)(?:  |$)", tree, re.M):
         for part in name.split():
             assert (ROOT / "sslcells" / part).exists(), part

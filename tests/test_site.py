@@ -13,7 +13,7 @@ from sslcells.config import PLUGINS, Run
 sys.path.insert(0, str(DOCS / "generate"))
 import settings
 
-ELSEWHERE = {"laboratories.md": "tests/test_laboratories_page.py"}
+ELSEWHERE = {"laboratories.md": "tests/test_laboratories.py"}
 """Pages whose commands another test runs."""
 ROOT = DOCS.parent
 
@@ -71,6 +71,24 @@ def test_every_setting_is_on_the_page_with_its_default():
 def test_every_setting_has_a_meaning():
     shown = settings.general() + "".join(settings.plugin(section) for section in PLUGINS)
     assert not re.findall(r"^\| `[^`]+` \|.*\|  \|$", shown, re.M)
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_every_setting_that_a_page_names_is_there(page):
+    known = {name: _keys(name) for name in Run.model_fields}
+    named = re.findall(rf"(?<![\w./])({'|'.join(known)})\.(\w+)", page.read_text(encoding="utf-8"))
+    assert not [f"{section}.{key}" for section, key in named if key not in known[section] | ALSO]
+
+
+ALSO = {"safetensors", "sh", "lrr", "temprature", "labs"}
+"""two files, two mistakes that a page shows, and what encoder.json calls standardise.labs"""
+
+
+def _keys(section):
+    """The keys of a section, of every choice of it."""
+    if section in PLUGINS:
+        return {key for name in PLUGINS[section].names() for key in PLUGINS[section].config(name).model_fields}
+    return {*getattr(Run.model_fields[section].annotation, "model_fields", {})}
 
 
 @pytest.fixture(scope="module")
