@@ -206,7 +206,7 @@ def _evaluate(commands: _Commands) -> None:
     words = "first fine-tune the encoder on fractions of the labels (set by compare.*): minutes to hours"
     sub.add_argument("--fine-tune", action="store_true", help=words)
     words = "folder for the results, such as those on other data than the run's (RUN)"
-    sub.add_argument("--out", metavar="FOLDER", type=_path, help=words)
+    sub.add_argument("--out", metavar="FOLDER", type=place, help=words)
 
 
 def _compare(commands: _Commands) -> None:

@@ -71,7 +71,7 @@ def evaluate(
     to = folder if out is None else ranks.together(lambda: _elsewhere(out, folder))
     result, pictures = measured(run, folder, launcher.accelerator(run).device, also, labs, frozen, lab_sources, to)
     if result:
-        if data := [o for o in overrides if o.startswith("data.")]:
+        if data := [o for o in overrides if o.startswith(("data.", "data="))]:
             result["notes"].append(f"the data is that of {' '.join(data)}; the encoder is the run's, as it was trained")
         seconds = round(time.perf_counter() - began, 1)
         result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": ranks.world()}

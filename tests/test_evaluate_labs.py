@@ -105,7 +105,7 @@ def test_other_data_by_its_own_labels_and_a_laboratory_with_sources_beside_it(ru
     rows = [f"{file},{file.split('/', 1)[1].split('_')[0]}" for file in files]
     (tmp_path / "sources.csv").write_text("\n".join(["path,source", *rows]))
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    data = ["data.kind=folder", f"data.path={tmp_path / 'cells'}", f"data.sources={tmp_path / 'sources.csv'}"]
+    data = [f"data={{kind: folder, path: {tmp_path / 'cells'}, sources: {tmp_path / 'sources.csv'}, size: 32}}"]
     lab = ["--lab", f"clinic={tmp_path / 'cells'}", "--lab-sources", f"clinic={tmp_path / 'sources.csv'}"]
     for place, asked in (("by_its_own", data), ("from_outside", lab)):
         assert main(None, ["evaluate", str(run), *asked, *QUICK, "--out", str(tmp_path / place)]) == 0
@@ -116,7 +116,7 @@ def test_other_data_by_its_own_labels_and_a_laboratory_with_sources_beside_it(ru
     result = json.loads((tmp_path / "by_its_own" / "evaluation.json").read_text())
     vote = [row for row in result["figures"] if row["unit"] == "source vote"]
     assert {(row["images"], row["sources"]) for row in vote} == {(36, 12)}
-    assert any(note.startswith("the data is that of data.kind=folder data.path=") for note in result["notes"])
+    assert any(note.startswith("the data is that of data={kind: folder, path: ") for note in result["notes"])
     assert "source vote" in (tmp_path / "by_its_own" / "report.html").read_text()
     outside = json.loads((tmp_path / "from_outside" / "evaluation.json").read_text())["labs"]["labs"][0]
     assert outside["sources"] == 24

@@ -228,9 +228,9 @@ def test_a_fresh_process_standardises_a_new_laboratorys_file_as_training_did(fin
 
 def untrained(folder, colour):
     """A run whose encoder standardises, with the reference of drawn cells."""
-    run = make_run(folder, "data.size=40", "augment.size=32", f"standardise.colour={colour}")
+    run = make_run(folder, f"standardise.colour={colour}")
     spec = json.loads((run / "encoder.json").read_text())
-    x = functional.interpolate(images(**PINK), (40, 40), mode="bilinear", antialias=True)
+    x = functional.interpolate(images(**PINK), (32, 32), mode="bilinear", antialias=True)
     spec["standardise"] = fit(load(str(run / "config.yaml")).standardise, x)
     (run / "encoder.json").write_text(json.dumps(spec))
     return run
@@ -242,11 +242,10 @@ def test_onnx_standardises_as_the_encoder_does(colour, tmp_path):
     pytest.importorskip("onnxscript")
     run = untrained(tmp_path / "run", colour)
     out = export(str(run), str(tmp_path / "out"), onnx=True, say=lambda line: None)
-    x = functional.interpolate(images(**BLUE), (40, 40), mode="bilinear", antialias=True)
+    x = functional.interpolate(images(**BLUE), (32, 32), mode="bilinear", antialias=True)
     pixels = (x * 255).round().byte()
     features = onnx_session(out / "encoder.onnx")(pixels)
     torch.testing.assert_close(features, sslcells.embed(pixels, run), rtol=1e-5, atol=1e-5)
-    assert "left out" not in (out / "README.md").read_text()
 
 
 @pytest.mark.slow
