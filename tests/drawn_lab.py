@@ -1,4 +1,4 @@
-"""What the documentation's pages name beside the folder of the first hour: a table, TIFF stacks, shards, Parquet."""
+"""What the documentation's pages name beside the folder of the first hour: tables, TIFF stacks, shards, Parquet."""
 
 import csv
 import io
@@ -16,6 +16,7 @@ def draw_what_pages_name(folder: Path) -> None:
     """Write cells.csv, path/to/tiffs, shards and my_dataset, of the images in path/to/cells."""
     images = sorted((folder / "path/to/cells").rglob("*.png"))
     write_table(folder / "cells.csv", images)
+    write_sources(folder / "runs/sources/sources.csv", folder / "path/to/cells", images)
     write_stacks(folder / "path/to/tiffs", 300)
     write_shard(folder / "shards" / "cells-train-000.tar", images)
     write_parquet(folder / "my_dataset" / "data" / "train-00000-of-00001.parquet", images)
@@ -30,6 +31,13 @@ def write_table(file: Path, images: list[Path]) -> None:
             [image.relative_to(file.parent), image.parent.name, f"d{i % 8}", f"s{i % 2}"]
             for i, image in enumerate(images)
         )
+
+
+def write_sources(file: Path, folder: Path, images: list[Path]) -> None:
+    """What `sslcells sources` writes: eight photographs."""
+    file.parent.mkdir(parents=True)
+    lines = [f"{image.relative_to(folder).as_posix()},photograph_{i % 8}" for i, image in enumerate(images)]
+    file.write_text("\n".join(["path,source", *lines]) + "\n", encoding="utf-8")
 
 
 def write_stacks(folder: Path, count: int) -> None:
