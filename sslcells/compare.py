@@ -140,7 +140,7 @@ _PROBED = "logistic regression"
 
 
 def _asked(
-    run: Run, splits: Mapping[str, ImageSet], labs: Sequence[str], lab_sources: Sequence[str]
+    run: Run, splits: Mapping[str, ImageSet], labs: Sequence[str], lab_sources: Sequence[str] = ()
 ) -> dict[str, Sequence[ImageSet]]:
     """What the models are asked about: first the split, then laboratories that were not trained on, by their names.
 
