@@ -18,6 +18,7 @@ import torch
 
 from sslcells import launcher, ranks
 from sslcells.checks import Check
+from sslcells.storage import json_text
 
 SECONDS = 90.0
 """Time that both may take, imports included."""
@@ -97,7 +98,7 @@ def _main() -> None:
     ranks.barrier()
     seconds = (time.perf_counter() - began) / 5
     if ranks.rank() == 0:
-        print(json.dumps({"order": order, "seconds": seconds}), flush=True)
+        print(json_text({"order": order, "seconds": seconds}), flush=True)
     ranks.close()
 
 

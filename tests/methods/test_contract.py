@@ -401,6 +401,6 @@ def test_training_lowers_the_loss_and_resumes_exactly(name, options, tmp_path):
 def test_recipe_and_registry(name):
     """The method builds from a configuration that names it, and what it cannot do without."""
     run = load(None, [f"method.name={name}", *(f"method.{key}={value}" for key, value in needed(name).items())])
-    method = methods.build(run.method, 24, Images(), tokens.Layout((8, 8), (4, 4), 24, 1))
+    method = methods.build(run.method, 24, Images(), tokens.Layout((8, 8), (4, 4), 24, 1, "avg"))
     assert method.views in (1, 2)
     assert method(torch.randn(6, 24), 0.0).shape[0] == 6

@@ -24,7 +24,7 @@ def rows_of(name, options):
     torch.manual_seed(0)
     kind = PLUGINS["method"].config(name)
     small = {k: v for k, v in {"norm": "layer", "hidden": 16, "dimension": 8}.items() if k in kind.model_fields}
-    layout = tokens.Layout((8, 8), (4, 4), FEATURES, 1)
+    layout = tokens.Layout((8, 8), (4, 4), FEATURES, 1, "avg")
     method = methods.build(kind(**{**small, **needed(name), **options}), FEATURES, Images(), layout)
     features = torch.randn(method.views_in_all * IMAGES, FEATURES)
     with torch.no_grad():

@@ -93,7 +93,7 @@ def test_visible_patches_keep_their_places(name, args):
 
 def test_layout():
     _, _, layout = made("vit_small_patch14_reg4_dinov2", {**SMALL, "img_size": 28, "patch_size": 7})
-    assert layout == tokens.Layout(patch=(7, 7), grid=(4, 4), width=48, prefix=5)
+    assert layout == tokens.Layout(patch=(7, 7), grid=(4, 4), width=48, prefix=5, pool="token")
     assert layout.patches == 16
     assert tokens.layout(models.build(Model(), 3), 48) is None
 
