@@ -164,7 +164,7 @@ def test_one_image_a_class(tmp_path, run):
 def test_train_alone_is_asked_without_its_own_sources(tmp_path, run):
     result = folder_of(tmp_path, run, {"": {"a": 12, "b": 12}}, sources=True)
     assert result["asked"] == "train"
-    assert {r["unit"] for r in result["figures"]} == {"image", "source"}
+    assert {r["unit"] for r in result["figures"]} == {"image", "source", "source vote"}
     assert row(result, "kNN")["scores"]["accuracy"]["value"] < 0.9, "noise has no class"
 
 
