@@ -121,7 +121,7 @@ def signalled_in(step, number):
         ([], (3, 9)),
         pytest.param(["train.micro_batch=4", "train.workers=1"], (6,), marks=pytest.mark.slow),
         pytest.param(["optim.warmup_epochs=2", "method.name=triplet"], (7,), marks=pytest.mark.slow),
-        (["sampler.kind=balanced", "train.total_epochs=2"], (7,)),
+        pytest.param(["sampler.kind=balanced", "train.total_epochs=2"], (7,), marks=pytest.mark.slow),
         pytest.param(["sampler.kind=classes", "sampler.per_class=4"], (8,), marks=pytest.mark.slow),
     ],
 )
@@ -232,7 +232,7 @@ def test_a_precision_that_the_device_lacks_is_named(tmp_path):
         train(tiny(tmp_path, "train.precision=fp16"))
 
 
-@pytest.mark.parametrize("name", ["triplet", "simclr"])
+@pytest.mark.parametrize("name", [pytest.param("triplet", marks=pytest.mark.slow), "simclr"])
 @pytest.mark.parametrize("recipe", ["simclr", pytest.param("none", marks=pytest.mark.slow)])
 def test_other_methods_and_recipes(tmp_path, name, recipe):
     rows = read_metrics(train(tiny(tmp_path, f"method.name={name}", f"augment.recipe={recipe}", "train.total_steps=2")))
