@@ -232,8 +232,9 @@ def test_a_precision_that_the_device_lacks_is_named(tmp_path):
         train(tiny(tmp_path, "train.precision=fp16"))
 
 
-@pytest.mark.parametrize("name", [pytest.param("triplet", marks=pytest.mark.slow), "simclr"])
-@pytest.mark.parametrize("recipe", ["simclr", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["triplet", "simclr"])
+@pytest.mark.parametrize("recipe", ["simclr", "none"])
 def test_other_methods_and_recipes(tmp_path, name, recipe):
     rows = read_metrics(train(tiny(tmp_path, f"method.name={name}", f"augment.recipe={recipe}", "train.total_steps=2")))
     assert "loss" in rows[1]
@@ -281,12 +282,9 @@ def test_metrics_are_json_lines(finished):
 NO_BATCHNORM = ["model.backbone=test_vit", "model.args={img_size: 32}", "method.norm=layer", "train.total_steps=10"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "micro"),
-    [
-        (["method.name=simclr"], 4),
-        pytest.param(["method.name=triplet", "method.soft=true"], 8, marks=pytest.mark.slow),
-    ],
+    ("method", "micro"), [(["method.name=simclr"], 4), (["method.name=triplet", "method.soft=true"], 8)]
 )
 def test_micro_batches_learn_the_same(tmp_path, method, micro):
     """Without BatchNorm the weights after ten steps are the plain step's, to float32 rounding."""

@@ -110,9 +110,8 @@ def test_mocos_queue_takes_the_newest_keys():
     assert network.method.queue_image.tolist() == [*image.tolist() * 2, *[-1] * 4]
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(DINO, id="dino"), pytest.param(IBOT, id="ibot", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [DINO, IBOT], ids=["dino", "ibot"])
 def test_the_teacher_is_handed_out_and_training_goes_on_exactly(method, tmp_path):
     class Killed(BaseException):
         pass
