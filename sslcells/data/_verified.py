@@ -24,6 +24,7 @@ import tifffile
 from torch.utils.data import DataLoader, Dataset
 
 from sslcells import launcher, values
+from sslcells.data import _forked
 from sslcells.data._decode import READER, Decoder, Header, Unreadable
 from sslcells.data._scan import OURS, Listing
 from sslcells.data.loader import start_worker, with_workers
@@ -133,7 +134,14 @@ def _headers(root: Path, names: Sequence[str], decoder: Decoder, whole: bool) ->
 
 
 def _from_processes(blocks: "_Blocks", workers: int) -> Generator[list[Header | str], None, None]:
-    yield from DataLoader(blocks, batch_size=None, num_workers=workers, collate_fn=list, worker_init_fn=start_worker)
+    yield from DataLoader(
+        blocks,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=start_worker,
+        multiprocessing_context=_forked.context(workers),
+    )
 
 
 class _Blocks(Dataset[list[Header | str]]):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sslcells.data import Batch, DataError, ImageSet, Pick
+from sslcells.data import Batch, DataError, ImageSet, Pick, _forked
 from sslcells.data._room import no_room, room, share, stacked
 from sslcells.data._undecoded import Undecoded, finished, joined
 
@@ -231,6 +231,7 @@ def _loaded(
         worker_init_fn=start_worker,
         pin_memory=pin_memory,
         prefetch_factor=ahead(_bytes(images, batches, undecoded), workers, together) if workers else None,
+        multiprocessing_context=_forked.context(workers),
     )
     try:
         batches_read = iter(loader)

@@ -1,9 +1,11 @@
-"""Images are read in order; a process that dies is an error, not a hang."""
+"""Images are read in order; a process that dies, or never begins, is no hang."""
 
 import multiprocessing
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from sslcells.config import load
-from sslcells.data import Batch, DataError, ImageSet, open_splits
+from sslcells.data import Batch, DataError, ImageSet, _forked, open_splits
 from sslcells.data.loader import InOrder, _bytes, ahead, read, read_in_parts, with_workers
 
 
@@ -60,6 +62,44 @@ def test_the_death_of_a_process_that_reads_is_told_in_the_middle_of_anything():
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
         time.sleep(30)  # no batch is asked for: the signal of the death ends it
+
+
+@pytest.fixture
+def stuck(monkeypatch, tmp_path):
+    """As many of the next forks wait for ever in the new process as `stuck(count)` says, before Python is ready."""
+    forks = tmp_path / "forks"
+    fork = os.fork
+
+    def some_stuck():
+        allowed = len(forks.read_bytes())
+        if allowed:
+            forks.write_bytes(bytes(allowed - 1))
+        pid = fork()
+        if pid == 0 and allowed:
+            while True:
+                signal.pause()
+        return pid
+
+    monkeypatch.setattr(os, "fork", some_stuck)
+    monkeypatch.setattr(_forked, "PATIENCE", 0.1)
+    return lambda count: forks.write_bytes(bytes(count))
+
+
+def test_a_process_that_does_not_begin_is_made_anew(stuck):
+    others = set(multiprocessing.active_children())
+    stuck(3)
+    batches = list(read(Numbers(), InOrder(range(20), 4), 2, pin_memory=False))
+    assert torch.cat([b.image for b in batches]).tolist() == list(range(20))
+    assert set(multiprocessing.active_children()) <= others
+
+
+def test_processes_that_never_begin_are_an_error(stuck):
+    others = set(multiprocessing.active_children())
+    stuck(100)
+    error = r"^a process that reads images did not begin in 6 tries, the last of 3.2 s; train.workers=0 reads"
+    with pytest.raises(DataError, match=error):
+        list(read(Numbers(), InOrder(range(20), 4), 1, pin_memory=False))
+    assert set(multiprocessing.active_children()) <= others
 
 
 @pytest.mark.parametrize("workers", [0, 1])
