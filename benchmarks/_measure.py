@@ -112,10 +112,12 @@ def section(title: str, device: str, notes: str, parts: Sequence[str]) -> str:
     return "\n\n".join([heading, f"{_machine(device)}.", f"    {command}", notes, *parts]) + "\n"
 
 
-def append(text: str, path: Path) -> None:
-    """Add a section at the end of a file; the file is created if needed."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"\n{text}" if file.tell() else text)
+def show(text: str, out: Path | None) -> None:
+    """Print a section, and add it at the end of a file if one is given, which is created if needed."""
+    print(text)
+    if out is not None:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(f"\n{text}" if file.tell() else text)
 
 
 def draw(panels: dict[str, dict[str, list[tuple[int, float, float]]]], out: Path) -> None:

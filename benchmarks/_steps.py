@@ -95,19 +95,19 @@ class Laps:
         return torch.cuda.max_memory_allocated() / 2**20 if self._cuda else peak_kib() / 2**10
 
 
-def nothing() -> None:
-    """Do nothing."""
-
-
-def around(owner: Any, name: str, before: Callable[[], None] = nothing, after: Callable[[], None] = nothing) -> None:
-    """Call `before` and `after` around every call of owner.name."""
+def around(
+    owner: Any, name: str, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
+) -> None:
+    """Call `before` and `after`, if given, around every call of owner.name."""
     inner = getattr(owner, name)
 
     @wraps(inner)
     def outer(*args: Any, **kwargs: Any) -> Any:
-        before()
+        if before is not None:
+            before()
         out = inner(*args, **kwargs)
-        after()
+        if after is not None:
+            after()
         return out
 
     setattr(owner, name, outer)

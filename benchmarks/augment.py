@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _measure import append, markdown, seconds, section
+from _measure import markdown, seconds, section, show
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -107,9 +107,7 @@ def main() -> None:
         markdown(["px", "", "plain", "bilinear", "warp", "cells", "simclr", "channels"], cost),
     ]
     text = section("Augmentation", args.device, notes, tables)
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import psutil
 import torch
 from _drawn import jpegs
 from _end_to_end_peers import DIMENSION, HIDDEN, PEERS, RATE, TEMPERATURE, Case
-from _measure import append, in_fresh_process, markdown, reason, section
+from _measure import in_fresh_process, markdown, reason, section, show
 from _steps import PARTS, measured
 
 ROOT = Path(__file__).parents[1]
@@ -310,9 +310,7 @@ def main() -> None:
         draw(went, args.plot)
     tables = [table(case, rows) for case, rows in found.items()] + ([parts_table(went)] if went else [])
     text = section("End to end", device, notes(args, images, load, versions), tables)
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
 
 
 def notes(args: argparse.Namespace, images: int, load: float, versions: dict[str, str]) -> str:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from _measure import append, markdown, section
+from _measure import markdown, section, show
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -446,9 +446,7 @@ def main() -> None:
         f"metrics.jsonl but for the times. Two ranks on gloo for the failures, one process for the kills."
     )
     text = section("Failures", "cpu", notes, parts)
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

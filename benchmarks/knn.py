@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from _measure import append, in_fresh_process, limit_memory, markdown, peak_mib, product_rate, section
+from _measure import in_fresh_process, limit_memory, markdown, peak_mib, product_rate, section, show
 from torch import Tensor
 
 from sslcells.evaluation.knn import neighbours
@@ -143,9 +143,7 @@ def main() -> None:
         f"{product_rate('cpu', 3) / 1e9:.0f} G operations a second. Load of the machine at the end: {load:.1f}."
     )
     text = section("Neighbours", "cpu", notes, [markdown(columns, lines)])
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ import re
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _measure import append, markdown, section
-from variants import call, spread
+from _measure import markdown, section, show
+from variants import call, spread, timed, took
 
 VARIANTS = {
     "whole": "",
@@ -40,13 +39,10 @@ COLUMNS = ("PBC val", "PBC val balanced", "BCCD balanced", "robustness index")
 
 def train(folder: Path, name: str, overrides: Sequence[str]) -> float:
     """Train folder/name unless that was done; the seconds that it took."""
-    took = folder / f"{name}.seconds"
     if not (folder / name / "encoder.json").is_file():
-        began = time.monotonic()
-        call(folder, name, "train", "--config", "cells_across_pbc96", *overrides, f"name={name}", f"out={folder}")
-        before = float(took.read_text(encoding="ascii")) if took.is_file() else 0.0
-        took.write_text(str(before + time.monotonic() - began), encoding="ascii")
-    return float(took.read_text(encoding="ascii"))
+        with timed(folder, name):
+            call(folder, name, "train", "--config", "cells_across_pbc96", *overrides, f"name={name}", f"out={folder}")
+    return took(folder, name)
 
 
 def ask(folder: Path, name: str, half: str, against: Sequence[str] = ()) -> dict[str, Any]:
@@ -146,9 +142,7 @@ def main() -> None:
         parts += [f"{cells['even']} cells of photographs of even number, once, for the variant chosen:"]
         parts += [markdown(columns, [row(args.report, each, [])])]
     text = section("From PBC to BCCD", "cpu", notes, parts)
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

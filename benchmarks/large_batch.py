@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _measure import append, limit_memory, markdown, reason, section
+from _measure import limit_memory, markdown, reason, section, show
 
 from sslcells.run.metrics import read_metrics
 
@@ -124,9 +124,7 @@ def main() -> None:
     text = section(
         "Large batches", args.device, f"Two views an image on {args.device}; `{overrides}`.", [table(results)]
     )
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _measure import append, draw, in_fresh_process, limit_memory, markdown, peak_mib, product_rate, seconds, section
+from _measure import draw, in_fresh_process, limit_memory, markdown, peak_mib, product_rate, seconds, section, show
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -328,9 +328,7 @@ def main() -> None:
         + " whatever they spend. Gradient error: relative, against float64."
     )
     text = section("Losses", args.device, notes, [table(TASKS[key], each, rate) for key, each in results.items()])
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
     if args.plot:
         draw({TASKS[key].title: curves(TASKS[key], each) for key, each in results.items()}, args.plot)
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from _measure import append, markdown, section
+from _measure import markdown, section, show
 
 from sslcells.config import dump, load
 
@@ -67,9 +67,7 @@ def main() -> None:
             table.append([f"{runs:,}", f"{lines:,}", listed, page, f"{size:.2f}"])
     columns = ["runs", "lines each", "`runs`, s", "`board --out`, s", "page, MiB"]
     text = section("Many runs at a glance", "cpu", "Fastest and slowest call.", [markdown(columns, table)])
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from _measure import append, markdown, section
+from _measure import markdown, section, show
 from _peer_adapters import NOT_APPLICABLE, PEERS
 
 SUITES = {
@@ -290,9 +290,7 @@ def main() -> None:
         for title, each in reasons.items()
     ]
     text = section("The peers' own tests", "cpu", notes, [markdown(["peer", "tests", *COLUMNS], cells), *lists])
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
     if complaints and not args.planted:
         raise SystemExit(1)
 

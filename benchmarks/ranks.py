@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from _measure import append, markdown, section
+from _measure import markdown, section, show
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -122,9 +122,7 @@ def main() -> None:
         f"of {args.repeats} calls of the slowest rank; the ranks share the cores."
     )
     text = section("Ranks", "cpu", notes, [markdown(columns, rows), markdown(heads, found)])
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

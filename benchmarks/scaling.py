@@ -23,7 +23,7 @@ from typing import NamedTuple
 import psutil
 import torch
 from _drawn import linked
-from _measure import append, markdown, section
+from _measure import markdown, section, show
 from _steps import measured
 
 MICRO_BATCH = 256
@@ -230,11 +230,9 @@ def main() -> None:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = section("Scaling", device, notes, [table(name, *result) for name, result in results.items()])
-    print(text)
+    show(text, args.out)
     if args.plot:
         draw(results, args.plot)
-    if args.out:
-        append(text, args.out)
 
 
 if __name__ == "__main__":

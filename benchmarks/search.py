@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _measure import append, markdown, seconds, section
+from _measure import markdown, seconds, section, show
 from torch import Tensor
 
 from sslcells import models
@@ -115,9 +115,7 @@ def main() -> None:
         f"test images; {K} neighbours each. A call reads the shards, or the index and the shards of what was found."
     )
     text = section("Search", "cpu", notes, [table])
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

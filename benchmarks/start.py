@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Thread
 
 import psutil
-from _measure import append, markdown, section
+from _measure import markdown, section, show
 from PIL import Image
 
 from sslcells.data._smear import draw_smear
@@ -133,9 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         about = f"JPEG of {args.size}×{args.size} px, test_resnet, global batch 256, one worker."
         about += " Two steps; memory of all processes, shared pages counted once." if args.to_end else ""
         text = section("Start", "cpu", about, [markdown(columns, rows), *notes])
-        print(text)
-        if args.out:
-            append(text, args.out)
+        show(text, args.out)
 
 
 if __name__ == "__main__":

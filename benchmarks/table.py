@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from _measure import append, in_fresh_process, markdown, peak_mib, section
+from _measure import in_fresh_process, markdown, peak_mib, section, show
 from PIL import Image
 
 _FOLDERS = 100
@@ -79,9 +79,7 @@ def main() -> None:
                 lines.append([opened[0], name, *opened[1:3], ", ".join(opened[3:])])
     columns = ["rows", "file", "seconds", "peak MiB above those before", "seconds of each step"]
     text = section("Opening a table", "cpu", "data.verify=none, data.size=32.", [markdown(columns, lines)])
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 import torch
-from _measure import append, in_fresh_process, markdown, section
+from _measure import in_fresh_process, markdown, section, show
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -172,9 +172,7 @@ def main() -> None:
             lines = [[k, f"{speed:,.0f}", f"{100 * wait:.2f} %"] for k, (speed, wait) in trained.items()]
             parts.append(markdown(["ResNet-18, 64 px, bf16, on", "images/s", "waits for data"], lines))
     text = section("Throughput", DEVICE, notes, parts)
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
 
 
 def _line(row: str, rate: dict[str, float], cpu: dict[str, float]) -> list[str]:

@@ -19,11 +19,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from _measure import append, markdown, section
+from _measure import markdown, section, show
 
 from sslcells.evaluation.classifier import predictions_file, read_predictions
 
@@ -45,16 +46,29 @@ def measure(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]
 
     `figures` by unit (image, source), and `asked`, the split that they measure.
     """
-    took, run = folder / f"{name}.seconds", folder / name
+    run = folder / name
     config, plain = split_config(overrides)
     if not (folder / f"{name}.val.json").is_file() and not (run / predictions_file("val")).is_file():
-        began = time.monotonic()
-        call(folder, name, "train", *config, *plain, f"name={name}", f"out={folder}")
-        if not (run / predictions_file("val")).is_file():
-            ask(folder, name, "val")
-        before = float(took.read_text(encoding="ascii")) if took.is_file() else 0.0
-        took.write_text(str(before + time.monotonic() - began), encoding="ascii")
-    return found(folder, name, "val") | {"seconds": float(took.read_text(encoding="ascii"))}
+        with timed(folder, name):
+            call(folder, name, "train", *config, *plain, f"name={name}", f"out={folder}")
+            if not (run / predictions_file("val")).is_file():
+                ask(folder, name, "val")
+    return found(folder, name, "val") | {"seconds": took(folder, name)}
+
+
+@contextmanager
+def timed(folder: Path, name: str) -> Iterator[None]:
+    """Add the seconds that a block takes to those of a run, unless it fails."""
+    began = time.monotonic()
+    yield
+    seconds = took(folder, name) + time.monotonic() - began
+    (folder / f"{name}.seconds").write_text(str(seconds), encoding="ascii")
+
+
+def took(folder: Path, name: str) -> float:
+    """Seconds of a run, of all its starts together."""
+    file = folder / f"{name}.seconds"
+    return float(file.read_text(encoding="ascii")) if file.is_file() else 0.0
 
 
 def ask(folder: Path, name: str, split: str) -> dict[str, Any]:
@@ -170,9 +184,7 @@ def main() -> None:
         test = {n: [ask(args.folder, f"{n}_{seed}", "test") for seed in args.seeds] for n in args.report_test}
         parts += ["On test, evaluated once, for the variants chosen on val:", table(test)]
     text = section(args.title, "cpu", notes, parts)
-    print(text)
-    if args.out:
-        append(text, args.out)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

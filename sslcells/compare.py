@@ -31,6 +31,7 @@ from sslcells.evaluation.sheets import Image, prediction_sheet
 from sslcells.models import files
 from sslcells.models.frozen import Frozen, FrozenEncoder
 from sslcells.models.frozen import opened as frozen_encoder
+from sslcells.names import CONFIG
 from sslcells.plan import open_run
 from sslcells.run.folder import OF_WEIGHTS, changed
 from sslcells.run.metrics import read_metrics
@@ -170,7 +171,7 @@ def fine_tuned(folder: Path, overrides: Sequence[str] = ()) -> list[dict[str, An
     Raises:
         ConfigError: if the folder is no finished run's, or its data has no labels; else as `compare`.
     """
-    config = folder / "config.yaml"
+    config = folder / CONFIG
     if not is_file(config) or not is_file(folder / files.SPEC):
         raise ConfigError(f"{folder} is not the folder of a finished run: fine-tuning starts from its encoder")
     run = load(str(config), overrides).model_copy(update={"name": folder.name, "out": str(folder.parent)})
@@ -298,7 +299,7 @@ def carry_out(
     out: dict[str, list[Answer]] = {what: [] for what in asked}
     for part in parts:
         run, images = part.run, splits["train"]
-        model = load(str(run.folder / "config.yaml")).model  # which says how its images were prepared
+        model = load(str(run.folder / CONFIG)).model  # which says how its images were prepared
         standard = standard_of(inputs.read(run.folder))
         rows_of = frozen_probes.lab_rows_of(standard, splits, asked)
         augment = inputs.augment(run.model_copy(update={"model": model}), splits, standard, rows_of)
@@ -313,7 +314,7 @@ def carry_out(
 
 def _finished(run: Run) -> bool:
     """True if the run's folder holds an encoder trained with this configuration."""
-    return all(is_file(run.folder / file) for file in ("config.yaml", files.SPEC)) and not changed(run)
+    return all(is_file(run.folder / file) for file in (CONFIG, files.SPEC)) and not changed(run)
 
 
 def starts(parts: Sequence[Part]) -> dict[str, str]:

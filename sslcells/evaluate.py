@@ -31,6 +31,7 @@ from sslcells.evaluation.search import one_thread, searching
 from sslcells.evaluation.sheets import Image
 from sslcells.evaluation.ways import ways
 from sslcells.models import files
+from sslcells.names import CONFIG
 from sslcells.plan import leave_out
 from sslcells.run import checkpoint, wandb_sync
 from sslcells.run.metrics import METRICS, note_steps, read_metrics
@@ -331,7 +332,7 @@ def _log(folder: Path, result: Mapping[str, Any], pictures: Sequence[Picture]) -
         note_steps({picture.title: picture.path for picture in pictures}, step)
     except OSError as error:
         raise ConfigError(f"{folder / METRICS} cannot be written: {error}") from None
-    if load(str(folder / "config.yaml")).log.tracker == "wandb":
+    if load(str(folder / CONFIG)).log.tracker == "wandb":
         try:
             print(wandb_sync.sync(folder, "ended"))
         except wandb_sync.TrackingError as error:
@@ -340,7 +341,7 @@ def _log(folder: Path, result: Mapping[str, Any], pictures: Sequence[Picture]) -
 
 def _run(folder: Path, overrides: Sequence[str]) -> Run:
     """The run's configuration with overrides, which may not change what the encoder was made with."""
-    config = folder / "config.yaml"
+    config = folder / CONFIG
     if not is_file(config):
         raise ConfigError(f"{folder} holds no config.yaml: is it a run's folder?")
     fixed = [
@@ -359,7 +360,7 @@ def _elsewhere(out: Path, folder: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be made: {error.strerror}") from None
-    if is_file(out / "config.yaml") and not out.samefile(folder):
+    if is_file(out / CONFIG) and not out.samefile(folder):
         raise ConfigError(f"--out {out} is the folder of another run, whose results would be lost; choose another")
     return out
 
@@ -395,7 +396,7 @@ def _predictions(
     if not methods.classifies(run.method):
         return None, []
     without = "no figures of the run's own classifier"
-    if _classes_may_differ(run, load(str(folder / "config.yaml"))):
+    if _classes_may_differ(run, load(str(folder / CONFIG))):
         return None, [f"{without}: the data is not what it was trained on"]
     if run.evaluate.split not in splits:
         return None, [f"{without}: there is no {run.evaluate.split} split"]

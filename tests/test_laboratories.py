@@ -1,24 +1,22 @@
 """docs/laboratories.md: its commands are understood as they stand, and its settings exist."""
 
 import re
-import shlex
-from pathlib import Path
 
 import pytest
+from pages import DOCS, blocks
 
 from sslcells.arguments import arguments
 from sslcells.augment import cells_across
 from sslcells.config import Standardise, load
 
-PAGE = (Path(__file__).parent.parent / "docs" / "laboratories.md").read_text(encoding="utf-8")
-LINES = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.S)).splitlines()
-COMMANDS = [line.strip() for line in LINES if line.strip()]
+FILE = DOCS / "laboratories.md"
+PAGE = FILE.read_text(encoding="utf-8")
+COMMANDS = [words for block in blocks(FILE) if block.language == "bash" for words in block.commands]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_of_the_page_are_understood(command):
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_the_commands_of_the_page_are_understood(words):
     """Options by the parser, and a recipe's settings by its sections."""
-    words = shlex.split(command)
     launched = words[:3] == ["accelerate", "launch", "-m"]
     assert launched or words[0] == "sslcells"
     args = arguments(None, [words[3].removeprefix("sslcells."), *words[4:]] if launched else words[1:])

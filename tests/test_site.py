@@ -14,7 +14,7 @@ sys.path.insert(0, str(DOCS / "generate"))
 import settings
 
 ELSEWHERE = {"laboratories.md": "tests/test_laboratories.py"}
-"""Pages whose commands another test runs."""
+"""Pages whose commands another test reads, and none runs: they train on two laboratories for minutes."""
 ROOT = DOCS.parent
 
 
@@ -107,5 +107,5 @@ def lab(tmp_path_factory):
 @pytest.mark.parametrize("page", [p for p in pages() if p.name != "first_hour.md"], ids=lambda page: page.name)
 def test_the_blocks_of_the_page_run(lab, page):
     if page.name in ELSEWHERE:
-        pytest.skip(f"{ELSEWHERE[page.name]} runs the commands of {page.name}")
+        pytest.skip(f"{ELSEWHERE[page.name]} reads the commands of {page.name}; none runs them")
     run_page(page)

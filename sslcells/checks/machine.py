@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from sslcells import __version__, cgroups, launcher, ranks
 from sslcells.checks import Check
+from sslcells.data._cache import free_memory
 
 GIB, MIB = 2**30, 2**20
 LEAST_DISK, LEAST_MEMORY, LEAST_SHARED = 10 * GIB, 4 * GIB, 256 * MIB
@@ -125,7 +126,7 @@ def memory() -> Check:
     """Free memory, limited by the control group."""
     of = psutil.virtual_memory()
     limits = [limit for folder in cgroups.folders("memory") if (limit := _limit(folder))]
-    free = min([of.available, *limits])
+    free = min([free_memory(), *limits])
     limited = f", limited to {min(limits) / GIB:.1f} GiB" if limits and min(limits) < of.total else ""
     remedy = "a smaller train.micro_batch and fewer train.workers; on SLURM a larger --mem"
     found = f"{free / GIB:.1f} of {of.total / GIB:.1f} GiB free{limited}"

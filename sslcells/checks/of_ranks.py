@@ -34,10 +34,17 @@ def devices(device: torch.device) -> Iterator[Check]:
 
 def gather(device: torch.device) -> Iterator[Check]:
     """Rows arrive in rank order; how fast."""
-    world, rank = ranks.world(), ranks.rank()
-    order = ranks.gather(torch.full((2,), rank, device=device)).tolist()
+    world = ranks.world()
+    order, seconds, received = gathered(device)
     right = order == [r for r in range(world) for _ in range(2)]
     yield Check("gather, order", right, "rows come in rank order" if right else str(order), "report it: this is a bug")
+    speed = f"{received / 2**30 / seconds:.2f} GiB/s a rank, {1000 * seconds:.2f} ms for {ROWS}"
+    yield Check("gather, bandwidth", True, speed if world > 1 else "one rank: nothing to send", "")
+
+
+def gathered(device: torch.device) -> tuple[list[int], float, int]:
+    """The ranks of gathered rows, two of each, as they came; seconds to gather ROWS, and bytes one rank receives."""
+    order = ranks.gather(torch.full((2,), ranks.rank(), device=device)).tolist()
     rows = torch.zeros(8192, 128, device=device)
     ranks.gather(rows)
     _finish(device)
@@ -45,10 +52,10 @@ def gather(device: torch.device) -> Iterator[Check]:
     for _ in range(5):
         ranks.gather(rows)
     _finish(device)
-    seconds = (time.perf_counter() - began) / 5
-    received = rows.nbytes * (world - 1) / 2**30
-    speed = f"{received / seconds:.2f} GiB/s a rank, {1000 * seconds:.2f} ms for 8,192 rows of 128 a rank"
-    yield Check("gather, bandwidth", True, speed if world > 1 else "one rank: nothing to send", "")
+    return order, (time.perf_counter() - began) / 5, rows.nbytes * (ranks.world() - 1)
+
+
+ROWS = "8,192 rows of 128 a rank"
 
 
 def _finish(device: torch.device) -> None:

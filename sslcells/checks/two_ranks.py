@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sslcells import launcher, ranks
-from sslcells.checks import Check
+from sslcells.checks import Check, of_ranks
 from sslcells.storage import json_text
 
 SECONDS = 90.0
@@ -50,7 +50,7 @@ def two_ranks(seconds: float = SECONDS, extra: Mapping[str, str] | None = None) 
         return Check(name, False, f"ended with status {next(filter(None, statuses))}: {last}", _remedy(cuda))
     found = json.loads(said[0].splitlines()[-1])
     right = found["order"] == [0, 0, 1, 1]
-    told = f"gathered in order, {1000 * found['seconds']:.2f} ms for 8,192 rows of 128 a rank"
+    told = f"gathered in order, {1000 * found['seconds']:.2f} ms for {of_ranks.ROWS}"
     return Check(name, right, told if right else f"order {found['order']}", "report it: this is a bug")
 
 
@@ -89,14 +89,7 @@ def _main() -> None:
     """What each of the two ranks does."""
     print("imported", flush=True)
     device = launcher.start(cpu=False, minutes=1).device
-    order = ranks.gather(torch.full((2,), ranks.rank(), device=device)).tolist()
-    rows = torch.zeros(8192, 128, device=device)
-    ranks.gather(rows)
-    began = time.perf_counter()
-    for _ in range(5):
-        ranks.gather(rows)
-    ranks.barrier()
-    seconds = (time.perf_counter() - began) / 5
+    order, seconds, _ = of_ranks.gathered(device)
     if ranks.rank() == 0:
         print(json_text({"order": order, "seconds": seconds}), flush=True)
     ranks.close()

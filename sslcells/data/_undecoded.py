@@ -22,14 +22,8 @@ class Undecoded(NamedTuple):
     """(n,) uint8: the files, end to end"""
     lengths: Tensor
     """(B,) int64: bytes of the file of each image; 0 for images with pixels"""
-    pixels: Tensor
-    """(R, C, H, W) uint8 of the other images, in order"""
-    label: Tensor
-    image: Tensor
-    source: Tensor
-    lab: Tensor
-    occurrence: Tensor
-    """(B,) int64, like that of `Batch`, as are the four before"""
+    batch: Batch
+    """its pixels are (R, C, H, W) of the other images alone, in order"""
 
 
 def joined(files: Mapping[int, bytes], pixels: Sequence[Tensor], ids: Sequence[Tensor]) -> Undecoded | DataError:
@@ -45,8 +39,8 @@ def joined(files: Mapping[int, bytes], pixels: Sequence[Tensor], ids: Sequence[T
     rest = stacked(pixels) if pixels else torch.empty(0, dtype=torch.uint8)
     if isinstance(rest, DataError):
         return rest
-    batch = Undecoded(data, lengths, rest, *ids)
-    return share(batch) or batch
+    batch = Batch(rest, *ids)
+    return share([data, lengths, *batch]) or Undecoded(data, lengths, batch)
 
 
 def finished(read: Undecoded, images: ImageSet, decoder: DeviceDecoder, device: torch.device) -> Batch:
@@ -61,12 +55,12 @@ def finished(read: Undecoded, images: ImageSet, decoder: DeviceDecoder, device: 
     decoded = decoder(torch.split(read.data, read.lengths[files].tolist()), device)
     rows = {}
     for at, found in zip(files.tolist(), decoded, strict=True):
-        rows[at] = found if isinstance(found, Tensor) else _again(images, int(read.image[at]), found, device)
+        rows[at] = found if isinstance(found, Tensor) else _again(images, int(read.batch.image[at]), found, device)
     others = (read.lengths == 0).nonzero()[:, 0].tolist()
-    rows |= dict(zip(others, read.pixels.to(device, non_blocking=True), strict=True))
+    rows |= dict(zip(others, read.batch.pixels.to(device, non_blocking=True), strict=True))
     _check_sizes(rows, read, images)
     pixels = torch.stack([rows[at] for at in range(len(rows))])
-    return Batch(pixels, read.label, read.image, read.source, read.lab, read.occurrence)
+    return read.batch._replace(pixels=pixels)
 
 
 def _again(images: ImageSet, index: int, why: Exception, device: torch.device) -> Tensor:
@@ -80,6 +74,6 @@ def _again(images: ImageSet, index: int, why: Exception, device: torch.device) -
 def _check_sizes(rows: Mapping[int, Tensor], read: Undecoded, images: ImageSet) -> None:
     for at, row in rows.items():
         if row.shape != rows[0].shape:
-            name, other = (images.name(int(read.image[i])) for i in (at, 0))
+            name, other = (images.name(int(read.batch.image[i])) for i in (at, 0))
             size, expected = ("×".join(map(str, x.shape[1:])) for x in (row, rows[0]))
             raise DataError(f"{name} is {size}, {other} {expected}; set data.size=")

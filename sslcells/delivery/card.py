@@ -12,6 +12,7 @@ from sslcells.delivery.encoder import Encoder, sides
 from sslcells.evaluation.lab_tables import lab_tables
 from sslcells.evaluation.tables import Table
 from sslcells.inputs import summary
+from sslcells.names import CONFIG
 from sslcells.run.metrics import METRICS, read_metrics
 
 EVALUATION = "evaluation.json"
@@ -31,7 +32,7 @@ def card(
 
     `forms` are the files in other formats than timm's: encoder.pt2, encoder.onnx; for images of `lab` if it is given.
     """
-    config = folder / "config.yaml"
+    config = folder / CONFIG
     run = load(str(config)) if config.is_file() else None
     parts = [
         _head(encoder, spec, run),

@@ -17,6 +17,7 @@ from sslcells.data import Decoder, reading
 from sslcells.data.folder import nearest_folder
 from sslcells.evaluation.encode import check_finite
 from sslcells.models import files, width
+from sslcells.names import CONFIG
 from sslcells.standardise import standard_of
 from sslcells.storage import is_file, is_folder
 from sslcells.values import place
@@ -268,14 +269,14 @@ def find_run(path: str | os.PathLike[str]) -> Path:
         folder = folder.parent
     if not is_folder(folder):
         raise ConfigError(f"{path}: no such run's folder{nearest_folder(folder)}")
-    if not is_file(folder / files.SPEC) and is_file(folder / "config.yaml"):
+    if not is_file(folder / files.SPEC) and is_file(folder / CONFIG):
         raise ConfigError(f"{path} holds no {files.SPEC}: the run has not finished; its own command resumes it")
     return folder
 
 
 def _reading_of(folder: Path, size: int) -> dict[str, Any]:
     """How files are read, from the configuration beside an encoder.json that does not say it."""
-    config = folder / "config.yaml"
+    config = folder / CONFIG
     return reading(load(str(config)).data if is_file(config) else None, size)
 
 

@@ -21,6 +21,7 @@ from sslcells.data._splits import split_depth
 from sslcells.data.folder import FolderImages, class_of, list_images
 from sslcells.delivery.encoder import Encoder, find_run
 from sslcells.delivery.shards import OURS, SHOWN, list_digest, spelt
+from sslcells.names import CONFIG
 from sslcells.storage import is_file, is_folder
 from sslcells.values import place
 
@@ -102,7 +103,7 @@ def _lab_of(name: str, pattern: str | None, lab_folder: LabFolder) -> str | None
 
 def _data_section(run: str) -> dict[str, Any]:
     """The section data of the run's configuration as it is written, which may be of another version; empty without."""
-    saved = find_run(run) / "config.yaml"
+    saved = find_run(run) / CONFIG
     try:
         tree = yaml.safe_load(saved.read_text(encoding="utf-8")) if is_file(saved) else None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -135,7 +136,7 @@ def _config(run: str, file: Path, encoder: Encoder, overrides: Sequence[str]) ->
         if key in own:
             raise ConfigError(f"{word}: data.{key} is not a choice here: images are read as the encoder of {run} does")
     own_table = _of_own_table(_data_section(run), file)
-    saved = str(find_run(run) / "config.yaml") if own_table else None
+    saved = str(find_run(run) / CONFIG) if own_table else None
     data = load(saved, overrides if own_table else ["data.kind=table", "data.table=x", *overrides]).data
     given = data.model_dump() | encoder.reading | {"channels": encoder.channels, "table": str(file)}
     try:

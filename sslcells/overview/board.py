@@ -47,8 +47,10 @@ def serve(folder: Path, port: int) -> None:
         ConfigError: if there is no such folder, or the port is taken.
     """
     with Server(folder, port) as server:
-        shown = len(runs(folder))
-        print(f"{folder}: {shown:,} run{'s' * (shown != 1)} at {server.address} (Ctrl-C ends it)", flush=True)
+        print(
+            f"{folder}: {server.found:,} run{'s' * (server.found != 1)} at {server.address} (Ctrl-C ends it)",
+            flush=True,
+        )
         server.serve_forever()
 
 
@@ -58,7 +60,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path, port: int) -> None:
-        runs(folder)  # raises
+        self.found = len(runs(folder))
         self._folder, self._lock, self._until, self._page = folder, threading.Lock(), 0.0, ""
         self._reports: dict[str, Path] = {}
         try:
@@ -99,10 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
             if path == "/":
                 return self._answer(HTTPStatus.OK, self.server.page(), f"{_POLICY}; connect-src 'self'")
             if (report := self.server.report(path)) is not None:
-                # Somebody's file: its scripts may run, but not ask this server.
-                return self._answer(
-                    HTTPStatus.OK, report.read_bytes(), f"{_POLICY}; font-src data:; sandbox allow-scripts"
-                )
+                return self._answer(HTTPStatus.OK, report.read_bytes(), _OF_REPORTS)
         except (ConfigError, OSError) as error:
             return self._answer(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
         return self._answer(HTTPStatus.NOT_FOUND, "there is no such page")

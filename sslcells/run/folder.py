@@ -13,7 +13,7 @@ from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import ImageSet, listing
 from sslcells.data.pack import source_of
 from sslcells.errors import TrainingError
-from sslcells.names import STOPPED
+from sslcells.names import CONFIG, STOPPED
 from sslcells.run import checkpoint
 from sslcells.run.interrupt import Stopped
 from sslcells.run.lock import Lock
@@ -81,7 +81,7 @@ def _take(run: Run, images: ImageSet, claim: Claim) -> Path | None:
         _check_same_run(run, images)
     if newest is None or not listing.recorded(run.folder):
         listing.record(run.folder, images)
-    (run.folder / "config.yaml").write_text(dump(run), encoding="utf-8")
+    (run.folder / CONFIG).write_text(dump(run), encoding="utf-8")
     return newest
 
 
@@ -111,8 +111,8 @@ def resolve_auto(run: Run, device: torch.device) -> Run:
     def resolve() -> tuple[dict[str, Any], dict[str, Any]]:
         train, folder = run.train.model_dump(include=set(AUTO)), run.folder
         model = {key: getattr(run.model, key) for key in OF_WEIGHTS}
-        if any((folder / "checkpoints").glob("step_*")) and (folder / "config.yaml").is_file():
-            written = load(str(folder / "config.yaml"))
+        if any((folder / "checkpoints").glob("step_*")) and (folder / CONFIG).is_file():
+            written = load(str(folder / CONFIG))
             before = written.train.model_dump(include=set(AUTO))
             train = {key: before[key] if value == "auto" else value for key, value in train.items()}
             model = {key: getattr(written.model, key) if value is None else value for key, value in model.items()}
@@ -134,7 +134,7 @@ def changed(run: Run, may_change: Collection[str] = ()) -> list[str]:
     `may_change` are keys that may change besides MAY_CHANGE.
     """
     before, now = (
-        of.model_dump(mode="json") | {"data": source_of(of.data)} for of in (load(str(run.folder / "config.yaml")), run)
+        of.model_dump(mode="json") | {"data": source_of(of.data)} for of in (load(str(run.folder / CONFIG)), run)
     )
     different = [
         f"{section}.{key}: {before[section].get(key)!r} → {now[section].get(key)!r}"

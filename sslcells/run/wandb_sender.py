@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from filelock import Timeout
 
 from sslcells import values
+from sslcells.names import CONFIG
 from sslcells.run.lock import one_at_a_time
 from sslcells.run.metrics import METRICS, flat, pictures_of, row_of
 from sslcells.run.wandb_sync import FINISH, TrackingError, kill_children
@@ -132,7 +133,7 @@ def _open(folder: Path, name: str, settings: dict[str, Any]) -> Any:
     """W&B's run of a folder, new or resumed."""
     import wandb
 
-    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    text = (folder / CONFIG).read_text(encoding="utf-8")
     config: Any = values.plain(values.interpolated(values.read(text)))
     if "WANDB_INIT_TIMEOUT" not in os.environ:
         settings = {**settings, "init_timeout": 0.75 * START}

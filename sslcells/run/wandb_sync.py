@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from sslcells.errors import ConfigError, UserError
+from sslcells.names import CONFIG
 from sslcells.run.metrics import METRICS
 
 FINISH = {"ended": 60.0, "stopped": 15.0, "died": 15.0}
@@ -105,7 +106,7 @@ def sync(folder: Path, how: str) -> str:
         ConfigError: if the folder is not that of a run with figures.
         TrackingError: if not everything was sent.
     """
-    for name in (".", "config.yaml", METRICS):
+    for name in (".", CONFIG, METRICS):
         if not (folder / name).exists():
             raise ConfigError(f"{folder}: {'no such folder' if name == '.' else f'no run: there is no {name}'}")
     if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled"):

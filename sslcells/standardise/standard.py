@@ -41,8 +41,8 @@ RUDERMAN = ((0.3811, 0.5783, 0.0402), (0.1967, 0.7244, 0.0782), (0.0241, 0.1288,
 """RGB → LMS, as in Reinhard et al. 2001, eq. 4"""
 OPPONENT = ((3**-0.5, 3**-0.5, 3**-0.5), (6**-0.5, 6**-0.5, -2 * 6**-0.5), (2**-0.5, -(2**-0.5), 0.0))
 """log LMS → lαβ, eq. 6"""
-BACK = [torch.tensor(of).inverse().tolist() for of in (OPPONENT, RUDERMAN)]
-"""lαβ → log LMS, and LMS → RGB"""
+FROM_RUDERMAN, FROM_OPPONENT = (torch.tensor(of).inverse().tolist() for of in (RUDERMAN, OPPONENT))
+"""LMS → RGB, and lαβ → log LMS"""
 
 
 class Found(NamedTuple):
@@ -289,8 +289,8 @@ def opponent(x: Tensor) -> Tensor:
 
 def colours(lab: Tensor) -> Tensor:
     """The inverse of `opponent`, in 0..1."""
-    lms = torch.einsum("kc,nchw->nkhw", torch.tensor(BACK[0], device=lab.device), lab)
-    to_rgb = torch.tensor(BACK[1], device=lab.device)
+    lms = torch.einsum("kc,nchw->nkhw", torch.tensor(FROM_OPPONENT, device=lab.device), lab)
+    to_rgb = torch.tensor(FROM_RUDERMAN, device=lab.device)
     return torch.einsum("kc,nchw->nkhw", to_rgb, (lms * 2.302585092994046).exp()).clamp(0, 1)
 
 

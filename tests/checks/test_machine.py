@@ -87,7 +87,7 @@ def test_little_room(monkeypatch, tmp_path):
     assert machine.disk(tmp_path).passed is None
     monkeypatch.undo()
     assert machine.shared_memory(tmp_path / "nothing").passed is None
-    monkeypatch.setattr(machine.cgroups, "folders", lambda controller: [tmp_path])
+    monkeypatch.setattr(machine.cgroups, "folders", lambda controller, *places: [tmp_path])
     (tmp_path / "memory.max").write_text("1073741824\n")
     assert machine.memory().passed is None
     assert "limited to 1.0 GiB" in machine.memory().found

@@ -17,7 +17,6 @@ from trained import make_cells
 from sslcells import ranks
 from sslcells.config import ConfigError, load
 from sslcells.data import _cache, folder, open_splits
-from sslcells.data._decode import Decoder
 from sslcells.data.describe import brief, describe
 from sslcells.data.loader import InOrder, read
 from sslcells.run.interrupt import Stopped
@@ -40,15 +39,6 @@ def config(cells, **fields):
 
 def opened(cells, **fields):
     return open_splits(config(cells, cache="ram", **fields))
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """Names of the files that this process decodes."""
-    seen = []
-    plain = Decoder.__call__
-    monkeypatch.setattr(Decoder, "__call__", lambda self, file, *um: seen.append(file) or plain(self, file, *um))
-    return seen
 
 
 def batches(images, workers=0):

@@ -145,15 +145,6 @@ def same(ours, theirs):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.fixture
-def decoded(monkeypatch):
-    """Names of the files that are decoded without a device."""
-    seen = []
-    whole = Decoder.__call__
-    monkeypatch.setattr(Decoder, "__call__", lambda self, file, *um: seen.append(file) or whole(self, file, *um))
-    return seen
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_are_those_of_workers_that_decode(cells, workers):
     expected = list(read(opened(cells, "worker"), ORDER, 0, pin_memory=False))
