@@ -239,17 +239,19 @@ def draw(found: dict[tuple[Case, str], dict[str, float] | str], out: Path) -> No
 
 
 def prepare(args: argparse.Namespace, root: Path) -> int:
-    """Images in root/cells, and the packs; returns the number of images."""
+    """Images in root/files/cells, apart from the packs for the peers' sake; returns the number of images."""
     from sslcells.delivery.packing import pack
 
+    cells = root / "files" / "cells"
     if args.folder:
-        (root / "cells").symlink_to(args.folder.resolve())
+        cells.parent.mkdir()
+        cells.symlink_to(args.folder.resolve())
     else:
-        jpegs(root / "cells", args.images, args.px)
+        jpegs(cells, args.images, args.px)
     sizes = {str(2 * size): [f"data.size={2 * size}"] for size in args.sizes if "pack at 2×" in args.only}
     for name, sized in (sizes | ({"whole": list[str]()} if "pack" in args.only else {})).items():
-        pack(str(root / "cells"), str(root / "packs" / name), ["data.labels=none", *sized])
-    return sum(file.suffix.lower() in (".jpg", ".jpeg", ".png") for file in (root / "cells").resolve().rglob("*"))
+        pack(str(cells), str(root / "packs" / name), ["data.labels=none", *sized])
+    return sum(file.suffix.lower() in (".jpg", ".jpeg", ".png") for file in cells.resolve().rglob("*"))
 
 
 def arguments() -> argparse.Namespace:
@@ -294,7 +296,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         images = prepare(args, root)
-        common: dict[str, Any] = {"peer": "", "folder": temporary, "images": images, "batch": args.batch}
+        common: dict[str, Any] = {"peer": "", "folder": str(root / "files"), "images": images, "batch": args.batch}
         common |= {"workers": args.workers, "warm": args.warm, "steps": args.steps, "device": device}
         grid = [(n, s, p) for p in args.precisions for n in args.networks for s in args.sizes]
         cases = [Case(network=n, size=s, precision=p, **common) for n, s, p in grid]
