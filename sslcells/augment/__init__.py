@@ -1,7 +1,8 @@
 """Augmentation on the device: uint8 images in, normalised float views out; one file per recipe.
 
-A recipe is a module with a `Config` and `views(config, x, draws) -> Tensor`, x being (N, C, H, W) float in 0..1; if its
-views take something of other images, `views(config, x, draws, others)`.
+A recipe is a module with a `Config` and `views(config, x, draws) -> Tensor`: of images x (B, C, H, W), uint8 or float
+in 0..1, it makes the views (V·B, C, S, S) of the draws, view-major, float in 0..1. If its views take something of other
+images, it is `views(config, x, draws, others)`, and x is float and has a row for each view.
 """
 
 import importlib
@@ -68,7 +69,7 @@ class Augment:
         """
         if self._bank is None:
             draws = Draws(seed, step, image, views, first, occurrence)
-            x = self._standardised(pixels, lab).repeat(views, 1, 1, 1)
+            x = pixels if self.standard is None else self.standard(pixels.float() / 255, self.rows(lab, len(pixels)))
             return self._normalised(self._views(self.config, x, draws))
         lab = torch.zeros_like(image) if lab is None else lab
         made = []
@@ -138,10 +139,6 @@ class Augment:
         if self._lab_rows is None:
             return None
         return self._lab_rows[torch.zeros(count, dtype=torch.int64) if lab is None else lab.cpu()]
-
-    def _standardised(self, pixels: Tensor, lab: Tensor | None) -> Tensor:
-        x = pixels.float() / 255
-        return x if self.standard is None else self.standard(x, self.rows(lab, len(x)))
 
     def _normalised(self, x: Tensor) -> Tensor:
         self._mean, self._std = self._mean.to(x.device), self._std.to(x.device)

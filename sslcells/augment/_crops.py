@@ -65,7 +65,7 @@ class CellCrops(Crops):
 
 
 def cropped(config: CellCrops, x: Tensor, draws: Draws, zoom: float = 0.0) -> Tensor:
-    """A crop of each image, rotated and mirrored: (N, C, H, W) → (N, C, S, S).
+    """A crop for each view, rotated and mirrored: (B, C, H, W), as `warp` takes them → (V·B, C, S, S).
 
     With `zoom`, it is larger or smaller by up to exp(zoom).
 

@@ -1,4 +1,4 @@
-"""Operations on (N, C, H, W) float images in 0..1, on their device, with separate parameters for each row.
+"""Operations on (N, C, H, W) images in 0..1, float, on their device, with separate parameters for each row.
 
 Parameters are (N,) CPU tensors, so that selecting rows never waits for the device.
 """
@@ -14,26 +14,54 @@ from torch.nn import functional as F
 
 def on_some(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
     """Apply an operation to the chosen rows only: chosen (N,) bool and parameters (N, ...) on the CPU."""
+    return _change(x.clone(), chosen, operation, *parameters) if bool(chosen.any()) else x
+
+
+def _change(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """As `on_some`, in place."""
     rows = chosen.nonzero()[:, 0]
     if len(rows) == 0:
         return x
     there = rows.to(x.device, non_blocking=True)
     changed = operation(x[there], *(p[rows].to(x.device, non_blocking=True) for p in parameters))
-    return x.index_copy(0, there, changed.to(x.dtype))
+    return x.index_copy_(0, there, changed.to(x.dtype))
+
+
+def in_unit_range(x: Tensor, into: Tensor | None = None) -> Tensor:
+    """Images as float in 0..1: uint8 ones divided by 255, in new memory or in `into`; float ones as they are."""
+    if x.dtype != torch.uint8:
+        return x
+    return x.float().div_(255) if into is None else into[: len(x)].copy_(x).div_(255)
 
 
 def warp(x: Tensor, size: int, centre: Tensor, half: Tensor, angle: Tensor, flip: Tensor) -> Tensor:
-    """Crop, rotate, flip and resize in one interpolation: (N, C, H, W) → (N, C, size, size).
+    """Crop, rotate, flip and resize in one interpolation: (B, C, H, W) uint8, or float in 0..1 → (N, C, size, size).
 
-    Coordinates are x then y, −1 to 1 over the image. The crop has its centre at centre (N, 2) and extends by half (N,
-    2) to each side. It is rotated by angle (N,), in radians, about its centre, and mirrored if flip (N, 2) is true.
-    Outside of the image, its reflection is sampled.
+    N is a multiple of B, and view n is one of image n mod B. Coordinates are x then y, −1 to 1 over the image. The crop
+    has its centre at centre (N, 2) and extends by half (N, 2) to each side. It is rotated by angle (N,), in radians,
+    about its centre, and mirrored if flip (N, 2) is true. Outside of the image, its reflection is sampled.
 
     A crop that is shrunk is smoothed first, as strongly as `resized` does at that scale, so that training views keep as
     much fine detail and noise as evaluated images. Other crops are one bilinear sample per pixel. `resized` at scale s
     averages with a triangle filter of radius s pixels, which has variance s²/6. A bilinear sample is the same with
     s = 1, so the filter before it needs variance (s² − 1)/6 along each axis of the crop.
     """
+    count, at_once = len(centre), len(x) if x.is_cuda else max(1, _CONVERTED // x[0].numel())
+    if at_once >= len(x):
+        return _warped(in_unit_range(x), torch.arange(count) % len(x), size, centre, half, angle, flip)
+    space = x.new_empty(at_once, *x.shape[1:], dtype=torch.float32) if x.dtype == torch.uint8 else None
+    out = torch.empty(count, x.shape[1], size, size)
+    of_view = torch.arange(count).view(-1, len(x))
+    for first in range(0, len(x), at_once):
+        images = in_unit_range(x[first : first + at_once], space)
+        rows = of_view[:, first : first + at_once].flatten()
+        which = torch.arange(len(rows)) % len(images)
+        out[rows] = _warped(images, which, size, centre[rows], half[rows], angle[rows], flip[rows])
+    return out
+
+
+def _warped(x: Tensor, image: Tensor, size: int, centre: Tensor, half: Tensor, angle: Tensor, flip: Tensor) -> Tensor:
+    """What `warp` makes of x[image], x being float (B, C, H, W)."""
     aspect = x.shape[-1] / x.shape[-2]
     reach = half * torch.where(flip, -1.0, 1.0)
     cos, sin = angle.cos(), angle.sin()
@@ -42,29 +70,29 @@ def warp(x: Tensor, size: int, centre: Tensor, half: Tensor, angle: Tensor, flip
     theta = torch.stack([first, second], 1)  # (N, 2, 3)
     scale = half * torch.tensor([x.shape[-1], x.shape[-2]]) / size  # (N, 2) image pixels per pixel of the view
     scale = torch.where(scale > _SHRINKS, scale, 1.0)
+    image = image.to(x.device, non_blocking=True)
     if bool((scale == 1).all()):
-        return _sampled(x, size, theta)
+        return _sampled(x[image], size, theta)
     radius, axes_fail = _filter_radius(scale, cos, sin)
     samples = torch.where((axes_fail | (scale > _SUPERSAMPLE).any(1))[:, None], _samples_per_pixel(scale), 1)  # (N, 2)
     taps = torch.where((samples > 1).any(1), 0, radius.amax(1).ceil().long() - 1)  # (N,) to each side
     upright = (angle == 0) & (scale > 1).any(1)
     kinds = torch.cat([samples, taps[:, None], upright[:, None]], 1)
     x = x.contiguous()
-    out = x.new_empty(*x.shape[:2], size, size)
+    out = x.new_empty(len(image), x.shape[1], size, size)
     for kind in kinds.unique(dim=0).tolist():  # type: ignore[no-untyped-call]
         *per_pixel, most, straight = kind
         of_one = size * x.shape[3] if straight else max(per_pixel[0] * per_pixel[1] * size**2, x.shape[2] * x.shape[3])
         at_once = max(1, (_CACHED if straight and not x.is_cuda else _VALUES) // (x.shape[1] * of_one))
         for rows in (kinds == torch.tensor(kind)).all(1).nonzero()[:, 0].split(at_once):  # type: ignore[no-untyped-call]
             there = rows.to(x.device, non_blocking=True)
+            of = image[there]
             if straight:
-                views = _resampled(
-                    x, there, size, centre[rows], reach[rows], scale[rows], radius[rows], per_pixel, most
-                )
+                views = _resampled(x, of, size, centre[rows], reach[rows], scale[rows], radius[rows], per_pixel, most)
             elif per_pixel != [1, 1]:
-                views = _supersampled(x[there], size, theta[rows], scale[rows], per_pixel)
+                views = _supersampled(x[of], size, theta[rows], scale[rows], per_pixel)
             else:
-                views = _sampled(_smoothed(x[there], radius[rows], most), size, theta[rows])
+                views = _sampled(_smoothed(x[of], radius[rows], most), size, theta[rows])
             out.index_copy_(0, there, views)
     return out
 
@@ -77,6 +105,8 @@ _VALUES = 2**24
 """most values that are in memory at a time, unless one image has more"""
 _CACHED = 2**20
 """likewise of upright crops on a CPU, so that they stay in its caches"""
+_CONVERTED = 2**22
+"""likewise of images that a CPU converts from uint8: new memory for more would cost more than the crops"""
 
 
 def _sampled(x: Tensor, size: int, theta: Tensor) -> Tensor:
@@ -256,13 +286,33 @@ def colour_jitter(x: Tensor, chosen: Tensor, order: Tensor, factors: Sequence[Te
         kornia.enhance.adjust_brightness_accumulative,
         kornia.enhance.adjust_contrast_with_mean_subtraction,
         kornia.enhance.adjust_saturation_with_gray_subtraction,
-        kornia.enhance.adjust_hue,
+        turn_hue,
     ]
-    count = 4 if x.shape[1] == 3 else 2
+    count, x = 4 if x.shape[1] == 3 else 2, x.clone()
     for place in range(4):
         for which in range(count):
-            x = on_some(x, chosen & (order[:, place] == which), operations[which], factors[which])
+            _change(x, chosen & (order[:, place] == which), operations[which], factors[which])
     return x
+
+
+def turn_hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue of HSV by `turn` (N,) radians: (N, 3, H, W) in 0..1 → the same.
+
+    As kornia's `adjust_hue`, in a third of its time: the hexcone's closed form (Smith 1978) needs no sextant's index.
+    """
+    red, green, blue = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    # Sixths of a turn from red, where the largest of the channels is the first of its kind.
+    by, start = torch.where(value == green, blue - red, red - green), torch.where(value == green, 2.0, 4.0)
+    by, start = torch.where(value == red, green - blue, by), torch.where(value == red, 0.0, start)
+    hue = by.div_(torch.where(chroma == 0, 1.0, chroma)).add_(start).add_((turn * (3 / math.pi))[:, None, None])
+    out = torch.empty_like(x)
+    for channel, place in enumerate((5, 3, 1)):
+        k = (hue + place).remainder_(6)
+        share = torch.minimum(k, 4 - k).clamp_(0, 1)
+        torch.sub(value, share.mul_(chroma), out=out[:, channel])
+    return out
 
 
 def linear_colour(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Config(CellCrops):
 
 
 def views(config: Config, x: Tensor, draws: Draws) -> Tensor:
-    """(N, C, H, W) in 0..1 → (N, C, S, S)."""
+    """(B, C, H, W) uint8, or float in 0..1 → (V·B, C, S, S)."""
     x = cropped(config, x, draws)
     if x.shape[1] == 3 and config.stain != "none":
         s = config.stain_strength

@@ -25,7 +25,7 @@ class Config(CellCrops):
 
 
 def views(config: Config, x: Tensor, draws: Draws) -> Tensor:
-    """(N, C, H, W) in 0..1 → (N, C, S, S)."""
+    """(B, C, H, W) uint8, or float in 0..1 → (V·B, C, S, S)."""
     x = cropped(config, x, draws)
     each = range(x.shape[1])
     gain = torch.stack([draws.uniform(1 - config.gain, 1 + config.gain) for _ in each], 1)

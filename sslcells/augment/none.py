@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sslcells.augment import resized
 from sslcells.augment._draws import Draws
+from sslcells.augment._operations import in_unit_range
 from sslcells.config import Recipe
 
 
@@ -16,5 +17,5 @@ class Config(Recipe):
 
 
 def views(config: Config, x: Tensor, draws: Draws) -> Tensor:
-    """(N, C, H, W) in 0..1 → (N, C, S, S)."""
-    return resized(x, config.size)
+    """(B, C, H, W) uint8, or float in 0..1 → (V·B, C, S, S)."""
+    return resized(in_unit_range(x), config.size).repeat(len(draws) // len(x), 1, 1, 1)

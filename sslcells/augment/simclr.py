@@ -27,7 +27,7 @@ class Config(Crops):
 
 
 def views(config: Config, x: Tensor, draws: Draws) -> Tensor:
-    """(N, C, H, W) in 0..1 → (N, C, S, S)."""
+    """(B, C, H, W) uint8, or float in 0..1 → (V·B, C, S, S)."""
     height, width = x.shape[-2:]
     crop, whole = random_resized_crop(config, height, width, draws), torch.tensor([width, height])
     half, centre = crop[:, 2:] / whole, (2 * crop[:, :2] + crop[:, 2:]) / whole - 1

@@ -177,6 +177,29 @@ def test_a_view_is_the_same_alone_and_among_others():
         torch.testing.assert_close(alone, whole[i : i + 1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [8, 40])
+@pytest.mark.parametrize("turned", [0.0, 1.0])
+def test_views_of_uint8_images_are_those_of_float_ones(turned, size, monkeypatch):
+    """Converted all at once, and some at a time; three views an image, the images in turn."""
+    x = torch.randint(0, 256, (5, 3, 36, 30), dtype=torch.uint8)
+    draw = torch.Generator().manual_seed(0)
+    half, flip = 0.3 + 0.7 * torch.rand(15, 2, generator=draw), torch.rand(15, 2, generator=draw) > 0.5
+    arguments = size, 0.2 * torch.randn(15, 2, generator=draw), half, turned * torch.rand(15, generator=draw), flip
+    want = op.warp((x.float() / 255).repeat(3, 1, 1, 1), *arguments)
+    assert torch.equal(op.warp(x, *arguments), want)
+    monkeypatch.setattr(op, "_CONVERTED", 2 * x[0].numel())
+    torch.testing.assert_close(op.warp(x, *arguments), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(op.warp(x.float() / 255, *arguments), want, rtol=0, atol=1e-6)
+
+
+def test_hue_turns_as_kornias():
+    x = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x[:16] = (3 * x[:16]).round() / 3  # channels that are equal
+    x[16:24] = x[16:24, :1]
+    turn = torch.linspace(-7, 7, 64)
+    torch.testing.assert_close(op.turn_hue(x, turn), adjust_hue(x, turn), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("height", "width", "size"), [(40, 40, 32), (33, 35, 32), (64, 200, 32), (90, 120, 20), (200, 64, 24)]
 )
