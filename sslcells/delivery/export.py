@@ -35,12 +35,6 @@ TOLERANCE = 1e-3
 """Largest difference allowed, relative to the largest feature, in float32; another order of sums gives about 1e-6."""
 
 
-NO_CELL = (
-    f"the encoder looks for the cell (standardise.colour=two_point or three_point, scale, centre, outside), and masks "
-    f"grow as bits of integers (`>>`), which are not written as ONNX; {PROGRAM} and load.py have it"
-)
-
-
 class NotMade(DeliveryError):
     """The backbone cannot be exported in this form."""
 
@@ -202,9 +196,7 @@ def _write(
         loaded = torch.export.load(out / PROGRAM).module()
         checks.append(compare("torch.export", loaded, network, inputs, say))
         if onnx is not False and not missing:
-            if encoder.standard is not None and encoder.standard.needs_cell:
-                raise NotMade(f"{ONNX}: {NO_CELL}")
-            write_onnx(program, out / ONNX)
+            write_onnx(portable(network, encoder, program), out / ONNX)
             forms.append(ONNX)
             checks.append(compare("ONNX", onnx_session(out / ONNX), network, inputs, say))
     except NotMade as error:
@@ -282,10 +274,8 @@ def write_program(network: nn.Module, encoder: Encoder, file: Path) -> torch.exp
     Raises:
         NotMade: if torch.export cannot trace it.
     """
-    images = torch.export.Dim("images")
     try:
-        with torch.no_grad():
-            program = torch.export.export(network, (noise(encoder, 2),), dynamic_shapes={"pixels": {0: images}})
+        program = _traced(network, encoder)
         torch.export.save(program, file)
     except Exception as error:  # whatever a backbone does that cannot be traced
         file.unlink(missing_ok=True)
@@ -293,6 +283,27 @@ def write_program(network: nn.Module, encoder: Encoder, file: Path) -> torch.exp
             f"{PROGRAM} and {ONNX}: torch.export cannot follow this backbone, {_first(error)}; load.py and timm can"
         ) from error
     return program
+
+
+def _traced(network: nn.Module, encoder: Encoder) -> torch.export.ExportedProgram:
+    images = torch.export.Dim("images")
+    with torch.no_grad():
+        return torch.export.export(network, (noise(encoder, 2),), dynamic_shapes={"pixels": {0: images}})
+
+
+def portable(
+    network: FromPixels, encoder: Encoder, program: torch.export.ExportedProgram
+) -> torch.export.ExportedProgram:
+    """The network's program in operations that ONNX has; masks of cells do not grow as bits there."""
+    if network.standard is None or not network.standard.needs_cell:
+        return program
+    network.standard.bits = False
+    try:
+        return _traced(network, encoder)
+    except Exception as error:  # as above
+        raise NotMade(f"{ONNX}: torch.export cannot follow this backbone, {_first(error)}") from error
+    finally:
+        network.standard.bits = True
 
 
 def write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:

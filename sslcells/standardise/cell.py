@@ -4,6 +4,7 @@ Everything is a fixed sequence of operations on (N, C, H, W) float images in 0..
 depends on the values: so a batch, a replay, an exported program and a fresh process find the same masks.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -124,21 +125,25 @@ def levels(amount: Tensor, most: float) -> Tensor:
     return ((smooth / top).clamp(0, 1) * (LEVELS - 1)).round().long()
 
 
-def find(small: Tensor, background: Tensor, stain: str) -> Cell:
-    """Find the nucleus and the cell nearest to the middle of each reduced image (N, C, h, w)."""
+def find(small: Tensor, background: Tensor, stain: str, bits: bool = True) -> Cell:
+    """Find the nucleus and the cell nearest to the middle of each reduced image (N, C, h, w).
+
+    Without `bits` masks grow by pooling: slower, with the same result, and in operations that ONNX has.
+    """
+    pack = packed if bits else _as_it_is
     nuclear, anything = stained(small, background, stain)
     height, width = small.shape[-2:]
     level = levels(nuclear, 1.0)
     dark = level > three_classes(level)[:, None, None]
-    nucleus = unpacked(around(packed(central(_thick(dark))), packed(dark), width, GRID // LOBES, LOBES), width)
+    nucleus = unpacked(around(pack(central(_thick(dark))), pack(dark), width, GRID // LOBES, LOBES), width)
     area = nucleus.flatten(1).sum(1)
     found = (area >= 0.002 * height * width) & (area <= 0.6 * height * width)
     nucleus = nucleus & found[:, None, None]
     diameter = 2 * (area * found / torch.pi).sqrt() / min(height, width)
     level = levels(anything, 0.4)
     tissue = level > two_classes(level)[:, None, None]
-    cell = unpacked(_outline(packed(nucleus), packed(tissue), diameter * min(height, width), width), width)
-    stained_by_it = unpacked(grown(packed(dark), width), width)
+    cell = unpacked(_outline(pack(nucleus), pack(tissue), diameter * min(height, width), width, pack), width)
+    stained_by_it = unpacked(grown(pack(dark), width), width)
     red = tissue & ~cell & ~stained_by_it
     return Cell(nucleus, cell | ~found[:, None, None], found, _centre(nucleus, area, found), diameter, red)
 
@@ -146,7 +151,14 @@ def find(small: Tensor, background: Tensor, stain: str) -> Cell:
 def _thick(mask: Tensor) -> Tensor:
     """(N, h, w) bool: the mask without its rim, so without platelets and specks; the mask itself if nothing is left."""
     inner = F.avg_pool2d(mask[:, None].float(), 3, 1, padding=1, count_include_pad=False)[:, 0] > 0.999
-    return torch.where(inner.flatten(1).any(1)[:, None, None], inner, mask)
+    return _where(inner.flatten(1).any(1)[:, None, None], inner, mask)
+
+
+def _where(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """torch.where, which ONNX Runtime has for numbers only."""
+    if one.dtype == torch.bool:
+        return one & condition | other & ~condition
+    return torch.where(condition, one, other)
 
 
 def _centre(nucleus: Tensor, area: Tensor, found: Tensor) -> Tensor:
@@ -157,21 +169,20 @@ def _centre(nucleus: Tensor, area: Tensor, found: Tensor) -> Tensor:
     return (summed / area.clamp_min(1)[:, None] - 1) * found[:, None]
 
 
-def _outline(nucleus: Tensor, tissue: Tensor, diameter: Tensor, width: int) -> Tensor:
-    """The cell, from its nucleus and all tissue (N, h) packed: what is near the nucleus and not a neighbour."""
-    reach = (0.45 * diameter).clamp_min(2)[:, None]
+def _outline(nucleus: Tensor, tissue: Tensor, diameter: Tensor, width: int, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    """The cell, from nucleus and all tissue as `pack` gives masks: what is near the nucleus and not a neighbour."""
+    reach = (0.45 * diameter).clamp_min(2).view(-1, *[1] * (nucleus.ndim - 1))
     cell = nucleus
     for step in range(REACH):
         further = grown(cell, width, corners=step % 2 == 0) & (tissue | nucleus)
-        cell = torch.where(step < reach, further, cell)
-    full = packed(torch.ones(width, dtype=torch.bool, device=nucleus.device)[None, None])
+        cell = _where(step < reach, further, cell)
+    whole = torch.ones(1, nucleus.shape[1], width, dtype=torch.bool, device=nucleus.device)
+    full, inside = pack(whole), pack(F.pad(whole[:, 2:, 2:], (1, 1, 1, 1)))
     inner = ~grown_by(full & ~cell, width, NECK) & full  # without what hangs on by a narrow neck
     inner = around(nucleus, inner | nucleus, width, REACH, jump=1) & inner
     cell = nucleus | (grown_by(inner, width, NECK) & cell)
     outside = full & ~cell
-    ends = outside & (1 | full & ~(full >> 1 & _POSITIVE))
-    ends = torch.cat([outside[:, :1], ends[:, 1:-1], outside[:, -1:]], 1)
-    return full & ~around(ends, outside, width, GRID // 2, jump=1)  # with its holes
+    return full & ~around(outside & ~inside, outside, width, GRID // 2, jump=1)  # with its holes
 
 
 LOBES = 4
@@ -227,16 +238,29 @@ def packed(mask: Tensor) -> Tensor:
     return (mask * weight).sum(-1)
 
 
+def _as_it_is(mask: Tensor) -> Tensor:
+    return mask
+
+
 def unpacked(rows: Tensor, width: int) -> Tensor:
-    """The inverse of `packed`."""
+    """The inverse of `packed`; a mask as it is."""
+    if rows.dtype == torch.bool:
+        return rows
     return (rows[..., None] >> torch.arange(width, device=rows.device) & 1).bool()
 
 
 def grown(rows: Tensor, width: int, corners: bool = True) -> Tensor:
-    """A packed mask and its eight neighbours, four without `corners`."""
+    """A packed mask, or one (N, h, w) bool, and its eight neighbours, four without `corners`."""
+    if rows.dtype == torch.bool:
+        return _pooled(rows, 3, 3) if corners else _pooled(rows, 3, 1) | _pooled(rows, 1, 3)
     tall = rows | F.pad(rows[:, 1:], (0, 1)) | F.pad(rows[:, :-1], (1, 0))
     across = tall if corners else rows
     return (tall | across << 1 | across >> 1 & _POSITIVE) & ((1 << width) - 1 if width < 64 else -1)
+
+
+def _pooled(mask: Tensor, height: int, width: int) -> Tensor:
+    """A mask (N, h, w) bool, grown by rectangles of an odd height and width."""
+    return F.max_pool2d(mask[:, None].float(), (height, width), 1, (height // 2, width // 2))[:, 0] > 0.5
 
 
 def grown_by(rows: Tensor, width: int, pixels: int) -> Tensor:
@@ -247,9 +271,12 @@ def grown_by(rows: Tensor, width: int, pixels: int) -> Tensor:
 
 
 def around(seed: Tensor, mask: Tensor, width: int, steps: int, jump: int) -> Tensor:
-    """The part of a packed mask that is reached from the seed, over gaps of up to jump − 1 pixels."""
+    """The part of a packed mask, or one (N, h, w) bool, that is reached from the seed, over gaps of up to jump − 1."""
     for _ in range(steps):
-        for _ in range(jump):
-            seed = grown(seed, width)
+        if seed.dtype == torch.bool:
+            seed = _pooled(seed, 2 * jump + 1, 2 * jump + 1)
+        else:
+            for _ in range(jump):
+                seed = grown(seed, width)
         seed = seed & mask
     return seed

@@ -75,6 +75,8 @@ class Standard(nn.Module):
         self.does_something = self.needs_cell or self.colour != "none" or self._red_green
         self.by_lab = spec.get("by", "image") == "lab"
         """True if images need to know their laboratory"""
+        self.bits = True
+        """Masks grow as bits; False gives the same in operations that ONNX has"""
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """(N, C, H, W) → the same; `rows` (N, P) replace what `measure` finds in each image, but where they are NaN."""
@@ -168,7 +170,7 @@ class Standard(nn.Module):
     def _measured(self, x: Tensor, cell: bool) -> tuple[Tensor, Cell | None, Tensor]:
         small = reduced(x)
         background = background_of(small, self.stain)
-        at = find(small, background, self.stain) if self.needs_cell or cell else None
+        at = find(small, background, self.stain, self.bits) if self.needs_cell or cell else None
         failed = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
         if at is not None and self.needs_cell:
             failed = ~at.found

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cells_drawn import disc, stained
 from scipy import ndimage
+from torch.nn import functional
 
 from sslcells.standardise import cell as module
 from sslcells.standardise.cell import (
@@ -159,3 +160,18 @@ def test_masks_grow_as_scipys(width):
         larger = unpacked(grown(packed(mask), width, corners), width)
         for ours, theirs in zip(larger, mask, strict=True):
             assert torch.equal(ours, torch.from_numpy(ndimage.binary_dilation(theirs, shape)))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (33, 47), (64, 21)])
+def test_masks_that_grow_by_pooling_are_those_that_grow_as_bits(shape):
+    """ONNX is made of the first; cells where they were drawn, off the middle, in noise, and noise alone."""
+    g = torch.Generator().manual_seed(0)
+    drawn = torch.stack(
+        [stained(x=x, y=y, nucleus=n, cell=c)[0] for x, y, n, c in ((48, 48, 12, 20), (20, 70, 14, 21))]
+    )
+    x = functional.interpolate(drawn, shape)
+    noisy = (x + 0.2 * torch.randn(x.shape, generator=g)).clamp(0, 1)
+    x = torch.cat([x, noisy, torch.rand(2, 3, *shape, generator=g)])
+    bits, pooled = (find(x, background_of(x, "giemsa"), "giemsa", bits=of) for of in (True, False))
+    assert bits.found.any()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(bits, pooled, strict=True))
