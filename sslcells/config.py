@@ -409,6 +409,8 @@ class Evaluate(Section):
     """Also draw UMAP maps in `sslcells evaluate`; needs the extra umap."""
     bootstrap: int = Field(1000, ge=100)
     """Number of bootstrap resamples for the 95 % intervals of `sslcells evaluate`."""
+    untrained: bool = True
+    """In `sslcells evaluate` also measure the same network with random weights, on at most `bank` images of train."""
 
 
 class Compare(Section):

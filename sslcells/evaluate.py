@@ -16,8 +16,9 @@ from sslcells import __version__, commandline, inputs, launcher, methods, ranks
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, installed, load
 from sslcells.data import ImageSet, holdout, listing, open_splits
-from sslcells.evaluation import against, drift, lab_pictures, new_labs
+from sslcells.evaluation import against, drift, in_short, in_short_picture, lab_pictures, new_labs
 from sslcells.evaluation.across import Across
+from sslcells.evaluation.baselines import Baselines, OfRows
 from sslcells.evaluation.classifier import Predictions, predict
 from sslcells.evaluation.during_training import VIEWED
 from sslcells.evaluation.encode import Prepare, drawn, encode, spread
@@ -104,26 +105,31 @@ def measured(
     outside = ranks.together(lambda: new_labs.opened(labs, run.data, splits["train"], run.augment.size, lab_sources))
     others = ranks.together(lambda: against.opened(frozen, splits))
     console = Console(highlight=False, quiet=ranks.rank() > 0)
+    most = run.evaluate.queries
     with bars(console) as bar:
         standard = standard_of(spec.get("standardise"))
         labs_now = inputs.lab_rows(standard, splits, {lab.name: lab.parts for lab in outside})
         augment = inputs.augment(run, splits, standard, labs_now.rows)
         encoded = Encoded(run, encoder.to(device), augment, splits, device, bar)
+        query_split = _query_split(run, encoded.by_split)
+        shown = query_split or "train"
+        chosen = drawn(encoded.by_split[shown].labels, most)
+        baselines = Baselines(run, encoded.by_split, query_split, chosen)
+        baselines.encode(spec, encoded.of_rows(splits))
         new = {lab.name: encoded.lab_features(lab) for lab in outside}
         encoding = against.Encoding(run, device, bar)
         beside = [encoding.of(one, splits, encoded.by_split, outside, new) for one in others]
         predictions, why_not = _predictions(run, folder, splits, encoded.augment, device, bar)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
-    classes, query_split = splits["train"].classes, _query_split(run, encoded.by_split)
-    shown, most = query_split or "train", run.evaluate.queries
-    chosen = drawn(encoded.by_split[shown].labels, most)
+    classes = splits["train"].classes
     with searching(device) as search:
         if search is None:
             return {}, []
         asked = encoded.by_split[shown].at(chosen)
         found = leaks(encoded.by_split, shown, classes, encoded.near, run.seed, most, search)
         every = [encoded.by_split, *(one.by_split for one in beside)] if query_split is not None else []
+        baselines.search(search)
         near, *theirs = [nearest(of, of[shown].at(chosen), search) for of in every] or [None]
     say_leaks(console, found)
     with one_thread():
@@ -139,9 +145,10 @@ def measured(
             )
             for one, its in zip_longest(beside, theirs)
         ]
+        beside_plain = baselines.result(classes)
     figures.health["train"]["alignment"] = alignment(*encoded.views)
     left_out = _left_out(splits, encoded.by_split, shown, len(chosen))
-    figures.notes = [*left_out, *figures.notes, *_of_val(splits, names), *why_not]
+    figures.notes = [*left_out, *figures.notes, *_of_val(splits, names), *why_not, *baselines.notes]
     figures.notes += [*(lab.about() for lab in outside), *labs_now.said, *(one.about() for one in others)]
     figures.notes += encoded.cells_not_found()
     if shown != "train":
@@ -159,13 +166,16 @@ def measured(
         "left out": left_out,
         "resamples": run.evaluate.bootstrap,
         "leaks": found,
+        "baselines": beside_plain,
         "figures": [*figures.rows, *_of_classifier(predictions, run), *also],
         "by class": figures.by_class,
+        "confused": figures.confused(),
         "labs": across.result,
         "against": rivals,
         "health": figures.health,
         "notes": figures.notes,
     }
+    result["answers"] = in_short.answers(result, _of_steps(folder), folder)
     say_figures(console, result)
     if predictions is not None:
         predictions.write(to, run.evaluate.split)
@@ -182,6 +192,7 @@ def measured(
             run.seed,
             run.evaluate.umap,
         )
+        pictures += in_short_picture.draw(result, to / "plots")
         if across.result is not None:
             pictures += lab_pictures.draw(across, classes, to / "plots", run.seed)
     return result, pictures
@@ -236,6 +247,17 @@ class Encoded:
         digest, histogram, z, labels, sources = (torch.cat(columns) for columns in list(zip(*parts, strict=True))[:5])
         return SplitFeatures(digest, histogram, z, labels, sources, [name for part in parts for name in part.names])
 
+    def of_rows(self, splits: Mapping[str, ImageSet]) -> OfRows:
+        """Features (N, F) of rows of a split by another network that takes the same images; on rank 0 alone."""
+
+        def z(network: nn.Module, split: str, rows: Sequence[int]) -> Tensor:
+            images = splits[split]
+            every = spread(len(images), self._run.evaluate.max_images)
+            index, what = [every[i] for i in rows], f"{split} by random weights"
+            return self._z(images, index, self._plain(images), what, network.to(self._device))
+
+        return z
+
     def _split_features(self, images: ImageSet, split: str) -> SplitFeatures:
         index, evaluate = spread(len(images), self._run.evaluate.max_images), self._run.evaluate
         failed = list[Tensor]()  # of each batch of this rank
@@ -265,10 +287,13 @@ class Encoded:
         labs = None if images.labs is None else images.labs[index]
         return SplitFeatures(digest, histogram, found.z, found.labels, found.sources, found.names, labs)
 
-    def _z(self, images: ImageSet, index: Sequence[int], prepare: Prepare, what: str) -> Tensor:
+    def _z(
+        self, images: ImageSet, index: Sequence[int], prepare: Prepare, what: str, network: nn.Module | None = None
+    ) -> Tensor:
         batch, workers, progress = self._run.evaluate.batch, self._run.train.workers, self._bar(what, len(index))
+        network = network or self._encoder
         return encode(
-            images, self._encoder, prepare, self._device, batch, workers, index, progress=progress, everywhere=False
+            images, network, prepare, self._device, batch, workers, index, progress=progress, everywhere=False
         ).z
 
     def _plain(self, images: ImageSet) -> Prepare:

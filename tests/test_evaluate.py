@@ -61,7 +61,11 @@ def test_what_it_prints_and_leaves(run, capsys):
     assert {"effective rank", "row std", "uniformity", "alignment"} == set(result["health"]["train"])
     assert any("chosen on the validation split" in note for note in result["notes"])
     assert not list(run.glob("*.partial"))
-    assert (run / "report.html").read_text().count("<figcaption>") == 8  # with the curves and views of the training
+    assert (run / "report.html").read_text().count("<figcaption>") == 9  # with the curves and views of the training
+    assert [of["verdict"] for of in result["answers"]].count("not asked") == 2  # published weights, another laboratory
+    beside = {row["name"] for row in result["baselines"]["figures"]}
+    assert beside == {"this run", "colour histograms", "untrained network"}
+    assert all(of["question"] in out for of in result["answers"])
     last = read_metrics(run)[-1]
     assert last["step"] == 5  # one after the training's last, for trackers
     nearest = row(result, "kNN", "k = 1")["scores"]["accuracy"]["value"]
@@ -73,11 +77,19 @@ def test_a_bar_for_each_pass_over_images_in_a_terminal(run, capsys, monkeypatch)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     measured(load(f"{run}/config.yaml", [*QUICK, "evaluate.max_images=20"]), run, torch.device("cpu"))
     out = capsys.readouterr().out
-    end = out.index("\n", out.rindex("view 2 of 2"))
+    end = out.index("\n", out.rindex("test by random weights"))
     last = out[out.rindex("images of train", 0, end) : end]  # the bars as they were drawn last
-    for name in ("images of val", "images of test", "images to copy", "their copies", "view 1 of 2", "view 2 of 2"):
+    for name in (
+        "images of val",
+        "images of test",
+        "images to copy",
+        "their copies",
+        "view 1 of 2",
+        "view 2 of 2",
+        "train by random weights",
+    ):
         assert name in last
-    assert last.count("20/20") == 7
+    assert last.count("20/20") == 9
 
 
 def test_the_knn_is_that_of_the_run(run):

@@ -51,7 +51,9 @@ class Across:
         labs += [Lab(self.names[number], train, val, own) for number, own in self._new.items()]
         self.result = {
             "asked": query_split,
-            "labs": [left_out(lab, classes, config, seed) for lab in labs],
+            "labs": [
+                left_out(lab, classes, config, seed) | {"trained on": self._in_train(lab.name, train)} for lab in labs
+            ],
             "pairs": pairs(self.pool, self.names, classes, seed),
             "robustness index": _index(self.pool, seed),
         }
@@ -67,6 +69,11 @@ class Across:
                 others = None if val is None else val.at((val.labs > 0) & (val.labs != number))
                 out.append(Lab(name, bank, others, own))
         return out
+
+    def _in_train(self, name: str, train: Rows) -> bool:
+        """True if images of the laboratory were trained on."""
+        numbers = [number for number, lab in self.names.items() if lab == name and number not in self._new]
+        return bool(torch.isin(train.labs, torch.tensor(numbers, dtype=torch.int64)).any())
 
     def _copies(self, train: SplitFeatures, new: Mapping[str, SplitFeatures]) -> list[dict[str, Any]]:
         """A warning for each new laboratory with images that training saw."""

@@ -14,16 +14,13 @@ from sslcells.evaluation.encode import encode, spread
 from sslcells.evaluation.figures import ClassScores, Figures
 from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.new_labs import NewLab
-from sslcells.evaluation.scores import Metric, Units, of_classes, rounded
+from sslcells.evaluation.scores import METRIC, difference, rounded
 from sslcells.evaluation.tables import Table, of_images, shown
 from sslcells.inputs import lab_rows
 from sslcells.models import frozen
 from sslcells.models.frozen import FrozenEncoder
 from sslcells.run.progress import Bars
 from sslcells.standardise import standard_of
-
-METRIC = "balanced accuracy"
-"""What the sentence says."""
 
 
 def opened(names: Sequence[str], splits: Mapping[str, ImageSet], option: str = "--against") -> list[FrozenEncoder]:
@@ -145,30 +142,6 @@ def _differences(figures: Figures, mine: ClassScores, other: ClassScores) -> Ite
     """The run's scores minus the other's on the same resamples, for each way to count."""
     for one, its in zip(figures.ways(mine.scores), figures.ways(other.scores), strict=True):
         yield one.unit, difference(one.units, one.labels, [one.predicted], [its.predicted], one.weighs)
-
-
-def difference(
-    units: Units, labels: Tensor, ours: Sequence[Tensor], theirs: Sequence[Tensor], unit: str = "image"
-) -> dict[str, Any]:
-    """Accuracy, balanced accuracy and macro F1 of predictions (M,) minus those of others, with intervals.
-
-    Both are of the same images with these labels (M,), and resampled together, so that what makes images hard for both
-    cancels. Of several predictions (of several seeds) the mean of the scores is taken.
-    """
-    classes = 1 + max(int(x.max()) for x in (labels, *ours, *theirs))
-    first, second = ([of_classes(labels, p, classes) for p in some] for some in (ours, theirs))
-    return units.scored(_minus(first, second), unit)
-
-
-def _minus(first: Sequence[Metric], second: Sequence[Metric]) -> Metric:
-    def metric(weight: Any) -> dict[str, Any]:
-        ours, theirs = ([m(weight) for m in some] for some in (first, second))
-        return {
-            key: sum(each[key] for each in ours) / len(ours) - sum(each[key] for each in theirs) / len(theirs)
-            for key in ours[0]
-        }
-
-    return metric
 
 
 def verdict(score: Mapping[str, float | None]) -> str:

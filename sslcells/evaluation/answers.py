@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from sslcells.evaluation.across import finding
-from sslcells.evaluation.against import METRIC, difference, verdict
+from sslcells.evaluation.against import verdict
 from sslcells.evaluation.classifier import Predictions
 from sslcells.evaluation.robustness import FEW
-from sslcells.evaluation.scores import Units, of_classes, of_ranking, rounded
+from sslcells.evaluation.scores import METRIC, Units, difference, of_classes, of_ranking, rounded
 from sslcells.evaluation.tables import Table
 from sslcells.evaluation.ways import VOTE, ways
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sslcells.config import Run
 from sslcells.evaluation.clustering import clustering, clusters
+from sslcells.evaluation.confused import confused
 from sslcells.evaluation.encode import drawn
 from sslcells.evaluation.fewshot import DRAWS, SHOTS, few_shot
 from sslcells.evaluation.health import effective_rank, row_std, uniformity
@@ -129,6 +130,13 @@ class Figures:
             sources = self._units.count
         row = {"task": task, "name": name, "unit": unit, "images": images, "sources": sources}
         self.rows.append(row | {"scores": kept})
+
+    def confused(self) -> dict[str, Any] | None:
+        """Which classes the last classifier takes for which others; None where there is none."""
+        if not self.predictions:
+            return None
+        answer = self.predictions[-1]
+        return confused(answer.name, self._query.labels, answer.predicted, self._classes, self._units)
 
     def ways(self, scores: Tensor) -> Iterator[Way]:
         """The ways to count scores (M, K) for the images that were asked."""

@@ -26,7 +26,7 @@ from sslcells.evaluation.robustness import (
     neighbour_counts,
     predictability,
 )
-from sslcells.evaluation.scores import Units, of_classes, rounded, unit_rows
+from sslcells.evaluation.scores import Units, difference, of_classes, rounded, unit_rows
 from sslcells.evaluation.ways import ways, without_vote
 
 MOST = 10_000
@@ -71,6 +71,7 @@ def left_out(lab: Lab, classes: Sequence[str], config: Evaluate, seed: int) -> d
         "not used": int(counted.sum()) - len(asked.labels) + len(lab.bank.labels) - len(bank.labels),
         "no vote": without_vote(Units(asked.sources, seed), asked.labels),
         "figures": [],
+        "others − own": [],
     }
     if not len(asked.labels):
         return out
@@ -82,22 +83,39 @@ def left_out(lab: Lab, classes: Sequence[str], config: Evaluate, seed: int) -> d
             row |= {"images": way.images, "sources": way.sources}
             out["figures"].append(row | {"scores": {key: rounded(score) for key, score in found.items()}})
 
+    by_others = dict[str, Tensor]()
     if len(bank.labels):
         for among, chosen in _choices(bank, enough):
             for method, scores in _by_others(chosen, lab.val, asked, len(classes), config, seed):
                 add(method, "the others", among, asked, scores)
+                by_others.setdefault(method, scores)
                 if method == "linear probe" and among == "all classes":
                     out["confusion"] = confusion_counts(asked.labels, knn_predictions(scores), classes)
     for method, rows, scores in _by_its_own(asked, len(classes), config, seed):
         add(method, "its own", "all classes", rows, scores)
+        if method in by_others:
+            theirs = by_others[method] if rows is asked else by_others[method][_drawn(asked, seed, _FITTED)]
+            units = Units(rows.sources, seed, config.bootstrap)
+            both = knn_predictions(theirs), knn_predictions(scores)
+            out["others − own"].append(_others_minus_own(method, units, rows.labels, *both))
     return out
+
+
+def _others_minus_own(method: str, units: Units, labels: Tensor, others: Tensor, own: Tensor) -> dict[str, Any]:
+    """How much higher the others' labels score than the laboratory's own, on the same resamples."""
+    found = difference(units, labels, [others], [own])
+    return {"method": method, "scores": {key: rounded(score) for key, score in found.items()}}
 
 
 def drawn(rows: Rows, seed: int, most: int = MOST) -> Rows:
     """At most this many of the rows, at random."""
     if len(rows.labels) <= most:
         return rows
-    return rows.at(torch.randperm(len(rows.labels), generator=torch.Generator().manual_seed(seed))[:most])
+    return rows.at(_drawn(rows, seed, most))
+
+
+def _drawn(rows: Rows, seed: int, most: int) -> Tensor:
+    return torch.randperm(len(rows.labels), generator=torch.Generator().manual_seed(seed))[:most]
 
 
 def _choices(bank: Rows, enough: Tensor) -> Iterator[tuple[str, Rows]]:

@@ -242,11 +242,13 @@ def _near(
         order = cosine.argsort(descending=True, stable=True)[: min(images, _EXAMPLES)].tolist()
         examples = [[train.names[int(index[i])], features.names[i]] for i in order]
         out[f"train and {split}"] = {"images": images, "sources": sources if known else None, "examples": examples}
+        above = images > expected + 3 * expected**0.5
+        out[f"train and {split}"] |= {"of": len(features.z), "more than by chance": above}
         text = f"{images:,} of {_plural(len(features.z), 'image')} of {split}"
         text += f" (drawn from its {whole:,}: evaluate.queries)" * (whole > len(features.z))
         text += f" (from {sources:,} of {_plural(_distinct(features.sources), 'source')})" * known
         text += f" lie nearer to one of train than {1 - _STRANGERS:.1%} of train lie to any of another {kind}"
-        out["findings"].append(_finding(_such_as(text, examples), warning=images > expected + 3 * expected**0.5))
+        out["findings"].append(_finding(_such_as(text, examples), warning=above))
     if recall < 0.5 and len(by_split) > 1:
         text = (
             f"this finds only {recall:.0%} of copies that are turned and cropped by 5 %: the features do not match them"

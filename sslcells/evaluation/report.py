@@ -11,7 +11,10 @@ from rich.table import Table as RichTable
 
 from sslcells.config import ConfigError
 from sslcells.evaluation.against import against_tables
+from sslcells.evaluation.baselines import baseline_table
 from sslcells.evaluation.gallery import Picture
+from sslcells.evaluation.in_short import NONE_SEEN, YES, basis
+from sslcells.evaluation.in_short_picture import TITLE as IN_SHORT
 from sslcells.evaluation.lab_tables import lab_tables
 from sslcells.evaluation.tables import Table as Table
 from sslcells.evaluation.tables import of_images
@@ -36,6 +39,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             f"{interval}. Trained or searched in train, measured on {query_split}; {apart}. "
             f"Per source: each source counts once. {a_vote(rows)}",
         ),
+        baseline_table(result),
         _of_rows(
             f"Retrieval inside the {query_split} split",
             [r for r in rows if r["task"] == "retrieval"],
@@ -135,8 +139,15 @@ def say_figures(console: Console, result: Mapping[str, Any]) -> None:
         for table in against_tables(result):
             say_table(console, table)
         say_findings(console, "Against frozen encoders", [one["finding"] for one in result["against"]])
+    _say_answers(console, result.get("answers") or ())
     for note in result["notes"]:
         console.print(f"  · {note}", markup=False, soft_wrap=True)
+
+
+def _say_answers(console: Console, answers: Sequence[Mapping[str, Any]]) -> None:
+    said = [{**one, "text": f"{one['question']} {one['verdict'].capitalize()}. {one['text']}"} for one in answers]
+    if said:
+        say_findings(console, IN_SHORT, said)
 
 
 _STYLE = """
@@ -154,6 +165,12 @@ figure { margin: 1rem 0; break-inside: avoid; }
 figure img { max-width: 100%; height: auto; }
 figcaption, .caption, .made { color: #555; font-size: .85rem; margin: .3rem 0; }
 .warning { border-left: .3rem solid #D55E00; padding-left: .5rem; font-weight: 600; list-style: "! "; }
+dl { margin: .5rem 0; max-width: 50rem; } dt { font-weight: 600; margin-top: .7rem; break-after: avoid; }
+dd { margin: .1rem 0 0; break-inside: avoid; }
+.verdict { display: inline-block; border: 1px solid #777; border-radius: .3rem; padding: 0 .4rem; margin-left: .2rem;
+  font-size: .9rem; }
+.verdict.good { border-color: #006b4f; color: #006b4f; } .verdict.bad { border-color: #a33a00; color: #a33a00; }
+.first img { width: 30rem; }
 @media print { body { font-size: 9pt; max-width: none; padding: 0; } table { font-size: 7pt; }
   h2, h3, thead { break-after: avoid; } .caption { break-before: avoid; } figure img { max-height: 20cm; }
   .scroll { overflow: visible; } th, td { white-space: normal; padding: .1rem .3rem; } tr { break-inside: avoid; } }
@@ -164,7 +181,8 @@ def page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     """One HTML page with leaks, figures and pictures, which needs no other file or network."""
     encoder = result["encoder"]
     about = f"sslcells {result['sslcells']}, {encoder['model']}, weights sha256 {encoder['sha256'][:16]}…"
-    body = ["<h2>Leaks</h2>", *_list(result["leaks"]["findings"]), *section_of("Figures", tables(result), ())]
+    body = _first(result, [picture for picture in pictures if picture.title == IN_SHORT])
+    body += ["<h2>Leaks</h2>", *_list(result["leaks"]["findings"]), *section_of("Figures", tables(result), ())]
     if result.get("labs"):
         body += section_of("Across laboratories", lab_tables(result["labs"]), (), result["labs"]["findings"])
     if result.get("against"):
@@ -172,8 +190,27 @@ def page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         body += section_of("Against frozen encoders", against_tables(result), (), findings)
     if result["notes"]:
         body += ["<h3>Notes</h3>", "<ul>", *(f"<li>{escape(note)}</li>" for note in result["notes"]), "</ul>"]
-    body += section_of("Pictures", (), pictures)
+    body += section_of("Pictures", (), [picture for picture in pictures if picture.title != IN_SHORT])
     return document(f"{result['run']}: what was learned", about, body)
+
+
+def _first(result: Mapping[str, Any], pictures: Sequence[Picture]) -> list[str]:
+    """The answers, and the picture beside them; empty where nothing was answered."""
+    answers = result.get("answers")
+    if not answers:
+        return []
+    return [f"<h2>{IN_SHORT}</h2>", *answer_list(answers, basis(result)), *_figures(pictures, "first")]
+
+
+def answer_list(answers: Sequence[Mapping[str, Any]], caption: str) -> list[str]:
+    """Questions with their verdicts and sentences as lines of HTML."""
+    body = ["<dl>"]
+    for one in answers:
+        kind = "bad" if one["warning"] else "good" if one["verdict"] in (YES, NONE_SEEN) else ""
+        verdict = f'<span class="{f"verdict {kind}".strip()}">{escape(one["verdict"])}</span>'
+        text = escape(one["text"]).replace(" %", "&nbsp;%")
+        body += [f"<dt>{escape(one['question'])} {verdict}</dt>", f"<dd>{text}</dd>"]
+    return [*body, "</dl>", f'<p class="caption">{escape(caption)}</p>']
 
 
 def _list(findings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -192,10 +229,16 @@ def section_of(
         body.append(f'<p class="caption">{escape(table.caption)}</p>')
     body += _list(findings) if findings else []
     for picture in pictures:
+        body += [f"<h3>{escape(picture.title)}</h3>", *_figures([picture])]
+    return body
+
+
+def _figures(pictures: Sequence[Picture], kind: str = "") -> list[str]:
+    body, named = [], f' class="{kind}"' if kind else ""
+    for picture in pictures:
         data = base64.b64encode(picture.path.read_bytes()).decode()
         image = f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}">'
-        body.append(f"<h3>{escape(picture.title)}</h3>")
-        body.append(f"<figure>{image}<figcaption>{escape(picture.caption)}</figcaption></figure>")
+        body.append(f"<figure{named}>{image}<figcaption>{escape(picture.caption)}</figcaption></figure>")
     return body
 
 

@@ -4,7 +4,7 @@ scikit-learn has the same scores, and the tests compare with it, but a thousand 
 So each score is computed for a matrix of weights, one row a resample; the figure itself is the row of ones.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ Floats = NDArray[np.float64]
 Metric = Callable[[Floats], Mapping[str, Floats]]
 """Weights (r, M) → scores (r,) each."""
 
+METRIC = "balanced accuracy"
+"""The score that sentences say."""
 DRAWS = 1000
 _TILE = 2**22
 """Weights in memory at a time: 32 MiB."""
@@ -162,6 +164,30 @@ def auroc(score: Floats, positive: NDArray[np.bool_], weight: Floats) -> Floats:
     plus, minus = (np.add.reduceat(w * kind, starts, axis=1) for kind in (is_positive, ~is_positive))
     below = minus.cumsum(1) - minus
     return _ratio((plus * (below + minus / 2)).sum(1), plus.sum(1) * minus.sum(1))
+
+
+def difference(
+    units: Units, labels: Tensor, ours: Sequence[Tensor], theirs: Sequence[Tensor], unit: str = "image"
+) -> dict[str, Any]:
+    """Accuracy, balanced accuracy and macro F1 of predictions (M,) minus those of others, with intervals.
+
+    Both are of the same images with these labels (M,), and resampled together, so that what makes images hard for both
+    cancels. Of several predictions (of several seeds) the mean of the scores is taken.
+    """
+    classes = 1 + max(int(x.max()) for x in (labels, *ours, *theirs))
+    first, second = ([of_classes(labels, p, classes) for p in some] for some in (ours, theirs))
+    return units.scored(_minus(first, second), unit)
+
+
+def _minus(first: Sequence[Metric], second: Sequence[Metric]) -> Metric:
+    def metric(weight: Any) -> dict[str, Any]:
+        ours, theirs = ([m(weight) for m in some] for some in (first, second))
+        return {
+            key: sum(each[key] for each in ours) / len(ours) - sum(each[key] for each in theirs) / len(theirs)
+            for key in ours[0]
+        }
+
+    return metric
 
 
 def _ratio(part: Floats, whole: Floats) -> Floats:

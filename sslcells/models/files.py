@@ -134,10 +134,7 @@ def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
             (folder / name).open("rb").close()  # safetensors says "no such file" of one that may not be read
         spec: dict[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
-        args = dict(spec["timm"])
-        encoder = create(args.pop("model_name"), args.pop("in_chans"), args)
-        if spec["stem"] == "small":
-            small_stem(encoder, spec["channels"])
+        encoder = untrained(spec)
         encoder.load_state_dict(weights)
     except PermissionError as error:
         raise ConfigError(denied(error)) from error
@@ -148,4 +145,13 @@ def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise ConfigError(
             f"{folder / WEIGHTS} holds {said_of(bad)}; its training broke down, and it must be made again"
         )
-    return encoder.eval(), spec
+    return encoder, spec
+
+
+def untrained(spec: Mapping[str, Any]) -> nn.Module:
+    """The network of an encoder.json with random weights, in eval mode."""
+    args = dict(spec["timm"])
+    encoder = create(args.pop("model_name"), args.pop("in_chans"), args)
+    if spec["stem"] == "small":
+        small_stem(encoder, spec["channels"])
+    return encoder.eval()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from sslcells.evaluation.against import difference, verdict
-from sslcells.evaluation.scores import Units, of_classes
+from sslcells.evaluation.against import verdict
+from sslcells.evaluation.scores import Units, difference, of_classes
 
 
 def drawn(images=200, classes=4, right=0.7, seed=0):

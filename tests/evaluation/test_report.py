@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sslcells.evaluation.figures import ClassScores
-from sslcells.evaluation.gallery import draw
+from sslcells.evaluation.gallery import Picture, draw
 from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.report import page, tables
 
@@ -26,9 +26,20 @@ RESULT = {
     "figures": [
         {"task": "retrieval", "name": "", "unit": "image", "images": 9, "scores": {"mAP@R": SCORE}},
         {"task": "fine-tuning", "name": "10 %", "unit": "image", "images": 9, "scores": {"accuracy": SCORE}},
-        {"task": "kNN", "name": "k = 1", "unit": "image", "images": 9, "scores": {"accuracy": SCORE, "AUROC": None}},
+        {
+            "task": "kNN",
+            "name": "k = 1",
+            "unit": "image",
+            "images": 9,
+            "sources": None,
+            "scores": {"accuracy": SCORE, "AUROC": None},
+        },
     ],
     "by class": [],
+    "answers": [
+        {"question": "Is it better?", "verdict": "yes", "text": f"{'Long & dull. ' * 20}", "warning": False},
+        {"question": "Which are confused?", "verdict": "some", "text": "<b> is taken for round", "warning": True},
+    ],
     "health": {"test": {"effective rank": 12.3, "uniformity": None}},
     "notes": ["test shows no <i>"],
 }
@@ -70,7 +81,7 @@ def test_the_page_needs_no_other_file(tmp_path):
     assert "<i>" not in html
     assert "a &amp; b" in html
     assert html.count("<img") == html.count("<figcaption") == 6
-    assert html.index("Leaks") < html.index("Figures") < html.index("Pictures")
+    assert html.index("In short") < html.index("Leaks") < html.index("Figures") < html.index("Pictures")
 
 
 def browser():
@@ -102,3 +113,15 @@ def test_it_reads_well_in_a_browser(tmp_path, width):
     (found,) = re.findall(r'data-found="(\d+),(\d+),(\w+)"', done.stdout)
     assert found[2] == "true"
     assert int(found[0]) <= int(found[1]) <= width
+
+
+def test_answers_come_first_with_their_picture(tmp_path):
+    file = tmp_path / "in_short.png"
+    Image.new("RGB", (8, 8)).save(file)
+    html = page(RESULT, [Picture("In short", file, "Dots.")])
+    first = html[html.index("<h2>In short") : html.index("<h2>Leaks")]
+    assert first.count("<img") == html.count("<img") == 1  # and not again among the pictures
+    assert '<dt>Is it better? <span class="verdict good">yes</span></dt>' in first
+    assert '<span class="verdict bad">some</span></dt>\n<dd>&lt;b&gt; is taken for round</dd>' in first
+    assert "of 9 images. Sources are not known" in first
+    assert "In short" not in page({**RESULT, "answers": []}, [])
