@@ -198,6 +198,10 @@ class Model(Section):
     norm: Literal["timm", "group"] = "timm"
     """`group`: GroupNorm in place of the backbone's BatchNorm, in 32 groups, or in one if a layer's channels do not
     divide by 32. It knows no statistics of the training images, so none of their laboratory. `timm`: as timm has it."""
+    grad_checkpointing: bool = False
+    """Keep the input of each block in memory alone, and run the block again for its gradient: several times larger
+    batches or networks fit, for about a third more time. For backbones without BatchNorm, which would count its
+    statistics twice; the gradients are the same."""
     pretrained: bool = False
     """Start from the weights that timm publishes for the backbone; the same as weights= with the backbone's name."""
     weights: str | None = None

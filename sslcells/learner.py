@@ -44,6 +44,8 @@ def build(
     _check_new(encoder, names, account)
     for line in [*lines, *adapt.rates(encoder, run.optim)]:
         say(line)
+    if run.model.grad_checkpointing:
+        models.checkpoint_activations(encoder, run.model)
     layout = _layout(encoder, run)
     method = ranks.together(lambda: methods.build(run.method, features, images, layout))
     method.seed = run.seed

@@ -110,6 +110,24 @@ def build(config: Model, channels: int) -> nn.Module:
     return encoder
 
 
+def checkpoint_activations(encoder: nn.Module, config: Model) -> None:
+    """Let the blocks of a backbone run again for their gradients (`model.grad_checkpointing`), arXiv 1604.06174.
+
+    Raises:
+        ConfigError: if timm cannot do so for this backbone, or it has a BatchNorm.
+    """
+    said = f"model.grad_checkpointing=true: backbone={config.backbone!r}"
+    if any(isinstance(module, _BatchNorm) for module in encoder.modules()):
+        raise ConfigError(
+            f"{said} has BatchNorm, whose statistics would count each batch twice; model.norm=group has none, nor have "
+            f"Vision Transformers and ConvNeXts"
+        )
+    try:
+        encoder.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):  # timm asserts where there is no such thing
+        raise ConfigError(f"{said}: timm cannot run its blocks again; train.micro_batch saves memory too") from None
+
+
 def create(backbone: str, channels: int, args: dict[str, Any]) -> nn.Module:
     """Timm's model without its classifier, with random weights."""
     encoder: nn.Module = timm.create_model(backbone, in_chans=channels, **{"num_classes": 0, **args})

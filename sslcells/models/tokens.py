@@ -4,10 +4,12 @@ timm's own modules compute every step, so that nothing hidden gives timm's own f
 `vision_transformer` (with DeiT, DINOv2, register tokens) and `eva` (with rotary positions, DINOv3).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import PatchDropout, PatchDropoutWithIndices  # type: ignore[attr-defined]
+from timm.models import checkpoint
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -84,12 +86,11 @@ def encode(
         tokens = _kept(tokens, encoder.num_prefix_tokens, visible)
         rotary = None if rotary is None else _rotary_of(rotary, visible)
     tokens = encoder.norm_pre(tokens)
-    if isinstance(encoder, Eva):
-        mixed = rotary is not None and encoder.rope_mixed  # then each block has its own
-        for depth, block in enumerate(encoder.blocks):
-            tokens = block(tokens, rope=rotary[depth] if mixed else rotary)
-    else:
-        tokens = encoder.blocks(tokens)
+    mixed = rotary is not None and encoder.rope_mixed  # then each block has its own
+    for depth, block in enumerate(encoder.blocks):
+        more = {"rope": rotary[depth] if mixed else rotary} if isinstance(encoder, Eva) else {}
+        run = partial(checkpoint, block) if encoder.grad_checkpointing else block
+        tokens = run(tokens, **more)
     out: Tensor = encoder.norm(tokens)
     return out
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sslcells import models
 from sslcells.config import ConfigError, Model
-from sslcells.models import files, weights
+from sslcells.models import files, tokens, weights
 from sslcells.models.heads import projection
 
 
@@ -177,3 +177,52 @@ def test_backbones_without_group_norm(model, message):
 def test_group_norm_does_not_take_the_weights_of_batch_norm():
     with pytest.raises(ValueError, match="backbone=resnet50_gn"):
         Model(norm="group", pretrained=True)
+
+
+def gradients(encoder, forward, x):
+    """Of every parameter, and the bytes that the forward pass keeps for them."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = forward(encoder, x)
+    out.square().sum().backward()
+    return [parameter.grad for parameter in encoder.parameters()], sum(kept)
+
+
+VIT = {"img_size": 32, "patch_size": 4, "depth": 4, "embed_dim": 48, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "forward"),
+    [
+        ({"backbone": "vit_tiny_patch16_224", "args": VIT}, lambda encoder, x: encoder(x)),
+        ({"backbone": "vit_tiny_patch16_224", "args": VIT}, tokens.encode),
+        ({"backbone": "eva02_tiny_patch14_224", "args": VIT}, tokens.encode),
+        ({"backbone": "resnet18", "norm": "group"}, lambda encoder, x: encoder(x)),
+    ],
+)
+def test_blocks_that_run_again_give_the_same_gradient_and_keep_less(model, forward):
+    x, config, found = torch.randn(4, 3, 32, 32), Model(**model), []
+    for again in (False, True):
+        torch.manual_seed(0)
+        encoder = models.build(config, 3).train()
+        if again:
+            models.checkpoint_activations(encoder, config)
+        torch.manual_seed(1)
+        found.append(gradients(encoder, forward, x))
+    (plain, kept), (run_again, kept_then) = found
+    for a, b in zip(plain, run_again, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert kept_then < kept / 2
+
+
+def test_where_blocks_cannot_run_again():
+    config = Model(backbone="resnet18")
+    with pytest.raises(ConfigError, match=r"backbone='resnet18' has BatchNorm, whose statistics would count each"):
+        models.checkpoint_activations(models.build(config, 3), config)
+    with pytest.raises(ConfigError, match=r"backbone='tiny': timm cannot run its blocks again; train.micro_batch"):
+        models.checkpoint_activations(torch.nn.Linear(2, 2), Model(backbone="tiny"))
