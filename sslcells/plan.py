@@ -85,7 +85,7 @@ class Plan:
         )
 
 
-def consequences(run: Run, world: int) -> str:
+def consequences(run: Run, world: int = 1) -> str:
     """What follows from a configuration on so many ranks, for `--check`; opens the data and builds the model.
 
     Raises:

@@ -42,9 +42,9 @@ _log = logging.getLogger(__name__)
 
 
 def embed_folder(
-    run: str,
-    images: str,
-    out: str | None = None,
+    run: str | os.PathLike[str],
+    images: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     format: str = "parquet",
     labels: bool = True,
     batch: int = 256,
@@ -78,6 +78,7 @@ def embed_folder(
         Stopped: if a signal asked to stop.
         Lost: if another rank is gone.
     """
+    run, images = os.fspath(run), os.fspath(images)
     if format not in FORMATS:
         raise ConfigError(f"--format {format}: there are {', '.join(FORMATS)}")
     for name, number in (("--batch", batch), ("--shard", SHARD if shard is None else shard)):
@@ -113,7 +114,7 @@ def _load(run: str, device: torch.device) -> Encoder:
 def _begin(
     run: str,
     images: str,
-    out: str | None,
+    out: str | os.PathLike[str] | None,
     format: str,
     labels: bool,
     shard: int | None,

@@ -83,8 +83,8 @@ class FromPixels(nn.Module):
 
 
 def export(
-    run: str,
-    to: str | None = None,
+    run: str | os.PathLike[str],
+    to: str | os.PathLike[str] | None = None,
     onnx: bool | None = None,
     say: Callable[[str], None] = print,
     lab: str | None = None,
@@ -127,7 +127,7 @@ def export(
     return out
 
 
-def _check_lab(encoder: Encoder, run: str, lab: str | None, onnx: bool | None) -> None:
+def _check_lab(encoder: Encoder, run: str | os.PathLike[str], lab: str | None, onnx: bool | None) -> None:
     """Raise a ConfigError if `lab` is none of the encoder's, or ONNX is required without one."""
     if not encoder.by_lab:
         if lab is not None:

@@ -70,11 +70,11 @@ without a known source, by its file, has its own, by its name."""
 
 
 def search(
-    target: str,
-    queries: Sequence[str],
+    target: str | os.PathLike[str],
+    queries: Sequence[str | os.PathLike[str]],
     k: int = 10,
-    out: str | None = None,
-    encoder: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    encoder: str | os.PathLike[str] | None = None,
     sources: str | None = None,
     source_pattern: str | None = None,
     faiss: bool = False,
@@ -97,10 +97,11 @@ def search(
         raise ConfigError(f"--k {k} should be at least 1")
     if faiss:
         installed("faiss", "faiss", "--faiss")
+    named = [os.fspath(query) for query in queries]
     embeddings = find_embeddings(target)
     embeddings.check_complete()
     ids = source_finder(sources, source_pattern)
-    asked = _queries(queries, embeddings)
+    asked = _queries(named, embeddings)
     torch.set_num_threads(launcher.threads_for("auto", workers=0))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else None
     network = _encoder_of(embeddings, encoder, device or torch.device("cpu"))
@@ -113,12 +114,12 @@ def search(
     own = ids([query.name for query in asked], [query.file or query.name for query in asked])
     find = approximately if faiss else exactly
     found = find(embeddings, rows, own, k, ids, network.mean.device)
-    for query, near in zip(queries, found, strict=True):
+    for query, near in zip(named, found, strict=True):
         say(f"{query}\n" + "\n".join(_lines(near)) if near else f"{query}\n  no image of another source")
     folder = place(out) if out is not None else embeddings.folder / "search"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_csv(folder / "neighbours.csv", queries, found)
+        _write_csv(folder / "neighbours.csv", named, found)
         picture = _draw(folder / "neighbours.png", embeddings, network, asked, found)
     except OSError as error:
         raise ConfigError(f"--out {folder} cannot be written: {error}") from None
@@ -126,7 +127,7 @@ def search(
     return found
 
 
-def find_embeddings(target: str) -> Embeddings:
+def find_embeddings(target: str | os.PathLike[str]) -> Embeddings:
     """The embeddings in a folder, or the only ones in a run's folder.
 
     Raises:
@@ -283,7 +284,7 @@ def _unit_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return out
 
 
-def _encoder_of(embeddings: Embeddings, given: str | None, device: torch.device) -> Encoder:
+def _encoder_of(embeddings: Embeddings, given: str | os.PathLike[str] | None, device: torch.device) -> Encoder:
     """The encoder that made the embeddings; queries must use the same one."""
     run = given if given is not None else embeddings.run
     try:

@@ -51,9 +51,9 @@ def test_it_finds_what_brute_force_finds(embedded, way, tmp_path, monkeypatch):
     Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 32, 3), dtype=np.uint8)).save(outside)
     inside = [cells / name for name in list_images(cells)[5:40:17]]
     for _ in range(2):  # the index is made, then read
-        queries = [str(outside), *map(str, inside)]
-        found = search(str(run), queries, k=7, faiss=way != "exact", cpu=True)
-        for query, near in zip([outside, *inside], found, strict=True):
+        queries = [outside, *inside]
+        found = search(run, queries, k=7, faiss=way != "exact", cpu=True)
+        for query, near in zip(queries, found, strict=True):
             names, distances = brute_force(run, cells, query, 7, lambda name, q=query: cells / name == q)
             np.testing.assert_allclose([one.distance for one in near], distances, atol=1e-5)
             assert len({one.path for one in near}) == 7
