@@ -12,6 +12,7 @@ import contextlib
 import io
 import re
 import shlex
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,14 @@ class Block(NamedTuple):
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+class Ran(NamedTuple):
+    """A block that was run."""
+
+    block: Block
+    printed: str
+    seconds: float
+
+
 def pages() -> list[Path]:
     """Every page that is written by hand."""
     return sorted(DOCS.glob("*.md"))
@@ -68,7 +77,7 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def run_page(page: Path) -> list[Block]:
+def run_page(page: Path) -> list[Ran]:
     """Run the blocks of a page in the current folder; returns those that ran. A block that fails raises."""
     space, printed, ran = dict[str, Any](), "", []
     for block in blocks(page):
@@ -76,8 +85,9 @@ def run_page(page: Path) -> list[Block]:
             check_printed(block, printed)
         if block.not_run or block.language not in ("bash", "python"):
             continue
+        began = time.perf_counter()
         printed = run_bash(block) if block.language == "bash" else run_python(block, space)
-        ran.append(block)
+        ran.append(Ran(block, printed, time.perf_counter() - began))
     return ran
 
 
@@ -121,11 +131,12 @@ def arguments(words: list[str], run_with: list[str]) -> list[str]:
 
 
 def check_printed(block: Block, printed: str) -> None:
-    """Each line of the block was printed, whatever its numbers; lines of `…` stand for others."""
+    """Each line of the block was printed, whatever its numbers; `…` stands for lines, or for the rest of one."""
     known = [_masked(line) for line in printed.splitlines()]
     for line in block.code.splitlines():
-        if line.strip() and line.strip() != "…":
-            assert any(_masked(line) in of for of in known), f"{block}: not printed: {line}\nbut:\n{printed[-3000:]}"
+        shown = _masked(line.removesuffix("…"))
+        if shown:
+            assert any(shown in of for of in known), f"{block}: not printed: {line}\nbut:\n{printed[-3000:]}"
 
 
 def _masked(line: str) -> str:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from drawn_lab import draw_what_pages_name
-from pages import DOCS, LANGUAGES, blocks, pages, run_bash, run_page
+from pages import DOCS, LANGUAGES, blocks, check_printed, pages, run_bash, run_page
 from pydantic import BaseModel
 
 from sslcells.config import PLUGINS, Run
@@ -15,6 +15,13 @@ import settings
 
 ELSEWHERE = {"laboratories.md": "tests/test_laboratories.py"}
 """Pages whose commands another test reads, and none runs: they train on two laboratories for minutes."""
+WALK = ["train --check", "train --debug", "train", "runs", "evaluate", "embed", "search", "export"]
+"""The commands of the first hour, in their order."""
+LEFT = [
+    *("config.yaml", "metrics.jsonl", "encoder.safetensors", "encoder.json", "checkpoints"),
+    *("evaluation.json", "report.html", "embeddings/cells/search/neighbours.png", "export/README.md"),
+]
+"""What it leaves in the run's folder."""
 ROOT = DOCS.parent
 
 
@@ -41,6 +48,17 @@ def test_a_command_that_fails_is_seen(tmp_path, monkeypatch, capsys):
     assert (first.not_run, second.not_run) == ("no", "")
     with pytest.raises(AssertionError, match=r"page.md:6: recipes nothing ended with 2|ended with 2"):
         run_bash(second)
+
+
+def test_a_line_that_is_not_printed_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```text\n3 images…\n…\ntotal 1.5 s\n```\n")
+    (block,) = blocks(page)
+    check_printed(block, "4 images of 2\nmore\ntotal  12 s\n")
+    with pytest.raises(AssertionError, match="not printed: total"):
+        check_printed(block, "4 images of 2\n")
+    with pytest.raises(AssertionError, match="not printed: 3 images…"):
+        check_printed(block, "4 cells\ntotal 1 s\n")
 
 
 @pytest.mark.parametrize("section", PLUGINS)
@@ -92,15 +110,41 @@ def _keys(section):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """A folder in which the first hour has been run: drawn images, a trained run, and what the other pages name."""
+def walked(tmp_path_factory):
+    """A new folder in which the first hour has been run, and what ran."""
     folder = tmp_path_factory.mktemp("lab")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         ran = run_page(DOCS / "first_hour.md")
-        draw_what_pages_name(folder)
-        yield folder
-    assert len(ran) > 5
+        yield folder, ran
+
+
+@pytest.fixture(scope="module")
+def lab(walked):
+    """The folder of the first hour: drawn images, a trained run, and what the other pages name."""
+    draw_what_pages_name(walked[0])
+    return walked[0]
+
+
+@pytest.mark.slow
+def test_a_strangers_walk_through_the_first_hour(walked):
+    """From a folder to an export, in this order; `run_page` looks for what the page says each command prints."""
+    folder, ran = walked
+    commands = [one for one in ran if one.block.language == "bash"]
+    for block, printed, seconds in ran:
+        print(f"{seconds:6.1f} s  {block}  {block.code.splitlines()[0]}")
+        assert printed or block.language == "python", block
+    assert [kind(one.block.commands) for one in commands] == WALK
+    assert not [name for name in LEFT if not (folder / "runs/my_cells" / name).exists()]
+    shown = [block.line for block in blocks(DOCS / "first_hour.md") if block.language == "text"]
+    assert len(shown) == len(WALK)
+
+
+def kind(commands):
+    """The only command of a block: what it does, and whether it only looks."""
+    (words,) = commands
+    looks = [word for word in words if word in ("--check", "--debug")]
+    return " ".join([words[1] if words[0] == "sslcells" else words[3].removeprefix("sslcells."), *looks])
 
 
 @pytest.mark.slow
