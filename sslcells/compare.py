@@ -19,14 +19,14 @@ from sslcells import __version__, commandline, inputs, launcher, ranks, values
 from sslcells.config import PLUGINS, ConfigError, Run, load, validated
 from sslcells.data import ImageSet, listing, open_splits
 from sslcells.data.subset import Subset, labelled_part, without_labs
-from sslcells.evaluation import against, frozen_probes, new_labs
+from sslcells.evaluation import against, compared_in_short, frozen_probes, new_labs
 from sslcells.evaluation.across import finding
-from sslcells.evaluation.answers import FROZEN, Answer, differences, lab_table, of_lab, rows, said, table
+from sslcells.evaluation.answers import FROZEN, Answer, differences, lab_table, of_lab, pairs, rows, said, table
 from sslcells.evaluation.classifier import joined, predict
 from sslcells.evaluation.frozen_probes import Asked
 from sslcells.evaluation.gallery import Picture
 from sslcells.evaluation.pictures import fractions_plot, model_curves
-from sslcells.evaluation.report import document, say_findings, say_table, section_of, write
+from sslcells.evaluation.report import answer_section, document, say_answers, say_findings, say_table, section_of, write
 from sslcells.evaluation.sheets import Image, prediction_sheet
 from sslcells.models import files
 from sslcells.models.frozen import Frozen, FrozenEncoder
@@ -43,6 +43,8 @@ from sslcells.train import train
 
 MODELS = {"supervised": "from scratch", "probe": "frozen encoder", "fine-tuned": "from the encoder"}
 RESULTS, REPORT = "comparison.json", "comparison.html"
+LABELS = "What labels are worth"
+"""The title of the picture beside the answers."""
 _CURVE = 12
 """Evaluations on val during each training."""
 
@@ -93,10 +95,12 @@ def compare(
         "models": rows(answers[first]),
         "frozen": [one.about() for one in others],
         "differences": differences(answers[first]),
+        "pairs": pairs(answers[first], run.seed),
         "labs": [of_lab(name, answers[name]) for name in left_out],
         "notes": [note for one in others for note in listing.warning(one.name, one.folder, asked[first][0], first)],
         "made": {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": round(time.perf_counter() - began, 1)},
     }
+    result["answers"] = compared_in_short.answers(result)
     _report(run, result, draw(run, parts, answers[first], asked[first][0]))
     return result
 
@@ -129,9 +133,13 @@ def _report(run: Run, result: Mapping[str, Any], pictures: Sequence[Picture]) ->
         say_table(console, shown)
     if findings:
         say_findings(console, "Against frozen encoders", findings)
+    say_answers(console, result["answers"])
     write(run.folder / RESULTS, json_text(result, indent=2) + "\n")
     about = f"sslcells {__version__}, {run.model.backbone}, {run.method.name}"  # type: ignore[attr-defined]
-    body = section_of("The models", tables, pictures, findings)
+    basis = f"Measured on the {result['asked']} split; in brackets 95 % intervals of differences on the same images."
+    first = [picture for picture in pictures if picture.title == LABELS]
+    body = answer_section(result["answers"], basis, first)
+    body += section_of("The models", tables, [one for one in pictures if one not in first], findings)
     write(run.folder / REPORT, document(f"{run.name}: what labels are worth", about, body))
     print(f"{run.folder / RESULTS}, {REPORT}; {result['made']['seconds']:.0f} s")
 
@@ -335,7 +343,7 @@ def draw(run: Run, parts: Sequence[Part], answers: Sequence[Answer], images: Ima
     score = "top1" if full[0].predictions.labels.ndim == 1 else "auroc"
     points = [(of.model, of.fraction, of.predictions.figures()[score]) for of in answers]
     path = fractions_plot(points, folder / "comparison_labels.png", {"top1": "accuracy"}.get(score, "AUROC"))
-    drawn.append(Picture("What labels are worth", path, "A point for each seed, lines through the means."))
+    drawn.append(Picture(LABELS, path, "A point for each seed, lines through the means."))
     first = {of.model: of.predictions for of in full if of.seed == run.seed and of.model in MODELS}
     one = next(iter(first.values()))
     if one.labels.ndim == 1:

@@ -60,6 +60,7 @@ def test_it_leaves_a_page_with_table_and_pictures(compared):
     HTMLParser().feed(page)
     assert page.count("data:image/png;base64,") == 3
     assert "fine-tuned" in page
+    assert page.index("<h2>In short") < page.index("data:image/png") < page.index("<h2>The models")
     assert json.loads((run.folder / "comparison.json").read_text(encoding="utf-8"))["seeds"] == 2
 
 

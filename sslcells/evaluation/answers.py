@@ -73,6 +73,7 @@ def of_lab(name: str, answers: Sequence[Answer]) -> dict[str, Any]:
         "few": [first.classes[c] for c, n in enumerate(counts) if 0 < n < FEW],
         "models": rows(counted),
         "differences": differences(counted),
+        "pairs": pairs(counted),
     }
 
 
@@ -98,6 +99,34 @@ def differences(answers: Sequence[Answer], seed: int = 0) -> list[dict[str, Any]
             first, second = ([one.probabilities.argmax(1) for one in some] for some in (mine, other))
             found = difference(Units(mine[0].sources, seed), mine[0].labels, first, second)
             out.append({"model": ours, "against": theirs, "scores": {k: rounded(v) for k, v in found.items()}})
+    return out
+
+
+PAIRS = (("fine-tuned", "supervised"), ("probe", "supervised"), ("fine-tuned", "probe"))
+"""A model, and the one that it is held beside with as many labels."""
+
+
+def pairs(answers: Sequence[Answer], seed: int = 0) -> list[dict[str, Any]]:
+    """How much higher a model scores than another with as many labels, means over seeds, for comparison.json.
+
+    Empty where an image may have several classes.
+    """
+    out = []
+    for fraction in dict.fromkeys(of.fraction for of in answers):
+        for ours, theirs in PAIRS:
+            mine, other = (
+                {of.seed: of.predictions for of in answers if (of.model, of.fraction) == (model, fraction)}
+                for model in (ours, theirs)
+            )
+            if not mine or mine.keys() != other.keys() or next(iter(mine.values())).labels.ndim > 1:
+                continue
+            of = next(iter(mine.values()))
+            guess, beside = ([one.probabilities.argmax(1) for one in some.values()] for some in (mine, other))
+            units = Units(of.sources, seed)
+            found = difference(units, of.labels, guess, beside)
+            each = [difference(units, of.labels, [m], [t])[METRIC].value for m, t in zip(guess, beside, strict=True)]
+            row = {"fraction": fraction, "model": ours, "against": theirs, "units": units.count, "of each seed": each}
+            out.append(row | {"scores": {key: rounded(score) for key, score in found.items()}})
     return out
 
 

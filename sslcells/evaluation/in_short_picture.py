@@ -95,4 +95,4 @@ def _draw(ax: Axes, y: float, dot: Dot) -> None:
         ax.plot([low, high], [y, y], color=dot.colour, linewidth=3, solid_capstyle="round")
     ax.plot([value], [y], "o", color=dot.colour, markersize=8)
     if dot.chance is not None:
-        ax.plot([dot.chance] * 2, [y - 0.14, y + 0.14], color="black", linewidth=1.2)
+        ax.plot([dot.chance] * 2, [y - 0.14, y + 0.09], color="black", linewidth=1.2)

@@ -139,12 +139,13 @@ def say_figures(console: Console, result: Mapping[str, Any]) -> None:
         for table in against_tables(result):
             say_table(console, table)
         say_findings(console, "Against frozen encoders", [one["finding"] for one in result["against"]])
-    _say_answers(console, result.get("answers") or ())
+    say_answers(console, result.get("answers") or ())
     for note in result["notes"]:
         console.print(f"  · {note}", markup=False, soft_wrap=True)
 
 
-def _say_answers(console: Console, answers: Sequence[Mapping[str, Any]]) -> None:
+def say_answers(console: Console, answers: Sequence[Mapping[str, Any]]) -> None:
+    """Print questions with their verdicts and sentences; nothing where there are none."""
     said = [{**one, "text": f"{one['question']} {one['verdict'].capitalize()}. {one['text']}"} for one in answers]
     if said:
         say_findings(console, IN_SHORT, said)
@@ -168,10 +169,11 @@ figcaption, .caption, .made { color: #555; font-size: .85rem; margin: .3rem 0; }
 dl { margin: .5rem 0; max-width: 50rem; } dt { font-weight: 600; margin-top: .7rem; break-after: avoid; }
 dd { margin: .1rem 0 0; break-inside: avoid; }
 .verdict { display: inline-block; border: 1px solid #777; border-radius: .3rem; padding: 0 .4rem; margin-left: .2rem;
-  font-size: .9rem; }
+  font-size: .9em; }
 .verdict.good { border-color: #006b4f; color: #006b4f; } .verdict.bad { border-color: #a33a00; color: #a33a00; }
 .first img { width: 30rem; }
-@media print { body { font-size: 9pt; max-width: none; padding: 0; } table { font-size: 7pt; }
+@media print { body { font-size: 9pt; max-width: none; padding: 0; } .caption, figcaption, .made { font-size: 8pt; }
+  table { font-size: 7pt; }
   h2, h3, thead { break-after: avoid; } .caption { break-before: avoid; } figure img { max-height: 20cm; }
   .scroll { overflow: visible; } th, td { white-space: normal; padding: .1rem .3rem; } tr { break-inside: avoid; } }
 """
@@ -197,20 +199,18 @@ def page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
 def _first(result: Mapping[str, Any], pictures: Sequence[Picture]) -> list[str]:
     """The answers, and the picture beside them; empty where nothing was answered."""
     answers = result.get("answers")
-    if not answers:
-        return []
-    return [f"<h2>{IN_SHORT}</h2>", *answer_list(answers, basis(result)), *_figures(pictures, "first")]
+    return answer_section(answers, basis(result), pictures) if answers else []
 
 
-def answer_list(answers: Sequence[Mapping[str, Any]], caption: str) -> list[str]:
-    """Questions with their verdicts and sentences as lines of HTML."""
-    body = ["<dl>"]
+def answer_section(answers: Sequence[Mapping[str, Any]], caption: str, pictures: Sequence[Picture] = ()) -> list[str]:
+    """A heading, questions with their verdicts and sentences, and pictures as lines of HTML."""
+    body = [f"<h2>{IN_SHORT}</h2>", "<dl>"]
     for one in answers:
         kind = "bad" if one["warning"] else "good" if one["verdict"] in (YES, NONE_SEEN) else ""
         verdict = f'<span class="{f"verdict {kind}".strip()}">{escape(one["verdict"])}</span>'
         text = escape(one["text"]).replace(" %", "&nbsp;%")
         body += [f"<dt>{escape(one['question'])} {verdict}</dt>", f"<dd>{text}</dd>"]
-    return [*body, "</dl>", f'<p class="caption">{escape(caption)}</p>']
+    return [*body, "</dl>", f'<p class="caption">{escape(caption)}</p>', *_figures(pictures, "first")]
 
 
 def _list(findings: Sequence[Mapping[str, Any]]) -> list[str]:

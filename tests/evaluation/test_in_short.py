@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from sslcells.evaluation import compared_in_short
+from sslcells.evaluation.answers import Answer, pairs
+from sslcells.evaluation.classifier import Predictions
 from sslcells.evaluation.confused import confused
 from sslcells.evaluation.in_short import answers, basis, overall
 from sslcells.evaluation.in_short_picture import dots
@@ -309,3 +312,54 @@ def test_the_last_value_of_a_step_counts_and_nan_does_not():
     rows = [*logged([0.5 + 0.02 * i for i in range(20)]), {"step": 190, "knn/balanced": 0.1}]
     assert more_training(rows)[1] != "likely"
     assert more_training([{"step": 0, "knn/balanced": float("nan")}])[1] == "not known"
+
+
+def of_model(model, right, seed=0, fraction=1.0, images=200):
+    """A model's answers, of which this share is right, the same images for all."""
+    labels = torch.arange(images) % 2
+    guess = torch.where(torch.rand(images, generator=torch.Generator().manual_seed(seed)) < right, labels, 1 - labels)
+    p = torch.nn.functional.one_hot(guess, 2).double()
+    names = [str(i) for i in range(images)]
+    return Answer(model, fraction, seed, Predictions(names, ["a", "b"], labels, torch.arange(images), p))
+
+
+def compared(*models, **more):
+    given = {"starts": {"supervised": "from scratch"}, "frozen": [], "differences": [], "labs": []}
+    found = compared_in_short.answers({"pairs": pairs(models), **given, **more})
+    return {of["question"]: of for of in found}
+
+
+START = "Is the encoder a better start than none?"
+
+
+@pytest.mark.parametrize(
+    ("tuned", "scratch", "verdict"),
+    [
+        ([0.95, 0.95], [0.6, 0.6], "yes"),
+        ([0.6, 0.6], [0.95, 0.95], "no"),
+        ([0.8, 0.8], [0.8, 0.8], "no difference seen"),
+        ([1.0, 0.6], [0.5, 0.65], "no difference seen"),  # better on the mean, but not for every seed
+    ],
+)
+def test_models_are_compared_over_seeds(tuned, scratch, verdict):
+    models = [of_model("fine-tuned", right, seed) for seed, right in enumerate(tuned)]
+    models += [of_model("supervised", right, 10 + seed)._replace(seed=seed) for seed, right in enumerate(scratch)]
+    assert compared(*models)[START]["verdict"] == verdict
+
+
+def test_a_comparison_says_how_many_labels_and_what_was_not_asked():
+    few, many = (
+        [of_model("fine-tuned", right, 0, part), of_model("supervised", 0.7, 1, part)._replace(seed=0)]
+        for part, right in ((0.01, 0.95), (1.0, 0.7))
+    )
+    found = compared(*few, *many)
+    assert found[START]["verdict"] == "in part"
+    assert "with 1 % of the labels better, +" in found[START]["text"]
+    assert "with 100 % of the labels no difference seen" in found[START]["text"]
+    assert [of["verdict"] for of in found.values()] == ["in part", "not known", "not known", "not asked", "not asked"]
+    labs = [{"lab": "north", "pairs": pairs([*few, *many])}]
+    less = {"model": "fine-tuned", "against": "frozen net", "scores": score(-0.1)}
+    more = compared(*few, starts={"supervised": "from resnet18"}, labs=labs, frozen=["net"], differences=[less])
+    assert "Is the encoder better than training from resnet18?" in more
+    verdicts = [of["verdict"] for of in more.values()]
+    assert verdicts == ["yes", "not known", "not known", "no", "no difference seen"]
