@@ -273,12 +273,18 @@ def _leaks(result: Mapping[str, Any]) -> Answer:
         sure = "are" if any("too, byte" in text or "in both" in text for text in leaking.values()) else "may be"
         text = f"{'; '.join(leaking.values())}: figures of {' and '.join(leaking)} {sure} too high.{why}"
         return Answer(question, "some", text, True)
-    looked = all(f"train and {split}" in found["near duplicates"] for split in others)
-    text = f"No image of {' or '.join(others)} is in train too" + ", and no more than by chance nearly" * looked
+    near = found["near duplicates"]
+    looked = all(f"train and {split}" in near for split in others) and near["copies found"] >= 0.5
+    nearly = ", and no more than by chance nearly" if looked else "; nearly equal ones would not have been found"
+    text = f"No image of {' or '.join(others)} is in train too{nearly}"
     if not found["sources known"]:
         text = f"{text}; but {unknown}: data.sources names them, `sslcells sources` looks for them."
         return Answer(question, "sources not known", text)
-    return Answer(question, NONE_SEEN, f"{text}; no source (donor, slide, photograph) is in both.")
+    return Answer(
+        question,
+        NONE_SEEN if looked else "copies not known",
+        f"{text}; no source (donor, slide, photograph) is in both.",
+    )
 
 
 def _shared(found: Mapping[str, Any], split: str) -> Iterator[str]:

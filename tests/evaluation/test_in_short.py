@@ -55,12 +55,13 @@ def result(colour=0.2, untrained=0.1, half=0.02, sources=40, **more):
     return {**known, **more}
 
 
-def leaks(copies=0, near=False, sources=0, known=True):
+def leaks(copies=0, near=False, sources=0, known=True, found=0.9):
     both = "train and test"
     return {
         "sources known": known,
         "exact duplicates": {both: {"count": copies}},
         "near duplicates": {
+            "copies found": found,
             "train and val": {"images": 0},
             both: {"images": 7, "of": 400, "more than by chance": near},
         },
@@ -251,6 +252,7 @@ def test_classes_of_few_images_are_named_and_not_counted():
     [
         ({}, "none seen", "No image of val or test is in train too, and no more than by chance nearly; no source"),
         ({"known": False}, "sources not known", "but sources are not known"),
+        ({"found": 0.4}, "copies not known", "nearly equal ones would not have been found; no source"),
         ({"copies": 3}, "some", "3 images of test are in train too, byte for byte: figures of test are too high."),
         (
             {"near": True},
