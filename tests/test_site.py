@@ -14,7 +14,7 @@ sys.path.insert(0, str(DOCS / "generate"))
 import settings
 
 ELSEWHERE = {"laboratories.md": "tests/test_laboratories.py"}
-"""Pages whose commands another test reads, and none runs: they train on two laboratories for minutes."""
+"""Pages whose commands another test runs, with laboratories of its own."""
 WALK = ["train --check", "train --debug", "train", "runs", "evaluate", "embed", "search", "export"]
 """The commands of the first hour, in their order."""
 LEFT = [
@@ -151,5 +151,5 @@ def kind(commands):
 @pytest.mark.parametrize("page", [p for p in pages() if p.name != "first_hour.md"], ids=lambda page: page.name)
 def test_the_blocks_of_the_page_run(lab, page):
     if page.name in ELSEWHERE:
-        pytest.skip(f"{ELSEWHERE[page.name]} reads the commands of {page.name}; none runs them")
+        pytest.skip(f"{ELSEWHERE[page.name]} runs the commands of {page.name}")
     run_page(page)
