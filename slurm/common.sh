@@ -69,6 +69,21 @@ sweep() {
   sbatch "${sbatch_options[@]}" --array="0-$((${#lines[@]} - 1))${SWEEP_AT_ONCE:+%$SWEEP_AT_ONCE}" "$0" "$file" "$@"
 }
 
+# tune RECIPE [ARGUMENT ...]: a search with Optuna. TUNE_AT_ONCE tasks of a job array share its study in out/name: each
+# takes the next trial, and resumes those of tasks that are gone.
+tune() {
+  begin
+  local recipe module=sslcells.tune
+  recipe=$(recipe_of "$1")
+  shift
+  if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    run --config "$recipe" "$@"
+  else
+    check 1 --config "$recipe" "$@" >/dev/null
+    sbatch "${sbatch_options[@]}" --array="0-$((${TUNE_AT_ONCE:-1} - 1))" "$0" "$@"
+  fi
+}
+
 # sweep_arguments NUMBER [ARGUMENT ...]: the arguments of one run, in order of rising priority: the default name, the
 # common arguments, the words of its line (quoted as in a shell). Options come first: a command line takes all its
 # section.key=value in one piece.
@@ -90,7 +105,7 @@ sweep_arguments() {
 
 # check RANKS ARGUMENT ...: print the whole configuration, or print what is wrong with it and exit with 2.
 check() {
-  WORLD_SIZE=$1 python -m sslcells.train --check "${@:2}" || exit
+  WORLD_SIZE=$1 python -m "${module:-sslcells.train}" --check "${@:2}" || exit
 }
 
 # value KEY CONFIGURATION: the value of a top-level key. YAML quotes a string that looks like a number.
@@ -113,7 +128,7 @@ run() {
   rm -f "$folder/stopped.txt" # from an earlier job
   newest=$(newest) exported=$(exported)
   if [[ -z $asked ]]; then
-    "${each_node[@]}" launch "${launch[@]}" -m sslcells.train "$@" &
+    "${each_node[@]}" launch "${launch[@]}" -m "${module:-sslcells.train}" "$@" &
     step=$!
     await "$step" || status=$?
   fi
@@ -239,14 +254,14 @@ again() {
   fail "SLURM refuses to requeue job $job; submit it again with the same arguments, and it resumes"
 }
 
-# newest: the run's newest complete checkpoint.
+# newest: the newest complete checkpoint of the run, or of the last trial of a search.
 newest() {
-  find "$folder/checkpoints" -maxdepth 1 -name "step_*" 2>/dev/null | sort | tail -n 1
+  find "$folder"/{,trial_*/}checkpoints -maxdepth 1 -name "step_*" 2>/dev/null | sort | tail -n 1
 }
 
-# exported: a word that changes when the run's encoder is written, the last thing that a training does.
+# exported: a word that changes when the run's encoder, or a search's table, is written: the last thing that either does.
 exported() {
-  stat --format=%i-%y "$folder/encoder.safetensors" 2>/dev/null || true
+  stat --format=%i-%y "$folder"/{encoder.safetensors,trials.csv} 2>/dev/null || true
 }
 
 # inspect GPUS FOLDER: on each node, fail if a rank cannot work there.

@@ -49,6 +49,16 @@ stopped, the same command resumes it.
   accelerate launch --config_file launch/gpu8.yaml -m sslcells.compare --config compare_pathmnist
 """
 
+_TUNE = """\
+Search for good settings with Optuna (extra: optuna). Each trial is a run in its own folder below out/name; the figure
+on val that training writes last decides (kNN, or a classifier's), test is never read. Run again, the same command
+resumes; started several times, also on other machines, all share the trials. Ends with a table, search.png (what
+mattered) and best.yaml, which `train --config` takes.
+
+  sslcells tune --config simclr_bloodcells name=search --search optim.lr=1e-4..1e-2:log method.temperature=0.05..0.5
+  sslcells tune --config folder data.path=my/cells name=batch --search train.global_batch=128,256,512 --trials 3
+"""
+
 _SOURCES = """\
 Find images in a folder that were made from the same photograph (rotated, mirrored, shifted, cropped) when file names
 do not tell. Writes sources.csv for data.sources; then such images are never negatives of each other, and never leak
@@ -139,7 +149,7 @@ def arguments(command: str | None = None, argv: Sequence[str] | None = None) -> 
     parser = argparse.ArgumentParser(prog="sslcells", description="Self-supervised learning for cell images.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    adding = (_train, _evaluate, _compare, _doctor, _export, _embed, _search, _sources, _cells, _split, _pack)
+    adding = (_train, _evaluate, _compare, _tune, _doctor, _export, _embed, _search, _sources, _cells, _split, _pack)
     for add in (*adding, _runs, _board, _sync, _recipes, _init):
         add(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -218,6 +228,19 @@ def _compare(commands: _Commands) -> None:
     words = "images of a laboratory that training never saw, to ask all models about; may be repeated"
     sub.add_argument("--lab", action="append", default=[], metavar="NAME=FOLDER", help=words)
     _lab_sources(sub)
+
+
+def _tune(commands: _Commands) -> None:
+    sub = _command(commands, "tune", "search for good settings, choosing on val", _TUNE)
+    _recipe_options(sub)
+    words = "what is searched: KEY=LOW..HIGH, KEY=LOW..HIGH:log or KEY=A,B,C; may be repeated"
+    ranged: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=RANGE"}
+    sub.add_argument("--search", help=words, **ranged)
+    words = "trials of the study, of all processes together (20); a larger number goes on with a study"
+    sub.add_argument("--trials", type=int, default=20, metavar="N", help=words)
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what trials choose (0)")
+    words = "print the configuration and what is searched, then exit"
+    sub.add_argument("--check", action="store_true", help=words)
 
 
 def _lab_sources(sub: argparse.ArgumentParser) -> None:

@@ -41,6 +41,17 @@ def _compare(args: argparse.Namespace) -> None:
     command(args)
 
 
+def _tune(args: argparse.Namespace) -> None:
+    from sslcells.config import installed
+    from sslcells.tuning.ranges import ranges
+
+    ranges(args.search, args.config, args.overrides)  # as above
+    installed("optuna", "optuna", "sslcells tune")
+    from sslcells.tune import command
+
+    command(args)
+
+
 def _doctor(args: argparse.Namespace) -> None:
     from sslcells.doctor import command
 
@@ -192,6 +203,7 @@ _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
+    "tune": _tune,
     "doctor": _doctor,
     "runs": _runs,
     "board": _board,

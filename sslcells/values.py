@@ -215,7 +215,7 @@ def fitted(value: Any, kind: Any) -> Any:
 
     `none` empties a field that may be empty. A value that does not fit is returned unchanged, for pydantic to refuse.
     """
-    kinds = list(_options(kind))
+    kinds = list(options(kind))
     if isinstance(value, Word):
         return _fitted_word(value, kinds, kind)
     if isinstance(value, list):
@@ -239,13 +239,13 @@ def _fitted_word(word: Word, kinds: list[Any], kind: Any) -> Any:
     return fitted(word.value, kind) if isinstance(word.value, dict | list) else word.value
 
 
-def _options(kind: Any) -> Iterator[Any]:
+def options(kind: Any) -> Iterator[Any]:
     """The types that a type allows: the members of a union, without Annotated."""
     if get_origin(kind) is Annotated:
-        yield from _options(get_args(kind)[0])
+        yield from options(get_args(kind)[0])
     elif get_origin(kind) in (Union, UnionType):
         for one in get_args(kind):
-            yield from _options(one)
+            yield from options(one)
     else:
         yield kind
 

@@ -295,6 +295,28 @@ def configurations(folder):
     return [folder / name / "config.yaml" for name in ("three-0", "warm", "warmer")]
 
 
+def test_a_search_that_two_tasks_share(cluster, tmp_path, tiny):
+    fixed = [*tiny, "name=search", "train.total_steps=60"]
+    wanted = [*fixed, "--trials", "4", "--search", "method.temperature=0.1..0.5"]
+    logs = f"{tmp_path}/%A_%a.log"
+    command = ["bash", "slurm/tune.sh", *wanted]
+    number, _ = submit(cluster, tmp_path, *command, SBATCH_OUTPUT=logs, NODES="1", TUNE_AT_ONCE="2")
+    log = tmp_path / f"{number}_0.log"
+    reach(10, tmp_path / "search" / "trial_0000", log)
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{number}_0")
+    cluster.again(f"{number}_0", log)
+    for task in range(2):
+        cluster.wait(f"{number}_{task}", "COMPLETED", PATIENCE, tmp_path / f"{number}_{task}.log")
+    for trial in range(4):
+        assert_whole(tmp_path / "search" / f"trial_{trial:04}", 60)
+    text = "".join((tmp_path / f"{number}_{task}.log").read_text() for task in range(2))
+    assert text.count("resuming after step") == 1
+    assert (tmp_path / "search" / "trials.csv").read_text().count("finished") == 4
+    wrong = on_login_node(cluster, "bash", "slurm/tune.sh", *fixed, "--search", "method.temprature=0.1..0.5")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "did you mean method.temperature?" in wrong.stderr
+
+
 def test_a_wrong_sweep(cluster, tmp_path, tiny):
     sweep = tmp_path / "wrong.txt"
     sweep.write_text("name=same\nmethod.temprature=0.1\nname=same method.temperature=0.2\n")
