@@ -278,3 +278,16 @@ def test_sync_without_a_network(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().err
     assert "W&B cannot be reached, or refuses" in told
     assert "connection refused" in told
+
+
+@pytest.mark.parametrize(
+    ("before", "said", "policy"),
+    [("", None, "PASSIVE"), ("", "ACTIVE", "ACTIVE"), ("import sys; sys.modules['torch'] = sys; ", None, "None")],
+)
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(before, said, policy):
+    """With torch's threads there already, the setting would only be a claim."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": said} if said else {}
+    code = f"{before}import sslcells, os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == policy

@@ -230,9 +230,12 @@ def test_cores_that_a_cgroup_pays_for(own, file, text, expected, tmp_path):
 
 
 @pytest.mark.slow
-def test_results_do_not_depend_on_threads(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "values"), [("threads", (1, 2)), ("workers", (0, 2)), ("channels_last", ("false", "true"))]
+)
+def test_results_do_not_depend_on_what_a_machine_is_asked_for(key, values, tmp_path):
     few = ["train.total_steps=2", "optim.name=sgd", "optim.lr=0.01", "evaluate.pictures=false"]
-    one, two = (train(tiny(tmp_path, *few, f"name=t{n}", f"train.threads={n}")) for n in (1, 2))
+    one, two = (train(tiny(tmp_path, *few, f"name={value}", f"train.{key}={value}")) for value in values)
     a, b = (load_file(folder / "encoder.safetensors") for folder in (one, two))
     for key, value in a.items():
         torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-5)
