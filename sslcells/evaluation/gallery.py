@@ -10,13 +10,14 @@ from torch import Tensor
 from sslcells.evaluation.clustering import clusters
 from sslcells.evaluation.encode import spread
 from sslcells.evaluation.figures import ClassScores
+from sslcells.evaluation.hover_map import hover_map
 from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.pictures import Map, coloured_map, confusion, similarity_histogram, tsne_map, umap_map
 from sslcells.evaluation.sheets import Image, neighbour_sheet
 from sslcells.losses import unit
 
-Drawn = tuple[str, Path | None, str]
-"""Title, file or None, caption."""
+Live = Callable[[Map, Tensor, Sequence[str]], str]
+"""HTML of a map, from it, the group of each row (N,) int64, and the groups' names."""
 
 PAIRS = 20_000
 """Random pairs in the histogram of similarities."""
@@ -30,6 +31,17 @@ class Picture(NamedTuple):
     title: str
     path: Path
     caption: str
+    live: str = ""
+    """HTML that takes the picture's place on a page where scripts run"""
+
+
+class Drawn(NamedTuple):
+    """As a Picture; the path is None if the data does not allow it."""
+
+    title: str
+    path: Path | None
+    caption: str
+    live: str = ""
 
 
 def draw(
@@ -55,8 +67,14 @@ def draw(
         path = confusion(
             features.labels[known], answer.predicted, classes, folder / f"confusion_{number}.png", answer.name
         )
-        drawn.append((f"Confusion: {answer.name}", path, caption))
-    drawn += _maps(features, split, classes, folder, seed, umap)
+        drawn.append(Drawn(f"Confusion: {answer.name}", path, caption))
+    last = predictions[-1] if predictions and classes else None
+    predicted = None if last is None else (last.name.partition(",")[0], _of_all(known, last.predicted))
+
+    def live(place: Map, groups: Tensor, names: Sequence[str]) -> str:
+        return hover_map(place, groups, names, features.names, predicted, pixels)
+
+    drawn += _maps(features, split, classes, folder, seed, umap, live)
     few = torch.tensor(spread(len(features.z), _SHOWN))
     sheet = neighbour_sheet(
         lambda i: pixels(int(few[i])),
@@ -70,26 +88,39 @@ def draw(
     caption = (
         f"Nearest among {len(few):,} images of {split} by cosine (below each), images of the query's source left out."
     )
-    drawn.append(("Nearest neighbours", sheet, f"{caption} ✓ and green: the query's class; ✗ and red: another."))
+    drawn.append(Drawn("Nearest neighbours", sheet, f"{caption} ✓ and green: the query's class; ✗ and red: another."))
     histogram = similarity_histogram(_pairs(features, views, seed), folder / "similarities.png")
     drawn.append(
-        ("Positives against negatives", histogram, "Random pairs; the further apart the two kinds, the better.")
+        Drawn("Positives against negatives", histogram, "Random pairs; the further apart the two kinds, the better.")
     )
-    return [Picture(title, path, caption) for title, path, caption in drawn if path is not None]
+    return [Picture(one.title, one.path, one.caption, one.live) for one in drawn if one.path is not None]
+
+
+def _of_all(known: Tensor, predicted: Tensor) -> Tensor:
+    """Predictions (N,) of all rows; −1 of rows that are not known, a mask (N,)."""
+    every = torch.full((len(known),), -1)
+    every[known] = predicted.cpu()
+    return every
 
 
 def _maps(
-    features: SplitFeatures, split: str, classes: Sequence[str], folder: Path, seed: int, umap: bool
+    features: SplitFeatures, split: str, classes: Sequence[str], folder: Path, seed: int, umap: bool, live: Live
 ) -> list[Drawn]:
     out: list[Drawn] = []
     for place in (tsne_map(features.z, seed), umap_map(features.z, seed) if umap else None):
         if place is not None:
-            out += _maps_of(place, features, split, classes, folder, seed)
+            out += _maps_of(place, features, split, classes, folder, seed, None if out else live)
     return out
 
 
 def _maps_of(
-    place: Map, features: SplitFeatures, split: str, classes: Sequence[str], folder: Path, seed: int
+    place: Map,
+    features: SplitFeatures,
+    split: str,
+    classes: Sequence[str],
+    folder: Path,
+    seed: int,
+    live: Live | None,
 ) -> list[Drawn]:
     name, prefix = place.name, place.name.replace("-", "").lower()
     caption = f"{name} keeps near images near; distances between groups and their sizes mean nothing."
@@ -98,23 +129,23 @@ def _maps_of(
         path = coloured_map(
             place, features.labels, classes, folder / f"{prefix}_class.png", f"Classes of the {split} split"
         )
-        out.append((f"{name} map by class", path, caption))
+        shown = live(place, features.labels, classes) if live else ""
+        out.append(Drawn(f"{name} map by class", path, caption, shown))
     numbers, group = torch.unique(features.sources, return_inverse=True)
     if len(numbers) < len(features.sources):
         first = {g: i for i, g in reversed(list(enumerate(group.tolist())))}
         names = [features.names[first[g]].rpartition("/")[2] for g in range(len(numbers))]
         title = f"Sources of the {split} split, named by an image"
         path = coloured_map(place, group, names, folder / f"{prefix}_source.png", title, "other sources")
-        out.append(
-            (f"{name} map by source", path, f"{caption} If sources lie apart, features show more than the cells.")
-        )
+        said = f"{caption} If sources lie apart, features show more than the cells."
+        out.append(Drawn(f"{name} map by source", path, said))
     count = max(2, len(set(features.labels[features.labels >= 0].tolist()))) if classes else 8
     cluster = clusters(features.z, count, seed)
     names = [f"cluster {c + 1}" for c in range(count)]
     path = coloured_map(place, cluster, names, folder / f"{prefix}_cluster.png", f"k-means of the {split} split")
-    out.append(
-        (f"{name} map by cluster", path, f"{caption} {count} clusters, computed from the features, not from the map.")
-    )
+    said = f"{caption} {count} clusters, computed from the features, not from the map."
+    shown = live(place, cluster, names) if live and not classes else ""
+    out.append(Drawn(f"{name} map by cluster", path, said, shown))
     return out
 
 

@@ -279,28 +279,38 @@ def similarity_histogram(kinds: Mapping[str, Tensor], out: Path) -> Path | None:
     return save(figure, out)
 
 
-def scatter(ax: Axes, place: Floats, labels: NDArray[np.int64], classes: Sequence[str], others: str) -> int:
-    """Points (N, 2) with a legend of classes and how many points each has; returns the legend's columns."""
+def grouped(
+    labels: NDArray[np.int64], classes: Sequence[str], others: str
+) -> list[tuple[str, NDArray[np.bool_], tuple[str, str]]]:
+    """The groups of a map that have points: name, which points (N,), colour and marker (one of MARKERS, or "P").
+
+    The commonest classes have a style of their own; the other classes are one group, called `others`, and points
+    without a label, below 0, another.
+    """
     images = np.bincount(labels[labels >= 0], minlength=len(classes))
     styles = [(color, marker) for marker in MARKERS for color in OKABE_ITO]
     distinct = sorted(np.argsort(-images, kind="stable")[: len(styles)].tolist())
     other = (labels >= 0) & ~np.isin(labels, distinct)
     groups = [("unlabelled", labels < 0, (GREY, "o")), (others, other, (GREY, "P"))]
     groups += [(classes[c], labels == c, style) for c, style in zip(distinct, styles, strict=False)]
+    return [group for group in groups if group[1].any()]
+
+
+def scatter(ax: Axes, place: Floats, labels: NDArray[np.int64], classes: Sequence[str], others: str) -> int:
+    """Points (N, 2) with a legend of classes and how many points each has; returns the legend's columns."""
     size = float(np.clip(12_000 / len(place), 12, 60))  # points²
-    for name, chosen, (color, marker) in groups:
-        if chosen.any():
-            ax.scatter(
-                place[chosen, 0],
-                place[chosen, 1],
-                s=size / 2 if color == GREY else size,
-                c=color,
-                marker=marker,
-                linewidths=0 if color == GREY else 0.3,
-                edgecolors="white" if color == "#000000" else "black",
-                alpha=0.85,
-                label=f"{short(name)} ({chosen.sum():,})",
-            )
+    for name, chosen, (color, marker) in grouped(labels, classes, others):
+        ax.scatter(
+            place[chosen, 0],
+            place[chosen, 1],
+            s=size / 2 if color == GREY else size,
+            c=color,
+            marker=marker,
+            linewidths=0 if color == GREY else 0.3,
+            edgecolors="white" if color == "#000000" else "black",
+            alpha=0.85,
+            label=f"{short(name)} ({chosen.sum():,})",
+        )
     columns = -(-len(ax.collections) // _LEGEND_ROWS)
     scale = (40 / size) ** 0.5
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, ncols=columns, markerscale=scale)

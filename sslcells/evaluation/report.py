@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from sslcells.config import ConfigError
+from sslcells.evaluation import hover_map
 from sslcells.evaluation.against import against_tables
 from sslcells.evaluation.baselines import baseline_table
 from sslcells.evaluation.gallery import Picture
@@ -238,7 +239,7 @@ def _figures(pictures: Sequence[Picture], kind: str = "") -> list[str]:
     for picture in pictures:
         data = base64.b64encode(picture.path.read_bytes()).decode()
         image = f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}">'
-        body.append(f"<figure{named}>{image}<figcaption>{escape(picture.caption)}</figcaption></figure>")
+        body.append(f"<figure{named}>{image}{picture.live}<figcaption>{escape(picture.caption)}</figcaption></figure>")
     return body
 
 
@@ -246,7 +247,7 @@ def document(title: str, about: str, body: Sequence[str]) -> str:
     """An HTML page that needs no other file or network."""
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style>"
+        f"<title>{escape(title)}</title><style>{_STYLE}{hover_map.STYLE}</style>"
     )
     lines = "\n".join([f"<h1>{escape(title)}</h1>", f'<p class="made">{escape(about)}</p>', *body])
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{lines}\n</body></html>\n'

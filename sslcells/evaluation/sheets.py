@@ -50,7 +50,7 @@ def view_sheet(
     for column, ax in enumerate(axes[0]):
         ax.set_title(f"view {column - 1}" if column else "original", fontsize="small")
     channels = pixels.shape[1]
-    part = "" if channels in (1, 3) else f" (first {_shown_channels(channels)} of {channels} channels)"
+    part = "" if channels in (1, 3) else f" (first {shown_channels(channels)} of {channels} channels)"
     figure.suptitle(f"Augmented views{part}", fontsize="medium", y=1 - 0.08 / figure.get_figheight(), va="top")
     return save(figure, out)
 
@@ -235,13 +235,14 @@ def _sheet(rows: int, columns: int, caption: float, legend: float = 0.05) -> tup
     return figure, axes
 
 
-def _shown_channels(channels: int) -> int:
+def shown_channels(channels: int) -> int:
+    """How many channels of an image are shown: the first three, or the first of two."""
     return 3 if channels >= 3 else 1
 
 
 def _show(ax: Axes, image: Image, frame: str | None = None, caption: str = "") -> None:
     """Draw an image (H, W, C) with a coloured frame, or none."""
-    shown = image[..., : _shown_channels(image.shape[2])]
+    shown = image[..., : shown_channels(image.shape[2])]
     # Small images are shown pixel by pixel; large ones must be averaged down.
     interpolation = "nearest" if max(shown.shape[:2]) <= _INCH * DPI else "auto"
     top = 255 if shown.dtype == np.uint8 else 1
