@@ -40,8 +40,8 @@ _KEPT = 24
 """Parquet files kept in one folder: three splits, and eight ways to read them"""
 _SAVE = 60.0
 """seconds of work that a kill may lose"""
-_TELL = 10.0
-"""seconds until the expected time is printed"""
+_TELL, _AGAIN = 10.0, 60.0
+"""seconds until the expected time is printed, and until it is printed again"""
 _FRESH = 2 * 10**9
 """nanoseconds: a file changed so recently may change again with the same time stamp"""
 
@@ -81,7 +81,7 @@ def look(root: Path, listing: Listing, decoder: Decoder, whole: bool, part: str)
     names = listing.names
     broken: dict[str, str] = {}
     began = saved = time.monotonic()
-    told = False
+    told, every = began, _TELL
     done = 0
     for block in _headers(root, [names[i] for i in missing], decoder, whole):
         for header in block:
@@ -92,11 +92,12 @@ def look(root: Path, listing: Listing, decoder: Decoder, whole: bool, part: str)
             else:
                 broken[names[i]] = header
         now = time.monotonic()
-        if not told and now > began + _TELL:
-            told, left = True, (len(missing) - done) * (now - began) / done
+        if now > told + every:
+            told, every, left = now, max(every, _AGAIN), (len(missing) - done) * (now - began) / done
             _log.warning(
-                "%s: looking at %d images, once: about %d s more (data.verify=header or none takes less)",
+                "%s: looked at %d of %d images, once: about %d s more (data.verify=header or none takes less)",
                 root / part,
+                done,
                 len(missing),
                 left,
             )

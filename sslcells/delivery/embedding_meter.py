@@ -8,10 +8,7 @@ from rich.progress import Progress
 
 from sslcells import ranks
 from sslcells.delivery.shards import Embeddings
-from sslcells.run.progress import columns_on
-
-_LINE = 15.0
-"""Seconds between two lines of progress if the output is not a terminal."""
+from sslcells.run.progress import LINE, columns_on, line
 
 
 class Meter:
@@ -49,12 +46,12 @@ class Meter:
         """This rank has processed so many more images."""
         self._seen += images
         now = time.monotonic()
-        if self._console.quiet or now - self._looked < (1.0 if self._progress is not None else _LINE):
+        if self._console.quiet or now - self._looked < (1.0 if self._progress is not None else LINE):
             return
         self._looked = now
         if self._progress is not None:
             rate = f"{self._rate():,.0f} images/s"
-            self._progress.update(self._task, completed=self._before + self._done(), description=rate)
+            self._progress.update(self._task, completed=self._before + self._done(), figures=rate)
         else:
             self._line()
 
@@ -67,11 +64,6 @@ class Meter:
         return self._done() / max(1e-6, time.monotonic() - self._began)
 
     def _line(self) -> None:
-        done, rate = self._done(), self._rate()
-        left = time.strftime("%H:%M:%S", time.gmtime((self._todo - done) / max(rate, 1e-6)))
-        self._console.print(
-            f"{time.strftime('%H:%M:%S')}  {self._before + done} of {self._embeddings.count} images  "
-            f"{rate:,.1f} images/s  {left} left",
-            markup=False,
-            soft_wrap=True,
-        )
+        done, speed = self._done(), self._rate()
+        said = line(self._before + done, self._embeddings.count, speed, (self._todo - done) / max(speed, 1e-6))
+        self._console.print(said, markup=False, soft_wrap=True)

@@ -23,7 +23,7 @@ from sslcells.data.listing import PATHS
 from sslcells.data.loader import InOrder, read, with_workers
 from sslcells.data.pack import FORMAT, MANIFEST, File, Manifest, Part, read_manifest
 from sslcells.run.lock import Lock
-from sslcells.run.progress import columns_on
+from sslcells.run.progress import bars
 from sslcells.storage import is_file, json_text, write_atomically
 from sslcells.values import place
 
@@ -253,14 +253,13 @@ def _shards(folder: Path, made: Manifest, splits: Mapping[str, ImageSet], worker
     """Write the shards that are missing, and the manifest after each."""
     there = {file.name for part in made.splits.values() for file in part.shards}
     left = [(name, k) for name in splits for k in range(made.shards(name)) if _shard_name(name, k) not in there]
-    console = Console(stderr=True)
-    with columns_on(console) as display:
-        task = display.add_task("packing", total=sum(len(_members(made, *one)) for one in left))
+    with bars(Console(stderr=True)) as bar:
+        advance = bar("images to pack", sum(len(_members(made, *one)) for one in left))
         for name, images in splits.items():
             numbers = [k for split, k in left if split == name]
             order = InOrder([i for k in numbers for i in _members(made, name, k)], _BATCH)
             with with_workers(read(images, order, workers, pin_memory=False)) as batches:
-                pixels = _Images(batches, made.shape, lambda count: display.advance(task, count))
+                pixels = _Images(batches, made.shape, advance)
                 for k in numbers:
                     shape = len(_members(made, name, k)), *made.shape
                     file = _write_shard(folder / _shard_name(name, k), pixels, shape)

@@ -36,6 +36,7 @@ class Log:
         self._main, self._steps, self._accelerator = accelerator.is_main_process, steps, accelerator
         self._console = Console(highlight=False, quiet=not self._main)
         self._progress: Progress | None = None
+        self._newest = dict[str, float]()
         self._tensorboard, self._step = False, start
         self._sender: wandb_sync.Sender | None = None
         if not self._main:
@@ -44,7 +45,7 @@ class Log:
         forget_after(self._path, start)
         if self._console.is_terminal:
             self._progress = columns_on(self._console)
-            self._task = self._progress.add_task("training", total=steps, completed=start)
+            self._task = self._progress.add_task("training", total=steps, completed=start, figures="")
             self._progress.start()
         if run.log.tracker == "tensorboard":
             config = flat(run.model_dump(mode="json"))
@@ -73,6 +74,9 @@ class Log:
         self._step = step
         row = {"step": step, "epoch": round(epoch, 4), **values}
         self._write(json_text(row) + "\n")
+        self._newest |= values
+        if self._progress is not None:
+            self._progress.update(self._task, figures=figures_line(self._newest))
         if line := console_line(step, self._steps, epoch, values):
             self.say(f"{time.strftime('%H:%M:%S')} {line}")
         self._track(lambda: self._accelerator.log(dict(values), step=step))
@@ -161,6 +165,11 @@ def console_line(step: int, steps: int, epoch: float, values: Mapping[str, float
     return "  ".join([f"step {step:>{len(str(steps))}}/{steps}", f"epoch {epoch:6.2f}", *shown]).rstrip()
 
 
+def figures_line(values: Mapping[str, float]) -> str:
+    """What stands beside the bar: `loss 4.21  530 images/s  kNN 87.5%`, as far as it is known."""
+    return "  ".join(form.format(values[key]) for key, form in _BESIDE if key in values)
+
+
 _COLUMNS = (
     ("loss", "loss {:<8.4g}"),
     ("lr", "lr {:.1e}"),
@@ -169,6 +178,15 @@ _COLUMNS = (
     ("knn/top1", "kNN {:6.1%}"),
 )
 """Key and format of each column on the console."""
+_BESIDE = [
+    ("loss", "loss {:.4g}"),
+    ("images_per_second", "{:,.0f} images/s"),
+    ("knn/top1", "kNN {:.1%}"),
+    ("knn_loo/top1", "kNN of train {:.1%}"),
+    ("val/top1", "val {:.1%}"),
+    ("val/auroc", "val AUROC {:.3f}"),
+]
+"""Likewise beside the bar, where each is the newest."""
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -212,3 +213,16 @@ def test_a_process_that_dies_is_told(cells, monkeypatch):
         opened(cells)
     assert error.value.__context__ is not None  # keeps the traceback, which does not keep torch's iterator
     assert not [x for x in gc.get_objects() if type(x).__name__ == "_MultiProcessingDataLoaderIter"]
+
+
+def test_how_long_the_first_look_takes_is_told_and_told_again(cells, monkeypatch, caplog):
+    monkeypatch.setattr(_verified, "_BLOCK", 2)
+    for name in ("_TELL", "_AGAIN"):
+        monkeypatch.setattr(_verified, name, -1.0)
+    opened(cells)
+    said = [record.getMessage() for record in caplog.records]
+    assert [re.search(r"looked at (\d) of 6 images, once: about \d+ s more", line)[1] for line in said] == [
+        "2",
+        "4",
+        "6",
+    ]
