@@ -12,6 +12,7 @@ from sslcells.evaluation.encode import spread
 from sslcells.evaluation.figures import ClassScores
 from sslcells.evaluation.hover_map import hover_map
 from sslcells.evaluation.leaks import SplitFeatures
+from sslcells.evaluation.neighbour_rows import neighbour_rows
 from sslcells.evaluation.pictures import Map, coloured_map, confusion, similarity_histogram, tsne_map, umap_map
 from sslcells.evaluation.sheets import Image, neighbour_sheet
 from sslcells.losses import unit
@@ -76,19 +77,18 @@ def draw(
 
     drawn += _maps(features, split, classes, folder, seed, umap, live)
     few = torch.tensor(spread(len(features.z), _SHOWN))
-    sheet = neighbour_sheet(
-        lambda i: pixels(int(few[i])),
-        features.z[few],
-        features.labels[few],
-        classes,
-        features.sources[few],
-        folder / "evaluated_neighbours.png",
-        seed=seed,
-    )
+    shown = features.z[few], features.labels[few], classes, features.sources[few]
+
+    def shown_pixels(i: int) -> Image:
+        return pixels(int(few[i]))
+
+    sheet = neighbour_sheet(shown_pixels, *shown, folder / "evaluated_neighbours.png", seed=seed)
+    rows = neighbour_rows(shown_pixels, *shown, [features.names[i] for i in few.tolist()], seed) if classes else ""
     caption = (
         f"Nearest among {len(few):,} images of {split} by cosine (below each), images of the query's source left out."
     )
-    drawn.append(Drawn("Nearest neighbours", sheet, f"{caption} ✓ and green: the query's class; ✗ and red: another."))
+    caption += " ✓ and green: the query's class; ✗ and red: another."
+    drawn.append(Drawn("Nearest neighbours", sheet, caption, rows))
     histogram = similarity_histogram(_pairs(features, views, seed), folder / "similarities.png")
     drawn.append(
         Drawn("Positives against negatives", histogram, "Random pairs; the further apart the two kinds, the better.")

@@ -96,11 +96,8 @@ STYLE = """
 .legend { list-style: none; margin: .5rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1rem;
   font-size: .9rem; }
 .live .legend svg { width: .9rem; height: .9rem; border: 0; vertical-align: -.1rem; }
-@media screen { .shown > img { display: none; } }
 @media print { .live { display: none; } }
 """
-"""Style of the map. It takes the place of the picture beside it where scripts run, but not in print."""
-
 _SCRIPT = """
 "use strict";
 for (const live of document.querySelectorAll(".live")) {

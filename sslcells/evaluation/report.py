@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from sslcells.config import ConfigError
-from sslcells.evaluation import hover_map
+from sslcells.evaluation import hover_map, neighbour_rows
 from sslcells.evaluation.against import against_tables
 from sslcells.evaluation.baselines import baseline_table
 from sslcells.evaluation.gallery import Picture
@@ -173,6 +173,7 @@ dd { margin: .1rem 0 0; break-inside: avoid; }
   font-size: .9em; }
 .verdict.good { border-color: #006b4f; color: #006b4f; } .verdict.bad { border-color: #a33a00; color: #a33a00; }
 .first img { width: 30rem; }
+@media screen { .shown > img { display: none; } }
 @media print { body { font-size: 9pt; max-width: none; padding: 0; } .caption, figcaption, .made { font-size: 8pt; }
   table { font-size: 7pt; }
   h2, h3, thead { break-after: avoid; } .caption { break-before: avoid; } figure img { max-height: 20cm; }
@@ -247,7 +248,7 @@ def document(title: str, about: str, body: Sequence[str]) -> str:
     """An HTML page that needs no other file or network."""
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}{hover_map.STYLE}</style>"
+        f"<title>{escape(title)}</title><style>{_STYLE}{hover_map.STYLE}{neighbour_rows.STYLE}</style>"
     )
     lines = "\n".join([f"<h1>{escape(title)}</h1>", f'<p class="made">{escape(about)}</p>', *body])
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{lines}\n</body></html>\n'

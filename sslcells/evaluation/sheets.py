@@ -90,7 +90,7 @@ def neighbour_sheet(
     `pixels` gives image i as (H, W, C) uint8; z (N, F), labels and sources (N,) int64. Queries are drawn evenly
     from the classes. A frame shows if a neighbour has the query's class, where both are known (labels ≥ 0).
     """
-    query = _drawn_evenly(labels.cpu(), rows, seed)
+    query = drawn_evenly(labels.cpu(), rows, seed)
     source = sources[query.to(sources.device)]
     cosine, index = (x.cpu() for x in neighbours(z[query.to(z.device)], z, columns, source, sources))
     label = labels.cpu()
@@ -161,7 +161,7 @@ def prediction_sheet(
     `pixels` gives image i as (H, W, C) uint8; labels (M,) int64; `answers` (2, M) for each model: confidence in 0..1
     and class. A frame shows if all, some or none of the models are right.
     """
-    drawn = _drawn_evenly(labels, rows * columns, seed).tolist()
+    drawn = drawn_evenly(labels, rows * columns, seed).tolist()
     rows = -(-len(drawn) // columns)
     lines = 1 + len(answers)
     figure, axes = _sheet(rows, columns, caption=0.04 + 0.135 * lines, legend=0.35)
@@ -204,7 +204,7 @@ def pair_sheet(pixels: Callable[[int], Image], kinds: Mapping[str, Sequence[tupl
     return save(figure, out)
 
 
-def _drawn_evenly(labels: Tensor, images: int, seed: int) -> Tensor:
+def drawn_evenly(labels: Tensor, images: int, seed: int) -> Tensor:
     """Indices (n,) int64 of at most `images` rows, drawn evenly from the labels (N,), sorted by label."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     turn = torch.empty_like(order)
