@@ -8,6 +8,7 @@ clock is read at the stations of a step; on CUDA it waits for the device there.
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import time
@@ -39,7 +40,9 @@ def measured(words: Sequence[str], folder: Path, world: int = 1, seconds: float 
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCH), "--num_processes", str(world)]
     command = [sys.executable, *(launch if world > 1 else []), __file__, str(out), *words]
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        # As of a run itself, where sslcells is imported before torch.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         limit_memory(process.pid)
         try:
             status = process.wait(seconds)

@@ -1,6 +1,5 @@
 """An embedding map for a page: its cells are seen when a pointer, a finger or the arrow keys come to them."""
 
-import json
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -11,6 +10,7 @@ from sslcells.evaluation.encode import drawn
 from sslcells.evaluation.pictures import Map, grouped
 from sslcells.evaluation.sheets import Image
 from sslcells.evaluation.thumbnails import thumbnails
+from sslcells.storage import json_text
 
 CELLS = 240
 """Points of a map, at most, whose cell is in the page."""
@@ -81,7 +81,7 @@ def _said(
 
 def _json(told: object) -> str:
     """JSON that no text in it can end the script around it."""
-    return json.dumps(told, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return json_text(told).replace("<", "\\u003c")
 
 
 STYLE = """
