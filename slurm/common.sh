@@ -2,6 +2,8 @@
 # All that the templates do. On a login node: check and submit. In a job: check, train, and requeue where that helps.
 # A template holds only what must be in the submitted file itself: the #SBATCH line, which sbatch reads nowhere else.
 
+module=sslcells.train array= # what runs, and the tasks of a job array; tune has its own
+
 # train RECIPE [ARGUMENT ...]: a --config among the arguments comes after the recipe and so replaces it.
 train() {
   begin
@@ -12,7 +14,7 @@ train() {
     run --config "$recipe" "$@"
   else
     check 1 --config "$recipe" "$@" >/dev/null
-    sbatch "${sbatch_options[@]}" "$0" "$@"
+    sbatch "${sbatch_options[@]}" ${array:+--array="$array"} "$0" "$@"
   fi
 }
 
@@ -72,16 +74,8 @@ sweep() {
 # tune RECIPE [ARGUMENT ...]: a search with Optuna. TUNE_AT_ONCE tasks of a job array share its study in out/name: each
 # takes the next trial, and resumes those of tasks that are gone.
 tune() {
-  begin
-  local recipe module=sslcells.tune
-  recipe=$(recipe_of "$1")
-  shift
-  if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    run --config "$recipe" "$@"
-  else
-    check 1 --config "$recipe" "$@" >/dev/null
-    sbatch "${sbatch_options[@]}" --array="0-$((${TUNE_AT_ONCE:-1} - 1))" "$0" "$@"
-  fi
+  local module=sslcells.tune array=0-$((${TUNE_AT_ONCE:-1} - 1))
+  train "$@"
 }
 
 # sweep_arguments NUMBER [ARGUMENT ...]: the arguments of one run, in order of rising priority: the default name, the
@@ -105,7 +99,7 @@ sweep_arguments() {
 
 # check RANKS ARGUMENT ...: print the whole configuration, or print what is wrong with it and exit with 2.
 check() {
-  WORLD_SIZE=$1 python -m "${module:-sslcells.train}" --check "${@:2}" || exit
+  WORLD_SIZE=$1 python -m "$module" --check "${@:2}" || exit
 }
 
 # value KEY CONFIGURATION: the value of a top-level key. YAML quotes a string that looks like a number.
@@ -128,7 +122,7 @@ run() {
   rm -f "$folder/stopped.txt" # from an earlier job
   newest=$(newest) exported=$(exported)
   if [[ -z $asked ]]; then
-    "${each_node[@]}" launch "${launch[@]}" -m "${module:-sslcells.train}" "$@" &
+    "${each_node[@]}" launch "${launch[@]}" -m "$module" "$@" &
     step=$!
     await "$step" || status=$?
   fi

@@ -1,4 +1,4 @@
-"""Operations on (N, C, H, W) images in 0..1, float, on their device, with separate parameters for each row.
+"""Operations on (N, C, H, W) float images in 0..1, on their device, with separate parameters for each row.
 
 Parameters are (N,) CPU tensors, so that selecting rows never waits for the device.
 """
@@ -27,11 +27,9 @@ def _change(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parame
     return x.index_copy_(0, there, changed.to(x.dtype))
 
 
-def in_unit_range(x: Tensor, into: Tensor | None = None) -> Tensor:
-    """Images as float in 0..1: uint8 ones divided by 255, in new memory or in `into`; float ones as they are."""
-    if x.dtype != torch.uint8:
-        return x
-    return x.float().div_(255) if into is None else into[: len(x)].copy_(x).div_(255)
+def in_unit_range(x: Tensor) -> Tensor:
+    """Images as float in 0..1: uint8 ones divided by 255, float ones as they are."""
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
 def warp(x: Tensor, size: int, centre: Tensor, half: Tensor, angle: Tensor, flip: Tensor) -> Tensor:
@@ -46,17 +44,15 @@ def warp(x: Tensor, size: int, centre: Tensor, half: Tensor, angle: Tensor, flip
     averages with a triangle filter of radius s pixels, which has variance s²/6. A bilinear sample is the same with
     s = 1, so the filter before it needs variance (s² − 1)/6 along each axis of the crop.
     """
-    count, at_once = len(centre), len(x) if x.is_cuda else max(1, _CONVERTED // x[0].numel())
-    if at_once >= len(x):
-        return _warped(in_unit_range(x), torch.arange(count) % len(x), size, centre, half, angle, flip)
-    space = x.new_empty(at_once, *x.shape[1:], dtype=torch.float32) if x.dtype == torch.uint8 else None
-    out = torch.empty(count, x.shape[1], size, size)
-    of_view = torch.arange(count).view(-1, len(x))
-    for first in range(0, len(x), at_once):
-        images = in_unit_range(x[first : first + at_once], space)
-        rows = of_view[:, first : first + at_once].flatten()
-        which = torch.arange(len(rows)) % len(images)
-        out[rows] = _warped(images, which, size, centre[rows], half[rows], angle[rows], flip[rows])
+    image, some = torch.arange(len(centre)) % len(x), max(1, _CONVERTED // x[0].numel())
+    if x.dtype != torch.uint8 or x.device.type != "cpu" or some >= len(x):
+        return _warped(in_unit_range(x), image, size, centre, half, angle, flip)
+    space, out = torch.empty(some, *x.shape[1:]), torch.empty(len(centre), x.shape[1], size, size)
+    for first in range(0, len(x), some):
+        pixels = x[first : first + some]
+        part = space[: len(pixels)].copy_(pixels).div_(255)
+        rows = ((image >= first) & (image < first + some)).nonzero()[:, 0]
+        out[rows] = _warped(part, image[rows] - first, size, centre[rows], half[rows], angle[rows], flip[rows])
     return out
 
 

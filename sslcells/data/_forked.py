@@ -1,4 +1,4 @@
-"""Reading processes that surely begin.
+"""The processes of a data loader, which surely begin.
 
 A fork copies the locks of a process as they are. If another thread holds one at that moment, the new process may wait
 for it for ever: in Python before 3.11.8, gloo's threads do so with the list of threads, when they drop the tensors of
@@ -6,11 +6,14 @@ the last collective (https://github.com/python/cpython/issues/112275). So each p
 that does not is made anew.
 """
 
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext, ForkContext, ForkProcess
+from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
+
+import torch
 
 from sslcells.data import DataError
 
@@ -20,9 +23,21 @@ TRIES = 6
 """how often it is made"""
 
 
-def context(workers: int) -> BaseContext | None:
-    """How a data loader makes its processes; None, the loader's own way, without processes or without Linux' fork."""
-    return _Context() if workers and sys.platform == "linux" else None
+def processes(workers: int) -> dict[str, Any]:
+    """The arguments of torch's DataLoader for so many processes, 0 for none; every loader has them from here.
+
+    Without Linux' fork it makes them in its own way.
+    """
+    ours = _Context() if workers and sys.platform == "linux" else None
+    return {"num_workers": workers, "worker_init_fn": _prepare, "multiprocessing_context": ours}
+
+
+def _prepare(worker: int) -> None:
+    """Prepare a process: it leaves signals to its parent, and uses one core."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # inherited: the worker's signals would wake the parent
+    torch.set_num_threads(1)
 
 
 class _Process:

@@ -27,7 +27,7 @@ from sslcells import launcher, values
 from sslcells.data import _forked
 from sslcells.data._decode import READER, Decoder, Header, Unreadable
 from sslcells.data._scan import OURS, Listing
-from sslcells.data.loader import start_worker, with_workers
+from sslcells.data.loader import with_workers
 from sslcells.storage import write_atomically
 
 _READERS = 16
@@ -135,14 +135,7 @@ def _headers(root: Path, names: Sequence[str], decoder: Decoder, whole: bool) ->
 
 
 def _from_processes(blocks: "_Blocks", workers: int) -> Generator[list[Header | str], None, None]:
-    yield from DataLoader(
-        blocks,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=start_worker,
-        multiprocessing_context=_forked.context(workers),
-    )
+    yield from DataLoader(blocks, batch_size=None, collate_fn=list, **_forked.processes(workers))
 
 
 class _Blocks(Dataset[list[Header | str]]):

@@ -1,6 +1,5 @@
 """Reads images in the batches that a sampler chooses."""
 
-import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -89,14 +88,6 @@ def _collate_undecoded(read: _Read) -> Undecoded | DataError:
         return read.unread[0].error
     assert isinstance(read.pixels, list)
     return joined(read.files, read.pixels, read.ids)
-
-
-def start_worker(worker: int) -> None:
-    """Prepare a data loader process: it leaves signals to its parent, and uses one core."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.set_wakeup_fd(-1)  # inherited: the worker's signals would wake the parent
-    torch.set_num_threads(1)
 
 
 def read(
@@ -226,12 +217,10 @@ def _loaded(
     loader: DataLoader[_Read] = DataLoader(
         _Images(images, undecoded),
         batch_sampler=batches,
-        num_workers=workers,
         collate_fn=collate,  # type: ignore[arg-type]
-        worker_init_fn=start_worker,
         pin_memory=pin_memory,
         prefetch_factor=ahead(_bytes(images, batches, undecoded), workers, together) if workers else None,
-        multiprocessing_context=_forked.context(workers),
+        **_forked.processes(workers),
     )
     try:
         batches_read = iter(loader)

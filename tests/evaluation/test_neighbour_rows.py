@@ -1,13 +1,10 @@
 """The neighbours of the report that can be sorted: which stand beside which, and in what order a browser puts them."""
 
 import base64
-import html
 import io
-import json
 import re
-import shutil
-import subprocess
 
+import browser
 import numpy as np
 import pytest
 import torch
@@ -82,18 +79,11 @@ onload = () => {
 
 @pytest.mark.slow
 def test_a_browser_sorts_them(tmp_path):
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no chromium is installed")
     still, live = tmp_path / "sheet.png", sheet(LABELS)
     Image.new("RGB", (900, 600)).save(still)
     body = section_of("Pictures", (), [Picture("Nearest neighbours", still, "Rows.", live)])
     (tmp_path / "report.html").write_text(document("neighbours", "", body), encoding="utf-8")
-    (tmp_path / "frame.html").write_text(USED)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
-    command = [chromium, *flags, f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "frame.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False).stdout
-    found = json.loads(html.unescape(re.findall(r'data-found="([^"]*)"', dom)[0]))
+    found = browser.told(tmp_path, USED)
     rows = re.findall(r'data-class="(\d)" data-agree="([\d.]+)"', live)
     by_class, by_agree = sorted(rows), sorted(rows, key=lambda row: (row[1], row[0]))
     most = sorted(rows, key=lambda row: (-float(row[1]), row[0]))

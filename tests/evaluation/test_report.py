@@ -1,9 +1,8 @@
 """The report: one file, complete, and readable in a browser where there is one."""
 
 import re
-import shutil
-import subprocess
 
+import browser
 import numpy as np
 import pytest
 import torch
@@ -84,16 +83,10 @@ def test_the_page_needs_no_other_file(tmp_path):
     assert html.index("In short") < html.index("Leaks") < html.index("Figures") < html.index("Pictures")
 
 
-def browser():
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    return found or pytest.skip("no chromium is installed")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
 def test_it_reads_well_in_a_browser(tmp_path, width):
     """The page is no wider than the window: tables scroll inside it, pictures shrink. A frame has the exact width."""
-    chromium = browser()
     (tmp_path / "report.html").write_text(page(RESULT, pictures(tmp_path)), encoding="utf-8")
     (tmp_path / "frame.html").write_text(
         f'<iframe id="f" src="report.html" width="{width}" height="900" style="border:0"></iframe><script>'
@@ -102,15 +95,8 @@ def test_it_reads_well_in_a_browser(tmp_path, width):
         "[...d.images].every(i => i.complete && i.naturalWidth > 0)].join() }</script>",
         encoding="utf-8",
     )
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
-    done = subprocess.run(
-        [chromium, *flags, f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "frame.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    (found,) = re.findall(r'data-found="(\d+),(\d+),(\w+)"', done.stdout)
+    dom = browser.seen((tmp_path / "frame.html").as_uri(), tmp_path / "profile")
+    (found,) = re.findall(r'data-found="(\d+),(\d+),(\w+)"', dom)
     assert found[2] == "true"
     assert int(found[0]) <= int(found[1]) <= width
 

@@ -1,15 +1,13 @@
 """`sslcells board`: the page, what its server answers, and both in a real browser."""
 
 import contextlib
-import html
 import http.client
-import json
 import re
 import shutil
 import socket
-import subprocess
 import threading
 
+import browser
 import pytest
 from run_folders import make
 
@@ -109,18 +107,6 @@ def test_mistakes(folder, tmp_path, capsys):
     assert "'70000' is no port from 0 to 65535" in capsys.readouterr().err
 
 
-def browser():
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    return found or pytest.skip("no chromium is installed")
-
-
-def seen(address, profile, *more):
-    """The page as the browser has it in the end."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom", *more]
-    command = [browser(), *flags, f"--user-data-dir={profile}", address]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False).stdout
-
-
 USED = """
 <iframe id="f" src="board.html" width="400" height="800" style="border:0"></iframe><script>
 onload = () => {
@@ -143,10 +129,8 @@ onload = () => {
 @pytest.mark.slow
 def test_a_browser_sorts_and_filters_it_at_400_px(folder, tmp_path):
     main(None, ["board", str(folder), "--out", str(tmp_path / "board.html")])
-    (tmp_path / "frame.html").write_text(USED)
-    dom = seen((tmp_path / "frame.html").as_uri(), tmp_path / "profile")
     odd = "<i>b&amp;</i>"
-    assert json.loads(html.unescape(re.findall(r'data-found="([^"]*)"', dom)[0])) == {
+    assert browser.told(tmp_path, USED) == {
         "width": True,
         "curve": True,
         "up": f"{odd}|c|a b",
@@ -171,7 +155,7 @@ def test_an_open_page_renews_itself(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(board, "KEPT", 0.0)
     monkeypatch.setattr(board, "REFRESH", 0.5)
     with serving(folder) as server:
-        dom = seen(server.address, tmp_path / "profile", "--virtual-time-budget=3000")
+        dom = browser.seen(server.address, tmp_path / "profile", "--virtual-time-budget=3000")
     assert len(asked_for) >= 3
     assert "4 runs:" in dom
     assert re.search(r"<tr><td>new</td>", dom)
