@@ -301,15 +301,16 @@ def test_a_search_that_two_tasks_share(cluster, tmp_path, tiny):
     logs = f"{tmp_path}/%A_%a.log"
     command = ["bash", "slurm/tune.sh", *wanted]
     number, _ = submit(cluster, tmp_path, *command, SBATCH_OUTPUT=logs, NODES="1", TUNE_AT_ONCE="2")
-    log = tmp_path / f"{number}_0.log"
-    reach(10, tmp_path / "search" / "trial_0000", log)
-    cluster.call("scancel", "--batch", "--signal=USR1", f"{number}_0")
-    cluster.again(f"{number}_0", log)
-    for task in range(2):
-        cluster.wait(f"{number}_{task}", "COMPLETED", PATIENCE, tmp_path / f"{number}_{task}.log")
+    tasks = {f"{number}_{task}": tmp_path / f"{number}_{task}.log" for task in range(2)}
+    reach(10, tmp_path / "search" / "trial_0000", tmp_path / f"{number}_0.log")
+    first = next(task for task, log in tasks.items() if log.exists() and "trial 0 of 4" in log.read_text())
+    cluster.call("scancel", "--batch", "--signal=USR1", first)
+    cluster.again(first, tasks[first])
+    for task, log in tasks.items():
+        cluster.wait(task, "COMPLETED", PATIENCE, log)
     for trial in range(4):
         assert_whole(tmp_path / "search" / f"trial_{trial:04}", 60)
-    text = "".join((tmp_path / f"{number}_{task}.log").read_text() for task in range(2))
+    text = "".join(log.read_text() for log in tasks.values())
     assert text.count("resuming after step") == 1
     assert (tmp_path / "search" / "trials.csv").read_text().count("finished") == 4
     wrong = on_login_node(cluster, "bash", "slurm/tune.sh", *fixed, "--search", "method.temprature=0.1..0.5")
