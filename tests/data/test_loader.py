@@ -93,10 +93,11 @@ def test_a_process_that_does_not_begin_is_made_anew(stuck):
     assert set(multiprocessing.active_children()) <= others
 
 
-def test_processes_that_never_begin_are_an_error(stuck):
+def test_processes_that_never_begin_are_an_error(stuck, monkeypatch):
     others = set(multiprocessing.active_children())
+    monkeypatch.setattr(_forked, "PATIENCE", 0.02)
     stuck(100)
-    error = r"^a process that reads images did not begin in 6 tries, the last of 3.2 s; train.workers=0 reads"
+    error = r"^a process that reads images did not begin in 6 tries, the last of 0.64 s; train.workers=0 reads"
     with pytest.raises(DataError, match=error):
         list(read(Numbers(), InOrder(range(20), 4), 1, pin_memory=False))
     assert set(multiprocessing.active_children()) <= others
