@@ -294,7 +294,7 @@ def colour_jitter(x: Tensor, chosen: Tensor, order: Tensor, factors: Sequence[Te
 def turn_hue(x: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue of HSV by `turn` (N,) radians: (N, 3, H, W) in 0..1 → the same.
 
-    As kornia's `adjust_hue`, in a third of its time: the hexcone's closed form (Smith 1978) needs no sextant's index.
+    As kornia's `adjust_hue`, in half its time: the hexcone's closed form (Smith 1978) needs no sextant's index.
     """
     red, green, blue = x.unbind(1)
     value = x.amax(1)
