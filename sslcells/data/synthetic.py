@@ -1,9 +1,12 @@
 """Generated images of stained blood smears, any number, any size, no download: for first trials and for tests."""
 
+import mmap
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -12,6 +15,8 @@ from sslcells.data import SPLITS, Found, ImageSet
 from sslcells.data._smear import CLASSES, draw_smear
 
 _SPLITS = {"train": 0, "val": 1, "test": 2}
+KEPT = 2**30
+"""Bytes of a split's images that are kept; what is beyond is drawn again each time."""
 
 
 class Config(Section):
@@ -33,26 +38,43 @@ class Config(Section):
 
 
 class Smears(ImageSet):
-    """Images that are generated at first use and kept in memory."""
+    """Images that are drawn at first use, and kept in memory that forked processes share."""
 
     channels = 3
 
     def __init__(self, config: Config, split: str) -> None:
         self._config, self._split = config, split
-        self._drawn: dict[int, Tensor] = {}
         self.found = Found("synthetic, generated images: no data of yours")
         self.classes = CLASSES[: config.classes]
         count = getattr(config, split)
         self.labels = torch.arange(count) % config.classes
         self.sources = torch.arange(count) + (_SPLITS[split] << 32)
+        self._drawn = self._room()
+
+    def _room(self) -> NDArray[np.uint8]:
+        """A row for each image that is kept: its pixels, and 1 once they are there."""
+        row = 3 * self._config.size**2 + 1
+        count = min(len(self.labels), KEPT // row)
+        return np.frombuffer(mmap.mmap(-1, count * row), np.uint8).reshape(count, row)
 
     def pixels(self, index: int) -> Tensor:
         """Image `index`: (3, H, W) uint8, the same at every call."""
-        if index not in self._drawn:
-            scene = (self._config.seed << 2) + _SPLITS[self._split]
-            drawn = draw_smear(scene, index, int(self.labels[index]), self._config.size)
-            self._drawn[index] = torch.from_numpy(drawn).permute(2, 0, 1).contiguous()
-        return self._drawn[index]
+        size, kept = self._config.size, index < len(self._drawn)
+        if kept and self._drawn[index, -1]:
+            return torch.from_numpy(self._drawn[index, :-1].copy()).view(3, size, size)
+        scene = (self._config.seed << 2) + _SPLITS[self._split]
+        smear = np.ascontiguousarray(draw_smear(scene, index, int(self.labels[index]), size).transpose(2, 0, 1))
+        if kept:
+            self._drawn[index, :-1] = smear.reshape(-1)
+            self._drawn[index, -1] = 1
+        return torch.from_numpy(smear)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_drawn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._drawn = self._room()
 
     def name(self, index: int) -> str:
         """The image's position in its split."""

@@ -59,14 +59,16 @@ def reduced(x: Tensor) -> Tensor:
 def filled(x: Tensor) -> Tensor:
     """Where a program has filled images (N, C, H, W), with black or by repeating the edge: (N, 1, H, W), 1 or 0."""
     k = 2 * (-(-max(x.shape[-2:]) // GRID)) + 1  # and the pixels between
-    black = F.max_pool2d((x.amax(1, keepdim=True) < BLACK).to(x.dtype), k, 1, k // 2)
+    black = _pooled(x.amax(1) < BLACK, k, k)[:, None]
     for axis in (2, 3):
-        for ends in (x, x.flip(axis)):
-            edge = (ends - ends.narrow(axis, 0, 1)).abs().mean((1, 5 - axis), keepdim=True)
-            run = ((edge >= REPEATED).long().cumsum(axis) == 0).to(x.dtype)
-            run = run * (run.sum(axis, keepdim=True) > 3)
-            black = black.maximum(run if ends is x else run.flip(axis))
-    return black
+        for first in (True, False):
+            line = x.narrow(axis, 0 if first else x.shape[axis] - 1, 1)
+            edge = (x - line).abs_().mean((1, 5 - axis), keepdim=True)
+            edge = edge if first else edge.flip(axis)
+            run = (edge >= REPEATED).long().cumsum(axis) == 0
+            run = run & (run.sum(axis, keepdim=True) > 3)
+            black = black | (run if first else run.flip(axis))
+    return black.to(x.dtype)
 
 
 def density(x: Tensor) -> Tensor:
@@ -88,7 +90,8 @@ def level_at(count: Tensor, fraction: float, total: int) -> Tensor:
 def counted(level: Tensor, levels: int) -> Tensor:
     """(..., M) integers in 0 … levels − 1 → how often each occurs, (..., levels) int64."""
     zero = torch.zeros(*level.shape[:-1], levels, dtype=torch.int64, device=level.device)
-    return zero.scatter_add(-1, level, torch.ones_like(level))
+    one = torch.ones(1, dtype=torch.int64, device=level.device)
+    return zero.scatter_add(-1, level, one.expand_as(level))
 
 
 def middle(values: Tensor, mask: Tensor, most: float) -> Tensor:
@@ -260,7 +263,8 @@ def grown(rows: Tensor, width: int, corners: bool = True) -> Tensor:
 
 def _pooled(mask: Tensor, height: int, width: int) -> Tensor:
     """A mask (N, h, w) bool, grown by rectangles of an odd height and width."""
-    return F.max_pool2d(mask[:, None].float(), (height, width), 1, (height // 2, width // 2))[:, 0] > 0.5
+    across = F.max_pool2d(mask[:, None].float(), (1, width), 1, (0, width // 2))
+    return F.max_pool2d(across, (height, 1), 1, (height // 2, 0))[:, 0] > 0.5
 
 
 def grown_by(rows: Tensor, width: int, pixels: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from sslcells.config import load
-from sslcells.data import Batch, DataError, ImageSet, _forked, open_splits
+from sslcells.data import Batch, DataError, ImageSet, _forked, open_splits, synthetic
 from sslcells.data.loader import InOrder, _bytes, ahead, read, read_in_parts, with_workers
 
 
@@ -124,6 +125,20 @@ def test_synthetic_splits():
     assert len(set(train.sources.tolist()) | set(test.sources.tolist())) == 30
     assert train.labels.bincount().tolist() == [5, 5, 5, 5]
     assert test.classes == ("neutrophil", "eosinophil", "basophil", "lymphocyte")
+
+
+def test_a_synthetic_image_is_drawn_once_for_all_processes(monkeypatch):
+    monkeypatch.setattr(synthetic, "KEPT", 15 * (3 * 16**2 + 1))
+    train = synthetic.open_splits(synthetic.Config(size=16, train=20))["train"]
+    (batch,) = read(train, InOrder(range(20), 20), 1, pin_memory=False)
+    copied = pickle.loads(pickle.dumps(train))
+    assert torch.equal(copied.pixels(3), batch.pixels[3])
+    monkeypatch.setattr(synthetic, "draw_smear", None)
+    for index in range(15):
+        assert torch.equal(train.pixels(index), batch.pixels[index])
+    for images, index in [(train, 15), (copied, 4)]:
+        with pytest.raises(TypeError, match="not callable"):
+            images.pixels(index)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
