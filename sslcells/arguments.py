@@ -49,6 +49,16 @@ stopped, the same command resumes it.
   accelerate launch --config_file launch/gpu8.yaml -m sslcells.compare --config compare_pathmnist
 """
 
+_COMPARE_RUNS = """\
+Say whether RUN_B is better than RUN_A, on images that `sslcells evaluate` asked both about, and write one page that
+opens offline: the difference with its interval from paired resamples, classes, images that one has right and the other
+wrong, both trainings, settings that differ, commits and commands. It trains and encodes nothing.
+
+  sslcells evaluate runs/before evaluate.split=val
+  sslcells evaluate runs/after evaluate.split=val
+  sslcells compare-runs runs/before runs/after
+"""
+
 _TUNE = """\
 Search for good settings with Optuna (extra: optuna). Each trial is a run in its own folder below out/name; the figure
 on val that training writes last decides (kNN, or a classifier's), test is never read. Run again, the same command
@@ -149,8 +159,9 @@ def arguments(command: str | None = None, argv: Sequence[str] | None = None) -> 
     parser = argparse.ArgumentParser(prog="sslcells", description="Self-supervised learning for cell images.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    adding = (_train, _evaluate, _compare, _tune, _doctor, _export, _embed, _search, _sources, _cells, _split, _pack)
-    for add in (*adding, _runs, _board, _sync, _recipes, _init):
+    making = (_train, _evaluate, _compare, _compare_runs, _tune, _doctor)
+    using = (_export, _embed, _search, _sources, _cells, _split, _pack)
+    for add in (*making, *using, _runs, _board, _sync, _recipes, _init):
         add(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser.parse_known_args([command, *argv] if command else argv)
@@ -228,6 +239,18 @@ def _compare(commands: _Commands) -> None:
     words = "images of a laboratory that training never saw, to ask all models about; may be repeated"
     sub.add_argument("--lab", action="append", default=[], metavar="NAME=FOLDER", help=words)
     _lab_sources(sub)
+
+
+def _compare_runs(commands: _Commands) -> None:
+    summary = "compare two evaluated runs, on the same images"
+    sub = _command(commands, "compare-runs", summary, _COMPARE_RUNS)
+    words = "folder of an evaluated run, or of the results of `sslcells evaluate --out`"
+    sub.add_argument("first", metavar="RUN_A", type=place, help=words)
+    sub.add_argument("second", metavar="RUN_B", type=place, help="the same of the other, which is asked about")
+    words = "file of the page (RUN_B/compared_with_RUN_A.html)"
+    sub.add_argument("--out", metavar="FILE", type=place, help=words)
+    words = "compare the images that both were asked about, where they were not asked about the same"
+    sub.add_argument("--common", action="store_true", help=words)
 
 
 def _tune(commands: _Commands) -> None:

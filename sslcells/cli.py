@@ -41,6 +41,13 @@ def _compare(args: argparse.Namespace) -> None:
     command(args)
 
 
+def _compare_runs(args: argparse.Namespace) -> None:
+    from sslcells.evaluation.two_runs import compare_runs
+
+    one_process("compare-runs")
+    compare_runs([args.first, args.second], args.out, args.common)
+
+
 def _tune(args: argparse.Namespace) -> None:
     from sslcells.config import installed
     from sslcells.tuning.ranges import ranges
@@ -203,6 +210,7 @@ _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
+    "compare-runs": _compare_runs,
     "tune": _tune,
     "doctor": _doctor,
     "runs": _runs,

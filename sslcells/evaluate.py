@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
@@ -18,6 +19,8 @@ from sslcells.config import ConfigError, Run, installed, load
 from sslcells.data import ImageSet, holdout, listing, open_splits
 from sslcells.evaluation import against, drift, in_short, in_short_picture, lab_pictures, new_labs
 from sslcells.evaluation.across import Across
+from sslcells.evaluation.answer_table import FILE as ANSWERS
+from sslcells.evaluation.answer_table import OWN, AnswerTable
 from sslcells.evaluation.baselines import Baselines, OfRows
 from sslcells.evaluation.classifier import Predictions, predict
 from sslcells.evaluation.during_training import VIEWED
@@ -34,6 +37,7 @@ from sslcells.evaluation.ways import ways
 from sslcells.models import files
 from sslcells.names import CONFIG
 from sslcells.plan import leave_out
+from sslcells.provenance import made
 from sslcells.run import checkpoint, wandb_sync
 from sslcells.run.metrics import METRICS, note_steps, read_metrics
 from sslcells.run.progress import Bars, bars
@@ -76,7 +80,8 @@ def evaluate(
         if data := [o for o in overrides if o.startswith(("data.", "data="))]:
             result["notes"].append(f"the data is that of {' '.join(data)}; the encoder is the run's, as it was trained")
         seconds = round(time.perf_counter() - began, 1)
-        result["made"] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds, "ranks": ranks.world()}
+        asked_by = {"run": os.path.relpath(folder, to), "overrides": [*overrides]}
+        result["made"] = {**made(), **asked_by, "seconds": seconds, "ranks": ranks.world()}
         write(to / RESULTS, json_text(result, indent=2) + "\n")
         write(to / REPORT, page(result, [*_of_training(folder), *pictures]))
         print(f"{to / RESULTS}, {REPORT}: the results above, and pictures; {seconds:.0f} s")
@@ -179,6 +184,9 @@ def measured(
     say_figures(console, result)
     if predictions is not None:
         predictions.write(to, run.evaluate.split)
+    (to / ANSWERS).unlink(missing_ok=True)
+    if answers := AnswerTable.of(asked, classes, figures.predictions, predictions):
+        answers.write(to)
     pixels = encoded.pixels_of(splits[shown])
     with one_thread():
         pictures = draw(
@@ -452,7 +460,7 @@ def _of_classifier(predictions: Predictions | None, run: Run) -> list[dict[str, 
     units = Units(predictions.sources, run.seed, run.evaluate.bootstrap)
     for way in ways(units, predictions.labels, predictions.probabilities):
         found = way.scored(of_classes(way.labels, way.predicted, classes))
-        row = {"task": "the run's classifier", "name": "", "unit": way.unit, "images": way.images}
+        row = {"task": OWN, "name": "", "unit": way.unit, "images": way.images}
         scores = {key: rounded(score) for key, score in found.items()}
         out.append(row | {"sources": way.sources, "scores": scores})
     return out

@@ -73,7 +73,7 @@ def test_check_refuses_what_training_would(change, words, capsys, monkeypatch, t
     for arguments in (["--check"], [f"out={tmp_path}"]):
         assert main("train", [*arguments, *SMALL, change]) == 2
         assert words in capsys.readouterr().err
-    assert not list(tmp_path.rglob("*.jsonl"))
+    assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 PATHS = [

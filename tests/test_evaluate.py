@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gloo import on_ranks
@@ -15,6 +16,7 @@ from sslcells.cli import main
 from sslcells.config import load
 from sslcells.delivery.card import _figures
 from sslcells.evaluate import RESULTS, measured
+from sslcells.evaluation import answer_table
 from sslcells.run.metrics import pictures_of, read_metrics
 from sslcells.train import train
 
@@ -66,6 +68,15 @@ def test_what_it_prints_and_leaves(run, capsys):
     beside = {row["name"] for row in result["baselines"]["figures"]}
     assert beside == {"this run", "colour histograms", "untrained network"}
     assert all(of["question"] in out for of in result["answers"])
+    answers = answer_table.read(run)
+    assert len(answers.images) == 40
+    for method, said in answers.methods.items():
+        right = [one == true for one, true in zip(said, answers.classes, strict=True)]
+        task, _, name = method.partition(", ")
+        assert np.mean(right) == pytest.approx(row(result, task, name)["scores"]["accuracy"]["value"])
+    assert [*answers.methods] == ["kNN, k = 20, weighted", "linear probe"]
+    assert result["made"]["overrides"] == QUICK
+    assert result["made"]["run"] == "."
     last = read_metrics(run)[-1]
     assert last["step"] == 5  # one after the training's last, for trackers
     nearest = row(result, "kNN", "k = 1")["scores"]["accuracy"]["value"]
@@ -147,6 +158,7 @@ def test_a_folder_without_labels(tmp_path, run, capsys):
     result = folder_of(tmp_path, run, {"": {"": 12}})
     assert result["figures"] == []
     assert result["asked"] is None
+    assert not (run / answer_table.FILE).exists()
     assert set(result["health"]["train"]) == {"effective rank", "row std", "uniformity", "alignment"}
     assert "no labels: only figures that need none" in capsys.readouterr().out
 

@@ -1,10 +1,16 @@
 """What describes the package to others: its citation, container and environment agree with pyproject.toml."""
 
+import json
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import sslcells
 
@@ -54,3 +60,65 @@ def test_the_dockerfile_takes_its_base_as_an_argument():
     assert set(instructions) <= {"ARG", "FROM", "ENV", "COPY", "RUN", "WORKDIR", "ENTRYPOINT", "CMD"}
     extras = re.search(r"^ARG EXTRAS=(\S+)$", DOCKERFILE, re.M)[1].split(",")
     assert set(extras) <= PROJECT["project"]["optional-dependencies"].keys()
+
+
+def test_the_shell_of_the_dockerfile_is_right(tmp_path):
+    """Its commands parse, shellcheck finds nothing where it is installed, and each variable is declared before."""
+    declared, scripts = {"PATH", "HOME"}, []
+    for word, rest in instructions(DOCKERFILE.partition("\nFROM ")[2]):
+        if word == "RUN":
+            scripts.append(rest)
+            assert set(re.findall(r"\$\{?(\w+)", rest)) <= declared, rest
+        declared |= set(re.findall(r"(\w+)=", rest)) if word in ("ARG", "ENV") else set()
+    assert scripts
+    script = tmp_path / "run.sh"
+    exported = [f"export {name}" for name in sorted(declared)]
+    script.write_text("\n".join(["#!/bin/sh", *exported, *scripts, ""]), encoding="utf-8")
+    assert subprocess.run(["sh", "-n", str(script)], check=False).returncode == 0
+    if shutil.which("shellcheck"):
+        done = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
+        assert not done.returncode, done.stdout
+
+
+def instructions(text):
+    """Each instruction with what follows it, continued lines joined."""
+    lines = "\n".join(line for line in text.splitlines() if not line.startswith("#")).replace("\\\n", " ")
+    return re.findall(r"^([A-Z]+) (.+)$", lines, re.M)
+
+
+def test_the_container_starts_a_command_of_the_package():
+    (entry,) = (json.loads(rest) for word, rest in instructions(DOCKERFILE) if word == "ENTRYPOINT")
+    assert entry[0] in PROJECT["project"]["scripts"]
+
+
+def test_the_citation_has_no_key_that_its_format_lacks():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation.keys() <= OF_CITATIONS
+
+
+OF_CITATIONS = {
+    *("cff-version", "message", "title", "authors", "type", "license", "version", "keywords", "abstract"),
+    *("date-released", "doi", "identifiers", "repository-code", "url", "preferred-citation", "references", "contact"),
+}
+"""keys of the Citation File Format 1.2.0 that a software's citation may have"""
+
+
+def test_pre_commit_takes_its_file_and_runs_what_ci_runs():
+    clientlib = pytest.importorskip("pre_commit.clientlib", reason="pre-commit reads its own file")
+    ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    (repo,) = clientlib.load_config(ROOT / ".pre-commit-config.yaml")["repos"]
+    for hook in repo["hooks"]:
+        command = hook["entry"].removesuffix(" --fix").split()
+        assert re.search(rf"^{' '.join(command)}\b", ci, re.M), hook["entry"]
+
+
+def test_the_environment_can_be_solved_as_far_as_it_says():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment.keys() == {"name", "channels", "dependencies"}
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    conda = [Requirement(one) for one in environment["dependencies"] if isinstance(one, str)]
+    (python,) = [one for one in conda if one.name == "python"]
+    supported = SpecifierSet(PROJECT["project"]["requires-python"])
+    minors = [f"3.{minor}" for minor in range(30) if python.specifier.contains(f"3.{minor}")]
+    assert minors
+    assert all(supported.contains(minor) for minor in minors)

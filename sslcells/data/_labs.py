@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sslcells.config import ConfigError
 from sslcells.data._decode import ZARR
-from sslcells.data._names import check_classes
+from sslcells.data._names import check_classes, some
 from sslcells.data._patterns import Patterns
 from sslcells.data._scan import walk
 
@@ -70,6 +70,22 @@ def lab_names(
         raise ConfigError(no_lab(how, example, root))
     check_classes(sorted(found), str(root), "laboratories")
     return tuple(sorted(found))
+
+
+def check_above(labs: Sequence[str], classes: Sequence[str], root: Path) -> None:
+    """Raise a ConfigError unless the folders of the laboratories hold those of the classes: `lab_folder` is above.
+
+    A folder of one laboratory has its classes where others have laboratories: its images would have no label.
+    """
+    mixed = sorted({*labs} & {*classes})
+    if classes and not mixed:
+        return
+    why = "but they are classes elsewhere in it" if mixed else "and no folder in them is a class: no image has a label"
+    raise ConfigError(
+        f"data.lab_folder=above takes {some(mixed or labs)} (below {root}) for laboratories, {why}. If they are "
+        f"the classes of one laboratory, use data.lab_folder=none; if laboratories hold images without a class, "
+        f"data.labels=none"
+    )
 
 
 def labs_of(

@@ -18,7 +18,7 @@ from sslcells.data._decode import ZARR, Decoder, Header, Unreadable
 from sslcells.data._decode.on_device import read_plain
 from sslcells.data._files import Files, one_group, one_lab, verify
 from sslcells.data._found import Clock, Found
-from sslcells.data._labs import LabFolder, class_in, lab_names, labs_of
+from sslcells.data._labs import LabFolder, check_above, class_in, lab_names, labs_of
 from sslcells.data._names import check_classes
 from sslcells.data._packed import Packed
 from sslcells.data._patterns import Patterns, checked
@@ -244,6 +244,8 @@ class _Whole(NamedTuple):
         classes = _classes(root, folders, config.lab_folder, patterns) if config.labels == "folder" else ()
         by_lab = (config.lab_pattern, config.lab_folder)
         labs = lab_names(root, folders.values(), *by_lab, patterns) if by_lab != (None, "none") else ()
+        if config.labels == "folder" and config.lab_folder == "above":
+            check_above(labs, classes, root)
         return cls(root, folders, listings, classes, labs)
 
 

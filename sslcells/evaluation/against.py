@@ -117,12 +117,12 @@ def compared(one: Beside, ours: Figures, theirs: Figures, across: Across) -> dic
     """A frozen encoder's figures, and how much higher those of the run are, for evaluation.json."""
     encoder = one.encoder
     differences = [
-        {"method": _method(mine), "unit": unit, "scores": {k: rounded(score) for k, score in scores.items()}}
+        {"method": mine.method, "unit": unit, "scores": {k: rounded(score) for k, score in scores.items()}}
         for mine, other in zip(ours.predictions, theirs.predictions, strict=True)
         for unit, scores in _differences(ours, mine, other)
     ]
     said = [
-        _said(_value(ours, mine), _value(theirs, other), differences, _method(mine))
+        _said(_value(ours, mine), _value(theirs, other), differences, mine.method)
         for mine, other in zip(ours.predictions, theirs.predictions, strict=True)
     ]
     lower = any(_high(of) < 0 for of in differences if of["unit"] == "image")
@@ -173,11 +173,6 @@ def _high(of: Mapping[str, Any]) -> float:
     return 0.0 if high is None else float(high)
 
 
-def _method(answer: ClassScores) -> str:
-    """The method without the C that its encoder was given."""
-    return answer.name.partition(", C = ")[0]
-
-
 def against_tables(result: Mapping[str, Any]) -> list[Table]:
     """The frozen encoders beside the run; empty where there are none."""
     found = [_classes(result), _labs(result)]
@@ -195,7 +190,7 @@ def _classes(result: Mapping[str, Any]) -> Table:
                 continue
             cells = [shown(row["scores"].get(metric)) for metric in metrics]
             less = differences.get((method, row["unit"]))
-            minus = "" if less is None else _signed(less)
+            minus = "" if less is None else signed(less)
             lines.append([name, row["task"], row["name"], row["unit"], of_images(row), *cells, minus])
     caption = (
         f"%, with 95 % intervals from {result['resamples']:,} resamples of sources, or of images. Every encoder is "
@@ -232,7 +227,7 @@ def _encoders(result: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[tuple[
         )
 
 
-def _signed(score: Mapping[str, float | None]) -> str:
+def signed(score: Mapping[str, float | None]) -> str:
     """`+1.3 [0.4, 2.2]`, in points of percent."""
     text = shown(score)
     return text if text[0] in "-–" else f"+{text}"

@@ -36,6 +36,11 @@ class ClassScores(NamedTuple):
     predicted: Tensor
     """(M,) int64; -1 if it has no answer"""
 
+    @property
+    def method(self) -> str:
+        """The name without the C that an encoder was given."""
+        return self.name.partition(", C = ")[0]
+
 
 Near = tuple[Tensor, Tensor]
 """Cosines and indices of the nearest labelled images of train, (M, k) each, of the M labelled queries."""

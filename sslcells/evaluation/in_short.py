@@ -18,7 +18,7 @@ YES, NO, UNSEEN, PART = "yes", "no", "no difference seen", "in part"
 UNKNOWN, NOT_ASKED, NONE_SEEN = "not known", "not asked", "none seen"
 SOURCES = 5
 """Units (sources, or images where each is its own) without which an interval says nothing."""
-_FEW = 10
+FEW = 10
 """Units below which intervals are too narrow."""
 MARGIN = 0.05
 """A laboratory that loses less than that, with its whole interval, is as good by the others' labels as by its own."""
@@ -96,7 +96,7 @@ def basis(result: Mapping[str, Any]) -> str:
         text += f" of {row['images']:,} images. Sources are not known: where images share a donor, slide or photograph"
         return f"{text}, the intervals are too narrow."
     text += f" of {row['sources']:,} sources"
-    return f"{text}: these are few, and the intervals too narrow." if row["sources"] < _FEW else f"{text}."
+    return f"{text}: these are few, and the intervals too narrow." if row["sources"] < FEW else f"{text}."
 
 
 def _unlabelled(result: Mapping[str, Any]) -> str:

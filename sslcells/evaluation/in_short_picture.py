@@ -1,12 +1,12 @@
 """The picture at the top of the report: the encoder beside all that it was measured beside, with intervals."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import Formatter, PercentFormatter
 
 from sslcells.evaluation.baselines import METHOD, RUN
 from sslcells.evaluation.gallery import Picture
@@ -27,6 +27,8 @@ class Dot(NamedTuple):
     score: Mapping[str, float | None] | None
     colour: str = GREY
     chance: float | None = None
+    said: str = ""
+    """the score in words, if other than in percent"""
 
 
 def dots(result: Mapping[str, Any]) -> list[Dot]:
@@ -62,25 +64,40 @@ def _of_labs(result: Mapping[str, Any]) -> Iterator[Dot]:
 def draw(result: Mapping[str, Any], folder: Path) -> list[Picture]:
     """Draw the scores into `folder`; no picture where there are none."""
     drawn = [dot for dot in dots(result) if dot.score is None or dot.score["value"] is not None]
-    scores = [dot.score for dot in drawn if dot.score is not None]
-    if not scores:
+    if all(dot.score is None for dot in drawn):
         return []
-    figure = Figure(figsize=(4.4, _LINE * len(drawn) + _EDGES), layout="constrained")
-    ax = figure.subplots()
-    for place, dot in enumerate(drawn):
-        _draw(ax, -place, dot)
-    reached = [v for score in scores for v in score.values() if v is not None] + [d.chance or 1.0 for d in drawn]
-    ax.set(xlim=(max(0, min(reached) - 0.05), min(1.02, max(v for s in scores for v in s.values() if v) + 0.05)))
-    ax.set(ylim=(-len(drawn) + 0.65, 0.75), yticks=[])
-    ax.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    ax.tick_params(labelsize=11)
-    ax.set_xlabel(f"{METRIC} (thin line: chance)", fontsize=11)
-    ax.spines[["top", "left", "right"]].set_visible(False)
     caption = f"{METRIC[0].upper()}{METRIC[1:]}, with 95 % intervals; higher is better."
     found = result["baselines"]
     if found is not None:
         caption += f" Colour and the untrained network are searched in {found['images of train']:,} images of train."
-    return [Picture(TITLE, save(figure, folder / "in_short.png"), caption)]
+    return [Picture(TITLE, dot_plot(drawn, folder / "in_short.png", f"{METRIC} (thin line: chance)"), caption)]
+
+
+def dot_plot(
+    drawn: Sequence[Dot],
+    out: Path,
+    label: str,
+    within: tuple[float, float] = (0, 1.02),
+    room: float = 0.05,
+    numbers: Formatter | None = None,
+) -> Path:
+    """Draw scores below each other, with their intervals, on one axis; readable at 400 px.
+
+    The axis has `room` beyond all that is drawn, and never leaves the ends `within`.
+    """
+    figure = Figure(figsize=(4.4, _LINE * len(drawn) + _EDGES), layout="constrained")
+    ax = figure.subplots()
+    for place, dot in enumerate(drawn):
+        _draw(ax, -place, dot)
+    reached = [value for dot in drawn for value in (dot.score or {}).values() if value is not None]
+    reached += [dot.chance for dot in drawn if dot.chance is not None]
+    ax.set(xlim=(max(within[0], min(reached) - room), min(within[1], max(reached) + room)))
+    ax.set(ylim=(-len(drawn) + 0.65, 0.75), yticks=[])
+    ax.xaxis.set_major_formatter(numbers or PercentFormatter(xmax=1, decimals=0))
+    ax.tick_params(labelsize=11)
+    ax.set_xlabel(label, fontsize=11)
+    ax.spines[["top", "left", "right"]].set_visible(False)
+    return save(figure, out)
 
 
 def _draw(ax: Axes, y: float, dot: Dot) -> None:
@@ -90,7 +107,7 @@ def _draw(ax: Axes, y: float, dot: Dot) -> None:
         return
     low, high = dot.score["low"], dot.score["high"]
     ax.text(0, y + 0.12, short(dot.name, 28), transform=across, fontsize=11, va="bottom")
-    ax.text(1, y + 0.12, shown(dot.score), transform=across, fontsize=11, va="bottom", ha="right")
+    ax.text(1, y + 0.12, dot.said or shown(dot.score), transform=across, fontsize=11, va="bottom", ha="right")
     if low is not None and high is not None:
         ax.plot([low, high], [y, y], color=dot.colour, linewidth=3, solid_capstyle="round")
     ax.plot([value], [y], "o", color=dot.colour, markersize=8)

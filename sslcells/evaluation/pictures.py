@@ -76,12 +76,12 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path, query_split: str = "") 
     figure = Figure(figsize=(width, 1.25 * len(grid) + 0.4), layout="constrained")
     for name, ax in figure.subplot_mosaic(grid).items():
         if name == "accuracy":
-            _draw_accuracy(ax, {key: _series(metrics, key) for key in accuracy}, query_split)
+            _draw_accuracy(ax, {key: series(metrics, key) for key in accuracy}, query_split)
         else:
-            {"loss": _draw_loss, "lr": _draw_rate}.get(name, _draw_health)(ax, name, *_series(metrics, name))
+            {"loss": _draw_loss, "lr": _draw_rate}.get(name, _draw_health)(ax, name, *series(metrics, name))
         for key in keys if name == "loss" else ():
             if key.endswith("/loss"):
-                step, loss = _series(metrics, key)
+                step, loss = series(metrics, key)
                 ax.plot(step, loss, color=VERMILION, marker="o", markersize=4, label=key)
                 ax.legend(frameon=False)
         ax.set_xlabel("optimizer step")
@@ -89,7 +89,7 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path, query_split: str = "") 
     return save(figure, out)
 
 
-def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[Floats, Floats]:
+def series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[Floats, Floats]:
     """Steps and values of a key; of a step that was logged again after a resume, the last value."""
     value = {row["step"]: row[key] for row in metrics if key in row}
     steps = sorted(value)
@@ -137,7 +137,7 @@ def model_curves(logged: Sequence[tuple[str, Sequence[dict[str, Any]]]], split: 
             label: str | None = name
             for model, rows in logged:
                 if model == name:
-                    step, value = _series(rows, f"{split}/{key}")
+                    step, value = series(rows, f"{split}/{key}")
                     color, marker = OKABE_ITO[number], MARKERS[number]
                     ax.plot(step, value, color=color, marker=marker, markersize=4, linewidth=1.2, label=label)
                     label = None

@@ -244,11 +244,11 @@ def _figures(pictures: Sequence[Picture], kind: str = "") -> list[str]:
     return body
 
 
-def document(title: str, about: str, body: Sequence[str]) -> str:
-    """An HTML page that needs no other file or network."""
+def document(title: str, about: str, body: Sequence[str], style: str = "") -> str:
+    """An HTML page that needs no other file or network; `style` is added to that of all pages."""
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}{hover_map.STYLE}{neighbour_rows.STYLE}</style>"
+        f"<title>{escape(title)}</title><style>{_STYLE}{hover_map.STYLE}{neighbour_rows.STYLE}{style}</style>"
     )
     lines = "\n".join([f"<h1>{escape(title)}</h1>", f'<p class="made">{escape(about)}</p>', *body])
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{lines}\n</body></html>\n'

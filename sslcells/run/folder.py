@@ -14,7 +14,7 @@ from sslcells.data import ImageSet, listing
 from sslcells.data.pack import source_of
 from sslcells.errors import TrainingError
 from sslcells.names import CONFIG, STOPPED
-from sslcells.run import checkpoint
+from sslcells.run import checkpoint, starts
 from sslcells.run.interrupt import Stopped
 from sslcells.run.lock import Lock
 
@@ -82,6 +82,7 @@ def _take(run: Run, images: ImageSet, claim: Claim) -> Path | None:
     if newest is None or not listing.recorded(run.folder):
         listing.record(run.folder, images)
     (run.folder / CONFIG).write_text(dump(run), encoding="utf-8")
+    starts.note(run.folder, resumes=newest is not None)
     return newest
 
 

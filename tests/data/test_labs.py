@@ -91,6 +91,21 @@ def test_no_laboratory_anywhere_is_refused(tmp_path, fields, words):
     assert words.replace("'test/", "'t") in str(error.value)
 
 
+def test_classes_where_laboratories_should_be_are_refused(tmp_path):
+    written(tmp_path / "one", "{split}/{cell}/{lab}_{i}.png")
+    above = {"lab_folder": "above"}
+    with pytest.raises(ConfigError) as error:
+        open_splits(folder.Config(path=str(tmp_path / "one"), **above))
+    assert "data.lab_folder=above takes a, b (below " in str(error.value)
+    assert "use data.lab_folder=none; if laboratories hold images without a class, data.labels=none" in str(error.value)
+    train = open_splits(folder.Config(path=str(tmp_path / "one"), labels="none", **above))["train"]
+    assert (train.lab_names, train.classes) == (("a", "b"), ())
+    written(tmp_path / "mixed", "{split}/{lab}/{cell}/{i}.png")
+    (tmp_path / "mixed/test/north/a").rename(tmp_path / "mixed/test/a")
+    with pytest.raises(ConfigError, match=r"above takes a \(below .*but they are classes elsewhere in it"):
+        open_splits(folder.Config(path=str(tmp_path / "mixed"), **above))
+
+
 def test_two_spellings_of_a_laboratory_are_refused(tmp_path):
     written(tmp_path, "{split}/{cell}/{lab}_{i}.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "train/a/North_9.png")
