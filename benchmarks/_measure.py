@@ -10,11 +10,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -23,17 +24,29 @@ T = TypeVar("T")
 OUT_OF_MEMORY = "out of memory"
 
 
+@contextmanager
+def fresh_process() -> Iterator[Callable[..., Any]]:
+    """A new interpreter: calls functions of importable modules there; gives their results, or why one failed."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+        def call(function: Callable[..., T], *args: object) -> T | str:
+            try:
+                return pool.submit(function, *args).result()
+            except ImportError as error:
+                return f"{error.name or error} is not installed"
+            except BrokenProcessPool:
+                return "the process was killed"
+            except (MemoryError, RuntimeError) as error:
+                return reason(str(error) or OUT_OF_MEMORY)
+
+        yield call
+
+
 def in_fresh_process(function: Callable[..., T], *args: object) -> T | str:
     """Call `function` of an importable module in a new interpreter; returns its result, or why it failed."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *args).result()
-        except ImportError as error:
-            return f"{error.name or error} is not installed"
-        except BrokenProcessPool:
-            return "the process was killed"
-        except (MemoryError, RuntimeError) as error:
-            return reason(str(error) or OUT_OF_MEMORY)
+    with fresh_process() as call:
+        result: T | str = call(function, *args)
+    return result
 
 
 def reason(message: str) -> str:
@@ -91,9 +104,10 @@ def seconds(step: Callable[[], object], device: str, repeats: int) -> list[float
     return taken
 
 
-def product_rate(device: str, repeats: int) -> float:
-    """Operations a second of one large matrix product: float32 on a CPU, bfloat16 on CUDA."""
-    size, dtype = (16384, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+def product_rate(device: str, repeats: int, dtype: torch.dtype | None = None) -> float:
+    """Operations a second of one large matrix product: float32 on a CPU, bfloat16 on CUDA, if not told otherwise."""
+    size, usual = (16384, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    dtype = dtype or usual
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     out = a @ b
     return 2 * size**3 / min(seconds(lambda: torch.mm(a, b, out=out), device, repeats))

@@ -62,7 +62,7 @@ def spectra(pixels: int, size: int) -> list[list[str]]:
     return rows
 
 
-def costs(pixels: int, size: int, device: str, repeats: int) -> list[str]:
+def costs(pixels: int, size: int, views: int, device: str, repeats: int) -> list[str]:
     """Milliseconds for 256 images: evaluated, cropped both ways (0.4 to 1 of the area, turned), and whole recipes."""
     count, drawn = 256, torch.Generator().manual_seed(0)
     raw = torch.randint(0, 256, (count, 3, pixels, pixels), generator=drawn, dtype=torch.uint8).to(device)
@@ -77,7 +77,7 @@ def costs(pixels: int, size: int, device: str, repeats: int) -> list[str]:
     ]
     for recipe in (cells, simclr, channels):
         made = Augment(recipe.Config(size=size), (0.5,), (0.25,))
-        steps.append(lambda made=made: made(raw, image, seed=0, step=0, views=1))  # type: ignore[misc]
+        steps.append(lambda made=made: made(raw, image, seed=0, step=0, views=views))  # type: ignore[misc]
     out = []
     for step in steps:
         step()
@@ -85,27 +85,37 @@ def costs(pixels: int, size: int, device: str, repeats: int) -> list[str]:
     return [f"{pixels} → {size}", "", *out]
 
 
-def main() -> None:
-    """Print the tables."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--few", action="store_true", help="one size of each, to see that it runs")
+    parser.add_argument("--pixels", type=int, nargs=2, metavar=("FROM", "TO"), help="times of these sizes alone")
+    parser.add_argument("--views", type=int, default=1, help="of each image, that the recipes make (1)")
     parser.add_argument("--out", type=Path, help="append the section to this file")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the tables."""
+    args = arguments()
     few = 1 if args.few else None
-    bands = [f"{low}–{high}" for low, high in BANDS]
-    noise = [row for pixels, size in PIXELS[:few] for row in spectra(pixels, size)]
-    cost = [costs(pixels, size, args.device, args.repeats) for pixels, size in COSTS[:few]]
+    sizes = [tuple(args.pixels)] if args.pixels else COSTS[:few]
+    cost = [costs(pixels, size, args.views, args.device, args.repeats) for pixels, size in sizes]
+    tables = [markdown(["px", "", "plain", "bilinear", "warp", "cells", "simclr", "channels"], cost)]
     notes = (
-        "Power of white noise of variance 1 by radial frequency, cycles a pixel of the view: `plain` as it is, the "
-        "others in parts of it. Then the least milliseconds for 256 images of three channels: crops of 0.4 to 1 of the "
-        "area at any angle, and recipes with their defaults."
+        "The least milliseconds for 256 images of three channels: crops of 0.4 to 1 of the area at any angle, and "
+        f"recipes with their defaults, {args.views} view(s) of each image."
     )
-    tables = [
-        markdown(["px", "way", *bands, "all"], noise),
-        markdown(["px", "", "plain", "bilinear", "warp", "cells", "simclr", "channels"], cost),
-    ]
+    if not args.pixels:
+        bands = [f"{low}–{high}" for low, high in BANDS]
+        noise = [row for pixels, size in PIXELS[:few] for row in spectra(pixels, size)]
+        tables = [markdown(["px", "way", *bands, "all"], noise), *tables]
+        notes = (
+            "Power of white noise of variance 1 by radial frequency, cycles a pixel of the view: `plain` as it is, the "
+            f"others in parts of it. Then: {notes[0].lower()}{notes[1:]}"
+        )
     text = section("Augmentation", args.device, notes, tables)
     show(text, args.out)
 

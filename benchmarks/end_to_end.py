@@ -32,7 +32,7 @@ import psutil
 import torch
 from _drawn import jpegs
 from _end_to_end_peers import DIMENSION, HIDDEN, PEERS, RATE, TEMPERATURE, Case
-from _measure import in_fresh_process, markdown, reason, section, show
+from _measure import in_fresh_process, markdown, product_rate, reason, section, show
 from _steps import PARTS, measured
 
 ROOT = Path(__file__).parents[1]
@@ -136,13 +136,9 @@ def theirs(case: Case, python: str | None, versions: dict[str, str], seconds: fl
 
 def bare(case: Case, form: str) -> float:
     """Images a second of forward, backward and step of the network and its head on views that are ready."""
-    import timm
-    from torch import nn
     from torch.nn import functional as F
 
-    backbone = timm.create_model(case.network, num_classes=0, **case.args())
-    head = [nn.Linear(backbone.num_features, HIDDEN, bias=False), nn.BatchNorm1d(HIDDEN), nn.ReLU(inplace=True)]
-    network = nn.Sequential(backbone, *head, nn.Linear(HIDDEN, DIMENSION)).to(case.device, memory_format=BARE[form])
+    network = _network(case).to(case.device, memory_format=BARE[form])
     views = torch.randn(2 * case.batch, 3, case.size, case.size, device=case.device).to(memory_format=BARE[form])
     optimizer = torch.optim.AdamW(network.parameters(), RATE)
     pairs = torch.arange(2 * case.batch, device=case.device).roll(case.batch)
@@ -156,6 +152,36 @@ def bare(case: Case, form: str) -> float:
         optimizer.step()
         optimizer.zero_grad()
     return case.steps * case.batch / (_now(case.device) - began)
+
+
+def _network(case: Case) -> torch.nn.Module:
+    import timm
+    from torch import nn
+
+    backbone = timm.create_model(case.network, num_classes=0, **case.args())
+    head = [nn.Linear(backbone.num_features, HIDDEN, bias=False), nn.BatchNorm1d(HIDDEN), nn.ReLU(inplace=True)]
+    return nn.Sequential(backbone, *head, nn.Linear(HIDDEN, DIMENSION))
+
+
+def operations(case: Case) -> int:
+    """Of the network's products for one image, two views forward and backward; the loss has few beside them."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network, views = _network(case), torch.randn(2, 3, case.size, case.size)
+    # The products of attention are counted only where they are operations of their own.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(views).sum().backward()
+    return counter.get_total_flops()
+
+
+def peak(case: Case, rates: dict[str, float | str]) -> float | None:
+    """Images a second if the network's products all ran as fast as one large product, or None if that failed."""
+    if case.precision not in rates:
+        dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+        rates[case.precision] = in_fresh_process(product_rate, case.device, 3, dtype)
+    rate = rates[case.precision]
+    return None if isinstance(rate, str) else rate / operations(case)
 
 
 def _now(device: str) -> float:
@@ -185,19 +211,20 @@ def speeds(case: Case, args: argparse.Namespace, packs: Path, versions: dict[str
             yield row, theirs(case._replace(peer=row), args.peers, versions, args.seconds)
 
 
-def table(case: Case, found: dict[str, list[Speed]]) -> str:
-    """Median, range and ratios of the rows."""
+def table(case: Case, found: dict[str, list[Speed]], most: float | None) -> str:
+    """Median, range and ratios of the rows; `most` images a second are what one large product would give."""
     middle = {row: median(speeds) for row, speeds in found.items() if all(isinstance(s, float) for s in speeds)}
     best = max((speed for row, speed in middle.items() if row.startswith("bare")), default=None)
     compared = middle.get("lightly-train"), best
     lines = []
     for row, speeds in found.items():
         if row not in middle:
-            lines.append([row, next(s for s in speeds if isinstance(s, str)), "", "", "", ""])
+            lines.append([row, next(s for s in speeds if isinstance(s, str)), *[""] * 5])
             continue
+        share = f"{middle[row] / most:.1%}" if most else ""
         ratios = [f"{middle[row] / other:.2f}" if other else "" for other in compared]
-        lines.append([row, "", f"{middle[row]:.0f}", f"{min(speeds):.0f}–{max(speeds):.0f}", *ratios])
-    heads = [title(case), "", "images/s", "range", "÷ lightly-train", "÷ bare network"]
+        lines.append([row, "", f"{middle[row]:.0f}", f"{min(speeds):.0f}–{max(speeds):.0f}", share, *ratios])
+    heads = [title(case), "", "images/s", "range", "of the product rate", "÷ lightly-train", "÷ bare network"]
     return markdown(heads, lines)
 
 
@@ -310,8 +337,10 @@ def main() -> None:
         went = {(case, s): parts(case, s, root / "packs", args.seconds) for case in cases for s in sources}
     if args.plot:
         draw(went, args.plot)
-    tables = [table(case, rows) for case, rows in found.items()] + ([parts_table(went)] if went else [])
-    text = section("End to end", device, notes(args, images, load, versions), tables)
+    rates: dict[str, float | str] = {}
+    tables = [table(case, rows, peak(case, rates)) for case, rows in found.items()]
+    tables += [parts_table(went)] if went else []
+    text = section("End to end", device, notes(args, images, load, versions) + _rates(rates), tables)
     show(text, args.out)
 
 
@@ -326,6 +355,11 @@ def notes(args: argparse.Namespace, images: int, load: float, versions: dict[str
         f"measured. Ours by `accelerate launch -m sslcells.train`. {with_peers}. solo-learn's package asks for torch "
         f"1.9.1 and is not installed. Load of the machine before it: {load:.1f}."
     )
+
+
+def _rates(rates: dict[str, float | str]) -> str:
+    known = [f"{rate / 1e12:.3g} TFLOP/s in {p}" for p, rate in rates.items() if not isinstance(rate, str)]
+    return f" One large product runs at {', '.join(known)}." if known else ""
 
 
 if __name__ == "__main__":

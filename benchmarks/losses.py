@@ -1,22 +1,36 @@
 """Time and memory of the losses compared with their peers: `python benchmarks/losses.py --out benchmarks/RESULTS.md`.
 
-Every figure is for one forward and backward pass over (N, 128) float32 rows, which the loss normalises; each pair of
-implementation and N has its own process. All implementations of a task compute the same loss; for small N their
-gradients are compared with a float64 reference. Peers (pip install lightly pytorch-metric-learning) that are not
-installed are left out. An implementation stops at the first N that fails.
+Every figure is for one forward and backward pass over (N, 128) float32 rows, which the loss normalises; each
+implementation has its own process, on a CPU for each N. All implementations of a task compute the same loss; for small
+N their gradients are compared with a float64 reference. Peers (pip install lightly pytorch-metric-learning) that are
+not installed are left out. An implementation stops at the first N that fails.
 """
 
 import argparse
 import functools
+import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _measure import draw, in_fresh_process, limit_memory, markdown, peak_mib, product_rate, seconds, section, show
+from _measure import (
+    draw,
+    fresh_process,
+    in_fresh_process,
+    limit_memory,
+    markdown,
+    peak_mib,
+    product_rate,
+    seconds,
+    section,
+    show,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -219,6 +233,8 @@ def measure(task: str, name: str, size: int, group: int, device: str, matmul: st
     form = next(f for f in TASKS[task].forms if f.name == name)
     little, _ = step_of(form, 128, group, device, torch.float32)
     little()
+    if device == "cuda":
+        torch.cuda.empty_cache()  # of the size before
     step, z = step_of(form, size, group, device, torch.float32)
     mib = peak_mib(step, device)
     taken = seconds(step, device, repeats)
@@ -231,23 +247,36 @@ def measure(task: str, name: str, size: int, group: int, device: str, matmul: st
 
 
 def run(args: argparse.Namespace) -> dict[str, dict[tuple[int, str], Result | str]]:
-    """All requested results, by task, then by size and form; a form that fails is left out from there on."""
+    """All requested results, by task, then by size and form."""
     results: dict[str, dict[tuple[int, str], Result | str]] = {}
+    ends = time.monotonic() + args.budget
     for key, task in TASKS.items():
-        failed: set[str] = set()
-        for size in args.sizes:
-            for form in wanted(key, task, args):
-                if form.name in failed or (form.largest is not None and size > form.largest):
-                    continue
-                group = args.per_class if key == "triplet" else 2
-                arguments = (key, form.name, size, group, args.device, args.matmul, args.repeats)
-                result = in_fresh_process(measure, *arguments)
-                results.setdefault(key, {})[size, form.name] = result
-                if isinstance(result, str):
-                    failed.add(form.name)
-                told = result if isinstance(result, str) else f"{result.best:.3g} s, {result.mib:,.1f} MiB"
-                print(f"{key}, N = {size:,}, {form.name}: {told}", file=sys.stderr, flush=True)
+        forms = list(wanted(key, task, args))
+        found = {(size, form.name): each for form in forms for size, each in curve(key, form, args, ends)}
+        ordered = {(s, form.name): found[s, form.name] for s in args.sizes for form in forms if (s, form.name) in found}
+        results |= {key: ordered} if ordered else {}
     return results
+
+
+def curve(key: str, form: Form, args: argparse.Namespace, ends: float) -> Iterator[tuple[int, Result | str]]:
+    """A form's result at each size, up to the first that fails or would begin after `ends`.
+
+    A CPU counts a process's peak memory, so each size has its own process there; on CUDA all sizes have one.
+    """
+    with ExitStack() as stack:
+        call = stack.enter_context(fresh_process()) if args.device == "cuda" else in_fresh_process
+        for size in args.sizes:
+            if form.largest is not None and size > form.largest:
+                return
+            group = args.per_class if key == "triplet" else 2
+            arguments = (key, form.name, size, group, args.device, args.matmul, args.repeats)
+            late = time.monotonic() > ends
+            result = f"left out: --budget {args.budget:g}" if late else call(measure, *arguments)
+            told = result if isinstance(result, str) else f"{result.best:.3g} s, {result.mib:,.1f} MiB"
+            print(f"{key}, N = {size:,}, {form.name}: {told}", file=sys.stderr, flush=True)
+            yield size, result
+            if isinstance(result, str):
+                return
 
 
 def wanted(key: str, task: Task, args: argparse.Namespace) -> Iterable[Form]:
@@ -301,6 +330,7 @@ def arguments() -> argparse.Namespace:
     words = "parts of `task implementation`, such as triplet or 'nt-xent light'"
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help=words)
     parser.add_argument("--repeats", type=int, default=5, help="timed passes of each, at least, for a second in all")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin nothing after them")
     modes = "torch's float32 matmul precision (high allows TF32)"
     parser.add_argument("--matmul", choices=("highest", "high", "medium"), default="highest", help=modes)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also append the section to this file")

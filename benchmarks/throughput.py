@@ -130,8 +130,8 @@ def draw(folder: Path, count: int, side: int) -> None:
         cells[i % 16].save(below / f"{i:06}.jpg", quality=75 + i % 20)
 
 
-def main() -> None:
-    """Print the tables."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="folder of images, with classes below it or below its train/")
     parser.add_argument("--drawn", nargs=2, type=int, metavar=("COUNT", "SIDE"), help="instead, drawn JPEG of SIDE px")
@@ -145,6 +145,12 @@ def main() -> None:
     args = parser.parse_args()
     if (args.folder is None) == (args.drawn is None):
         parser.error("give a folder or --drawn")
+    return args
+
+
+def main() -> None:
+    """Print the tables."""
+    args = arguments()
     from sslcells.delivery.packing import pack
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -153,15 +159,17 @@ def main() -> None:
             args.folder = f"{temporary}/drawn"
             draw(Path(args.folder), *args.drawn)
         sized = [f"data.size={args.size}"] if args.size else []
-        began = time.perf_counter()
-        pack(args.folder, packed, sized)
-        packing = time.perf_counter() - began
+        packing = ""
+        if "pack" in args.only or args.steps:
+            began = time.perf_counter()
+            pack(args.folder, packed, sized)
+            packing = f" Packing took {time.perf_counter() - began:.1f} s."
         options = (args.folder, packed, args.size, args.batch, args.workers, args.passes)
         found = {row: in_fresh_process(measure, row, *options) for row in args.only}
         found = {f"device ({DEVICE})" if row == "device" else row: value for row, value in found.items()}
         rate, cpu = ({k: v[0] / v[at] for k, v in found.items() if not isinstance(v, str)} for at in (1, 2))
         rows = [[row, value] if isinstance(value, str) else _line(row, rate, cpu) for row, value in found.items()]
-        notes = f"{args.batch} images a batch, {args.workers} processes that read. Packing took {packing:.1f} s."
+        notes = f"{args.batch} images a batch, {args.workers} processes that read.{packing}"
         parts = [markdown(["source", "images/s", "× files", "images a CPU second", "× files"], rows)]
         if args.steps:
             of = {"files": ["data.kind=folder", f"data.path={args.folder}", "data.verify=header", *sized]}
