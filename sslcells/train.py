@@ -161,6 +161,7 @@ def _steps(
             rate = optim.learning_rate(run.optim, state.step, plan.steps, plan.warmup)
             optim.set_learning_rate(optimizer, rate)
             batch = ids.to(device)
+            method.figures = plan.due(state.step + 1, run.log.every_steps)
             if len(parts) == 1:
                 outputs = embed(parts[0], 0)  # augment, embed
                 loss, figures = method.loss(outputs, batch, progress)  # loss

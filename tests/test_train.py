@@ -18,6 +18,7 @@ from sslcells import train as train_module
 from sslcells.config import ConfigError, load
 from sslcells.data import Batch
 from sslcells.errors import TrainingError
+from sslcells.losses import torch_engine
 from sslcells.models import files
 from sslcells.run import checkpoint
 from sslcells.run.folder import changed, resolve_auto
@@ -53,6 +54,21 @@ def tiny(folder, *changes):
 def untimed(folder):
     rows = read_metrics(folder)
     return [{k: v for k, v in r.items() if k not in {"images_per_second", "data_wait", "memory_gib"}} for r in rows]
+
+
+def test_the_loss_computes_figures_where_a_line_reads_them(tmp_path, monkeypatch):
+    asked, plain = [], torch_engine.row_sums
+
+    def spied(*args, figures):
+        asked.append(figures)
+        return plain(*args, figures=figures)
+
+    monkeypatch.setattr(torch_engine, "row_sums", spied)
+    quick = ["train.total_steps=5", "data.val=0", "evaluate.pictures=false"]
+    lines = [row for row in read_metrics(train(tiny(tmp_path, *quick))) if "loss" in row]
+    assert asked == [False, True, False, True, True]
+    assert [row["step"] for row in lines] == [2, 4, 5]
+    assert all(0 <= row["top1"] <= 1 for row in lines)
 
 
 class Killed(BaseException):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslcells.losses import torch_engine
-from sslcells.losses.torch_engine import Exclude, RowSums
+from sslcells.losses.torch_engine import FLOAT32_INV_T, Exclude, RowSums
 
 Precision = Literal["bf16", "tf32", "fp32"]
 """Of the fused kernels' products; sums are float32 always. The torch engine computes in the rows' own precision."""
@@ -28,21 +28,47 @@ def row_sums(
     exclude: Exclude,
     group: Tensor | None,
     precision: Precision,
+    *,
+    figures: bool = True,
 ) -> RowSums:
-    """Sums and largest summands of exp(inv_t · (cos − 1)): (R, D) unit rows, (R,) int32 codes of groups → (A,) each."""
+    """Sums, and with `figures` largest summands, of exp(inv_t · (cos − 1)).
+
+    (R, D) unit rows as `accurate` gives them, (R,) int32 codes of groups → (A,) each.
+    """
     if (fused := _fused(refs)) is not None:
-        found: RowSums = fused.row_sums(refs, offset, count, inv_t, exclude, group, precision=precision)
+        found: RowSums = fused.row_sums(
+            refs, offset, count, inv_t, exclude, group, figures=figures, precision=precision
+        )
         return found
-    return torch_engine.row_sums(refs, offset, count, inv_t, exclude, group)
+    return torch_engine.row_sums(refs, offset, count, inv_t, exclude, group, figures=figures)
+
+
+def accurate(refs: Tensor, inv_t: float) -> Tensor:
+    """The rows in the precision that sums at this 1/τ need: float64 where float32 has no number for each summand.
+
+    The fused kernels divide the summands by the largest there, and take float32 rows at any 1/τ.
+    """
+    return refs if inv_t <= FLOAT32_INV_T or _fused(refs) is not None else refs.double()
 
 
 def weighted_rows(
-    refs: Tensor, offset: int, count: int, inv_t: float, weight: Tensor, exclude: Exclude, precision: Precision
+    refs: Tensor,
+    offset: int,
+    count: int,
+    inv_t: float,
+    weight: Tensor,
+    exclude: Exclude,
+    precision: Precision,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """Σ_j E_ij (weight_i + weight_j) z_j with E as in `row_sums`: (R, D) unit rows, (R,) weights → (A, D)."""
+    """Σ_j E_ij (weight_i + weight_j) z_j with E as in `row_sums`: (R, D) unit rows, (R,) weights → (A, D).
+
+    With the shifts of `row_sums`, (R,), each weight is divided by 2^shift of its row.
+    """
     if (fused := _fused(refs)) is not None:
-        out: Tensor = fused.weighted_rows(refs, offset, count, inv_t, weight, exclude, precision=precision)
+        out: Tensor = fused.weighted_rows(refs, offset, count, inv_t, weight, exclude, shift, precision=precision)
         return out
+    assert shift is None
     return torch_engine.weighted_rows(refs, offset, count, inv_t, weight, exclude)
 
 
@@ -67,8 +93,23 @@ def _fused(refs: Tensor) -> Any:
     if refs.device.type == "cpu" or refs.dtype != torch.float32:
         return None
     triton_engine = _triton_engine()
-    served = triton_engine is not None and triton_engine.available(refs.device)
-    return triton_engine if served and refs.shape[1] <= triton_engine.WIDEST else None
+    if triton_engine is None or not triton_engine.available(refs.device):
+        return None
+    if refs.shape[1] > triton_engine.WIDEST:
+        _too_wide(refs.shape[1], triton_engine.WIDEST)
+        return None
+    return triton_engine
+
+
+@functools.cache
+def _too_wide(width: int, widest: int) -> None:
+    logger.warning(
+        "rows are %d wide and the fused kernels take up to %d: the losses use torch operations, which are slower "
+        "(in float64 at a temperature below %g)",
+        width,
+        widest,
+        1 / FLOAT32_INV_T,
+    )
 
 
 @functools.cache

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FLOAT32_INV_T = 40.0
+"""exp(−2/τ), the smallest summand, is a normal float32 number up to this 1/τ"""
+
 
 class Exclude(NamedTuple):
     """Pairs that count neither as positive nor as negative, besides a row and itself."""
@@ -36,30 +39,45 @@ class _Tile(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """Of each anchor, over the references that are not excluded."""
+    """Of each anchor, over the references that are not excluded; all summands are divided by 2^shift."""
 
     total: Tensor
     """(A,) Σ_j exp(inv_t · (z_i·z_j − 1))"""
-    largest: Tensor
-    """(A,) the largest summand"""
-    largest_negative: Tensor
+    largest: Tensor | None
+    """(A,) the largest summand, if it was asked for"""
+    largest_negative: Tensor | None
     """(A,) the largest summand of another group; without groups `largest`"""
+    shift: Tensor | None = None
+    """(A,) binary logarithm of the largest summand, or None: nothing is divided"""
 
 
 def row_sums(
-    refs: Tensor, offset: int, count: int, inv_t: float, exclude: Exclude, group: Tensor | None = None
+    refs: Tensor,
+    offset: int,
+    count: int,
+    inv_t: float,
+    exclude: Exclude,
+    group: Tensor | None = None,
+    *,
+    figures: bool = True,
 ) -> RowSums:
-    """Sums and largest summands of exp(inv_t · (cos − 1)): (R, D) unit rows, (R,) int32 codes of groups → (A,) each."""
+    """Sums, and with `figures` largest summands, of exp(inv_t · (cos − 1)).
+
+    (R, D) unit rows, (R,) int32 codes of groups → (A,) each.
+    """
     total, largest, negative = refs.new_zeros(3, refs.shape[0])
     for tile, e in _exponentials(refs, offset, count, inv_t, exclude):
         for axis, into in enumerate((tile.rows, tile.columns)[: 1 + tile.mirrored]):
             total[into] += e.sum(1 - axis)
-            torch.maximum(largest[into], e.amax(1 - axis), out=largest[into])
-        if group is not None:
+            if figures:
+                torch.maximum(largest[into], e.amax(1 - axis), out=largest[into])
+        if figures and group is not None:
             e.masked_fill_(group[tile.rows, None] == group[tile.columns], 0.0)
             for axis, into in enumerate((tile.rows, tile.columns)[: 1 + tile.mirrored]):
                 torch.maximum(negative[into], e.amax(1 - axis), out=negative[into])
     own = slice(offset, offset + count)
+    if not figures:
+        return RowSums(total[own].clone(), None, None)
     found = RowSums(total[own].clone(), largest[own].clone(), negative[own].clone())
     return found if group is not None else found._replace(largest_negative=found.largest)
 

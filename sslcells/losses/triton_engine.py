@@ -4,7 +4,8 @@ The interface is `torch_engine`'s. Shape letters: A anchors of this rank, R refe
 rank's anchors being refs[offset : offset + A]), D width. A program keeps its anchors on the chip, walks over the
 references in tiles and reduces each tile of similarities where it was made; backward makes the tile again from the rows
 instead of reading it (FlashAttention-2, arXiv 2307.08691, algorithm 2). cos ≤ 1 bounds the logits, so unlike there no
-running maximum is needed, and partial sums simply add.
+running maximum is needed, and partial sums simply add. Only at a low temperature, where float32 has no number for the
+smallest summand, do the kernels keep one, and make two exponentials of a similarity: one for each of its two rows.
 
 No atomics: where the anchors are too few to fill the device, a second grid axis splits the references, and its partial
 results are reduced in a fixed order. The same bits from run to run on the same kind of device.
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslcells.losses.torch_engine import Exclude, RowSums
+from sslcells.losses.torch_engine import FLOAT32_INV_T, Exclude, RowSums
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 """Of the products' inputs; sums, logits and exponentials are float32 always. fp16 is for weights around one only."""
@@ -35,6 +36,7 @@ _PROGRAMS_PER_PROCESSOR = 8  # several waves, so that the last one, not full, co
 _TILES_PER_PROGRAM = 8  # fewer, and loading the anchors costs more than filling the device gains
 _SPLIT_SCALE = 4096.0
 _NOWHERE = tl.constexpr(2**31 - 1)
+_LEAST = tl.constexpr(-1e30)  # below every logarithm of a summand, and a number
 _SIZES = ["offset", "count", "total", "span"]  # no kernel of its own for each value that 16 divides
 
 
@@ -66,18 +68,50 @@ def row_sums(
     exclude: Exclude,
     group: Tensor | None = None,
     *,
+    figures: bool = True,
     precision: Precision = "bf16",
     splits: int | None = None,
 ) -> RowSums:
-    """Sums and largest summands of exp(inv_t · (cos − 1)): (R, D) unit rows, (R,) int32 codes → (A,) float32 each."""
-    width = _padded(refs.shape[1])
-    tiling = _tiling("sums", width, precision, _shared_memory(refs.device))
+    """Sums, and with `figures` largest summands, of exp(inv_t · (cos − 1)).
+
+    (R, D) unit rows, (R,) int32 codes of groups → (A,) float32 each. Above FLOAT32_INV_T the summands are divided by
+    the largest of their row, and bf16 stands for tf32.
+    """
+    low = inv_t > FLOAT32_INV_T
+    precision = _finer(precision, low)
+    tiling = _tiling("sums", _padded(refs.shape[1]), precision, _shared_memory(refs.device))
     splits = splits or _splits(refs, count, tiling, bytes_per_anchor=12)
-    partial, largest, negative = refs.new_empty(3, splits, count, dtype=torch.float32)
+    group = group if figures else None
+    partial = refs.new_empty(splits, count, dtype=torch.float32)
+    largest = torch.empty_like(partial) if figures or low else None
+    negative = torch.empty_like(partial) if group is not None else None
     arrays = (_operand(refs, tiling, precision), exclude.partner, *_codes(exclude), group, partial, largest, negative)
-    _launch(_row_sums_kernel, tiling, precision, refs, splits, arrays, offset, count, inv_t * _LOG2_E)
-    found = RowSums(partial.sum(0), largest.amax(0), negative.amax(0))
-    return found if group is not None else found._replace(largest_negative=found.largest)
+    _launch(_row_sums_kernel, tiling, precision, refs, splits, arrays, offset, count, inv_t * _LOG2_E, LOW=low)
+    shift = None
+    if low:
+        assert largest is not None
+        shift, partial, largest, negative = _shifted(partial, largest, negative, inv_t)
+    if not figures:
+        return RowSums(partial.sum(0), None, None, shift)
+    assert largest is not None
+    found = RowSums(partial.sum(0), largest.amax(0), None, shift)
+    return found._replace(largest_negative=found.largest if negative is None else negative.amax(0))
+
+
+def _shifted(
+    partial: Tensor, largest: Tensor, negative: Tensor | None, inv_t: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Sums that each split divided by its own largest summand, and logarithms, as numbers with one shift for all."""
+    shift = largest.amax(0)
+    # An anchor without references has a sum of 0; the loss's floor for it must be below every similarity.
+    shift = torch.where(shift > _LEAST.value, shift, -4 * inv_t * _LOG2_E)
+    largest = (largest - shift).exp2()
+    return shift, partial * largest, largest, None if negative is None else (negative - shift).exp2()
+
+
+def _finer(precision: Precision, low: bool) -> Precision:
+    """bf16's error of a cosine, times 1/τ, is too much of an exponential at low temperatures."""
+    return "tf32" if low and precision == "bf16" else precision
 
 
 def weighted_rows(
@@ -87,19 +121,23 @@ def weighted_rows(
     inv_t: float,
     weight: Tensor,
     exclude: Exclude,
+    shift: Tensor | None = None,
     *,
     precision: Precision = "bf16",
     splits: int | None = None,
 ) -> Tensor:
     """Σ_j E_ij (weight_i + weight_j) z_j with E as in `row_sums`: (R, D) unit rows, (R,) weights → (A, D) float32.
 
-    The weights may be of any magnitude of which E·weight is a moderate number: the two meet in float32.
+    The weights may be of any magnitude of which E·weight is a moderate number: the two meet in float32. With the shifts
+    of `row_sums`, (R,) of all references, it is Σ_j E_ij (weight_i / 2^shift_i + weight_j / 2^shift_j) z_j.
     """
+    precision = _finer(precision, shift is not None)
     width = _padded(refs.shape[1])
     tiling = _tiling("rows", width, precision, _shared_memory(refs.device))
     splits = splits or _splits(refs, count, tiling, bytes_per_anchor=4 * width)
     partial = refs.new_empty(splits, count, width, dtype=torch.float32)
-    arrays = (_operand(refs, tiling, precision), weight.float(), exclude.partner, *_codes(exclude), partial)
+    rows = _operand(refs, tiling, precision)
+    arrays = (rows, weight.float(), shift, exclude.partner, *_codes(exclude), partial)
     _launch(_weighted_rows_kernel, tiling, precision, refs, splits, arrays, offset, count, inv_t * _LOG2_E)
     out = partial[0] if splits == 1 else partial.sum(0)
     return out[:, : refs.shape[1]]
@@ -244,6 +282,7 @@ def _launch(
     offset: int,
     count: int,
     *numbers: float,
+    **constants: bool,
 ) -> None:
     """Run a kernel for every block of anchors and every split of the references.
 
@@ -264,6 +303,7 @@ def _launch(
             ROWS=tiling.rows,
             COLUMNS=tiling.columns,
             DOT="tf32" if precision == "tf32" else "ieee",
+            **constants,
             num_warps=tiling.warps,
             num_stages=tiling.stages,
             maxnreg=tiling.registers,
@@ -315,7 +355,7 @@ def _on_diagonal(start, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _tile_exponentials(
+def _tile_summands(
     q,
     k,
     start,
@@ -330,9 +370,10 @@ def _tile_exponentials(
     offset,
     total,
     scale,
+    LOW: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """exp(inv_t · (q·k − 1)), (ROWS, COLUMNS), zero where excluded; scale is log2(e) · inv_t.
+    """exp(inv_t · (q·k − 1)), (ROWS, COLUMNS), zero where excluded; scale is log2(e) · inv_t. LOW: their logarithms.
 
     A mask costs as much as the exponential, and few tiles need the one for the row itself, its partner and the end of
     the references: ranges tell which. Partners are a range as a rule, the other views of the same images.
@@ -347,7 +388,10 @@ def _tile_exponentials(
             left_out |= own_lab[:, None] != _load_column(lab, start, total, COLUMNS)[None, :]
         left_out &= own_positive[:, None] != _load_column(positive, start, total, COLUMNS)[None, :]
     s = tl.dot(q, tl.trans(k), input_precision=DOT)
-    e = tl.exp2(s * scale - scale)
+    NOTHING: tl.constexpr = float("-inf") if LOW else 0.0
+    e = s * scale - scale
+    if not LOW:
+        e = tl.exp2(e)
     edge = _on_diagonal(start, offset, ROWS, COLUMNS) | (start + COLUMNS > total)
     if mate is not None:
         edge |= (start <= tl.max(mate)) & (start + COLUMNS > tl.min(mate))
@@ -356,9 +400,9 @@ def _tile_exponentials(
         kept = (column[None, :] != anchor[:, None]) & (column < total)[None, :]
         if mate is not None:
             kept &= column[None, :] != mate[:, None]
-        e = tl.where(kept, e, 0.0)
+        e = tl.where(kept, e, NOTHING)
     if positive is not None:
-        e = tl.where(left_out, 0.0, e)
+        e = tl.where(left_out, NOTHING, e)
     return e
 
 
@@ -382,6 +426,7 @@ def _row_sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DOT: tl.constexpr,
+    LOW: tl.constexpr,
 ):
     row, anchor = _anchors(offset, count, ROWS)
     mate = None if partner is None else tl.load(partner + anchor).to(tl.int32)
@@ -390,16 +435,17 @@ def _row_sums_kernel(
     own_lab = None if lab is None else tl.load(lab + anchor)
     q = _load_anchors(rows, anchor, WIDTH)
     begin = tl.program_id(1) * span
+    FLOOR: tl.constexpr = _LEAST if LOW else 0.0
     sums = tl.zeros([ROWS], tl.float32)
-    largest = tl.zeros([ROWS], tl.float32)
-    negative = tl.zeros([ROWS], tl.float32)
+    largest = tl.full([ROWS], FLOOR, tl.float32)
+    negative = tl.full([ROWS], FLOOR, tl.float32)
     if group is not None:
         own_group = tl.load(group + anchor)
     for start in tl.range(begin, tl.minimum(begin + span, total), COLUMNS):
         k = _load_tile(rows, start, WIDTH, COLUMNS)
         if group is not None:
             same = own_group[:, None] == _load_column(group, start, total, COLUMNS)[None, :]
-        e = _tile_exponentials(
+        e = _tile_summands(
             q,
             k,
             start,
@@ -414,15 +460,23 @@ def _row_sums_kernel(
             offset,
             total,
             scale,
+            LOW,
             DOT,
         )
-        sums += tl.sum(e, 1)
-        largest = tl.maximum(largest, tl.max(e, 1))
+        if LOW:
+            before = largest
+            largest = tl.maximum(before, tl.max(e, 1))
+            sums = sums * tl.exp2(before - largest) + tl.sum(tl.exp2(e - largest[:, None]), 1)
+        else:
+            sums += tl.sum(e, 1)
+            if out_largest is not None:
+                largest = tl.maximum(largest, tl.max(e, 1))
         if group is not None:
-            negative = tl.maximum(negative, tl.max(tl.where(same, 0.0, e), 1))
+            negative = tl.maximum(negative, tl.max(tl.where(same, FLOOR, e), 1))
     at = tl.program_id(1).to(tl.int64) * count + row
     tl.store(out + at, sums, mask=row < count)
-    tl.store(out_largest + at, largest, mask=row < count)
+    if out_largest is not None:
+        tl.store(out_largest + at, largest, mask=row < count)
     if group is not None:
         tl.store(out_negative + at, negative, mask=row < count)
 
@@ -431,6 +485,7 @@ def _row_sums_kernel(
 def _weighted_rows_kernel(
     rows,
     weight,
+    shift,
     partner,
     positive,
     source,
@@ -452,13 +507,17 @@ def _weighted_rows_kernel(
     own_source = None if source is None else tl.load(source + anchor)
     own_lab = None if lab is None else tl.load(lab + anchor)
     own_weight = tl.load(weight + anchor)
+    if shift is not None:
+        own_shift = tl.load(shift + anchor)
     q = _load_anchors(rows, anchor, WIDTH)
     begin = tl.program_id(1) * span
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in tl.range(begin, tl.minimum(begin + span, total), COLUMNS):
         k = _load_tile(rows, start, WIDTH, COLUMNS)
         w = _load_column(weight, start, total, COLUMNS)
-        e = _tile_exponentials(
+        if shift is not None:
+            by = _load_column(shift, start, total, COLUMNS)
+        e = _tile_summands(
             q,
             k,
             start,
@@ -473,9 +532,13 @@ def _weighted_rows_kernel(
             offset,
             total,
             scale,
+            shift is not None,
             DOT,
         )
-        p = e * (own_weight[:, None] + w[None, :])
+        if shift is None:
+            p = e * (own_weight[:, None] + w[None, :])
+        else:
+            p = own_weight[:, None] * tl.exp2(e - own_shift[:, None]) + w[None, :] * tl.exp2(e - by[None, :])
         sums = tl.dot(p.to(k.dtype), k, sums, input_precision=DOT)
     at = (tl.program_id(1).to(tl.int64) * count + row)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(out + at, sums, mask=(row < count)[:, None])

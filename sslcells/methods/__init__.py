@@ -83,6 +83,8 @@ class Method(nn.Module, ABC):
     """of the run, for what the loss draws at random; `learner.build` sets it"""
     repeated: bool = True
     """True if an image may occur more than once in a global batch; the train loop sets it from the sampler"""
+    figures: bool = True
+    """True if the next loss's figures are read; else it may leave out what costs time. The train loop sets it."""
 
     @property
     def views_in_all(self) -> int:

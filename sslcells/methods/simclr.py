@@ -59,6 +59,7 @@ class Method(Embedding):
         Where an image occurs more than once in the batch, its other rows are left out of its negatives.
         """
         rows = outputs.rows
+        self._loss.figures = self.figures
         if self._same_source == "positive":
             loss: Tensor = self._loss(rows, batch.source.repeat(2), **self._labs(batch, 2))
         else:

@@ -42,5 +42,6 @@ class Method(Embedding):
         """L_out, equation 2: the mean over the positives is outside the logarithm."""
         source = batch.source.repeat(self.views) if self._config.same_source == "ignore" else None
         ids = positives(self._config.positive, batch, self.views)
+        self._loss.figures = self.figures
         loss: Tensor = self._loss(outputs.rows, ids, source, labs(self._config.same_lab, batch, self.views))
         return loss, self._loss.stats

@@ -4,15 +4,20 @@ Whether kernels are interpreted is settled when Triton is imported, which anothe
 interpreter gets a process of its own, and this module imports the engine inside the checks alone.
 """
 
+import itertools
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from sslcells import ranks
+from sslcells.losses import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss, engine
 from sslcells.losses.torch_engine import Exclude
 
 Run = Callable[..., None]
@@ -113,12 +118,43 @@ def test_limits(run: Run) -> None:
     run(check_limits)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("temperature", "precision", "tolerance"), [(0.02, "fp32", 5e-5), (0.003, "bf16", 3e-2)])
+def test_low_temperatures(run: Run, temperature: float, precision: str, tolerance: float, splits: int) -> None:
+    run(check_low_temperature, temperature, precision, tolerance, splits)
+
+
+@pytest.mark.parametrize("name", ["nt-xent", "decoupled", "hard negatives", "groups"])
+def test_losses_of_two_ranks_at_low_temperatures(run: Run, name: str) -> None:
+    run(check_low_loss, name)
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[5]], ids=str)
+def test_bf16_by_a_model_that_is_the_kernels_in_fp16(run: Run, case: Case) -> None:
+    run(check_model, case)
+
+
+def test_too_wide_rows_are_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_triton_engine", lambda: SimpleNamespace(available=lambda device: True, WIDEST=512))
+    engine._too_wide.cache_clear()
+    refs = torch.empty(4, 768, device="meta")
+    assert engine.accurate(refs, 40.0).dtype == torch.float32
+    assert engine.accurate(refs, 50.0).dtype == torch.float64
+    (said,) = caplog.messages
+    assert said.startswith("rows are 768 wide and the fused kernels take up to 512: the losses use torch operations")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-3), ("tf32", 3e-4)])
 @pytest.mark.parametrize("temperature", [0.1, 0.2, 0.5])
 @pytest.mark.parametrize("width", [128, 512])
 def test_gradient_on_tensor_cores(gpu: Run, precision: str, tolerance: float, temperature: float, width: int) -> None:
     gpu(check_nt_xent_gradient, precision, tolerance, temperature, width)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.2, 0.5])
+def test_gradient_in_bf16_by_the_model(run: Run, temperature: float) -> None:
+    run(check_model_gradient, temperature)
 
 
 def check_sums(device: str, case: Case, precision: str) -> None:
@@ -129,13 +165,16 @@ def check_sums(device: str, case: Case, precision: str) -> None:
     found = triton_engine.row_sums(*_at(device, case, refs, exclude), group.to(device), precision=precision)
     exponentials = _exponentials(refs, exclude, case.temperature)
     others = exponentials.masked_fill(group[:, None] == group, 0.0)
-    for got, want in zip(found, (exponentials.sum(1), exponentials.amax(1), others.amax(1)), strict=True):
+    for got, want in zip(found[:3], (exponentials.sum(1), exponentials.amax(1), others.amax(1)), strict=True):
         assert got.shape == (case.count,)
         assert got.dtype == torch.float32
         _close(got, want[case.offset :][: case.count], TOLERANCE[precision])
     alone = triton_engine.row_sums(*_at(device, case, refs, exclude), precision=precision)
     assert torch.equal(alone.total, found.total)
     assert torch.equal(alone.largest_negative, found.largest)
+    bare = triton_engine.row_sums(*_at(device, case, refs, exclude), figures=False, precision=precision)
+    assert torch.equal(bare.total, found.total)
+    assert bare[1:] == (None, None, None)
 
 
 def check_weighted_rows(device: str, case: Case, precision: str) -> None:
@@ -217,7 +256,7 @@ def check_splits(device: str) -> None:
     weight = torch.rand(200, generator=torch.Generator().manual_seed(1)).to(device)
     positive = (torch.arange(200, device=device) % 7).int()
     calls: list[Callable[[int], Tensor]] = [
-        lambda splits: torch.stack(triton_engine.row_sums(*at, precision="tf32", splits=splits)),
+        lambda splits: torch.stack(triton_engine.row_sums(*at, precision="tf32", splits=splits)[:3]),
         lambda splits: triton_engine.weighted_rows(*at[:4], weight, at[4], precision="tf32", splits=splits),
         lambda splits: torch.stack(triton_engine.hardest(*at[:3], positive, None, splits=splits)),
     ]
@@ -246,27 +285,213 @@ def check_limits(device: str) -> None:
                     assert (tiling.rows + tiling.stages * tiling.columns) * width * size <= room * 2**10
 
 
-def check_nt_xent_gradient(device: str, precision: str, tolerance: float, temperature: float, width: int) -> None:
-    """Of the loss whose positive is out of the low-precision product: L_i = softplus(log Σ_j exp(s_ij) − s_i,pos)."""
+def check_low_temperature(device: str, temperature: float, precision: str, tolerance: float, splits: int) -> None:
+    """Where float32 has no number for exp(−2/τ), nor for most summands; row 40 has no references at all."""
     from sslcells.losses import triton_engine
 
+    refs, exclude = _batch(Case(90, 0, 90, 24, partner=True, lab=True))
+    exclude = exclude._replace(positive=torch.arange(90).int() % 45, lab=(torch.arange(90) == 40).int())
+    group = torch.arange(90).int() % 5
+    own, splitting = slice(30, 75), {"precision": precision, "splits": splits}
+    logs = ((refs.double() @ refs.double().T - 1) / temperature).masked_fill(
+        _exponentials(refs, exclude, 1.0) == 0, -torch.inf
+    )
+    assert logs[40].max() == -torch.inf
+    at = refs.to(device), 0, 90, 1 / temperature, _to(device, exclude)
+    found = triton_engine.row_sums(*at, group.to(device), **splitting)
+    total, shift = found.total.cpu().double(), found.shift.cpu().double()
+    assert found.total[40] == 0
+    assert math.log(2) * shift[40] < -3 / temperature
+    others = torch.arange(90) != 40
+    _close((total.log() + math.log(2) * shift - logs.logsumexp(1))[others].exp(), torch.ones(89), tolerance)
+    nearest = logs.masked_fill(group[:, None] == group, -torch.inf).amax(1)
+    _close(found.largest_negative, (nearest - math.log(2) * shift).exp(), tolerance)
+    assert torch.equal(found.largest.cpu(), others.float())
+
+    weight = torch.rand(90, generator=torch.Generator().manual_seed(1)) * others
+    of_row = (logs - logs.logsumexp(1, keepdim=True)).exp().nan_to_num() * weight[:, None]
+    by_total = torch.where(found.total > 0, weight.to(device) / found.total, 0.0)
+    to = refs.to(device), 30, 45, 1 / temperature, by_total, at[4], found.shift
+    _close(triton_engine.weighted_rows(*to, **splitting), ((of_row + of_row.T) @ refs.double())[own], tolerance)
+
+
+def check_low_loss(device: str, name: str) -> None:
+    """Loss and gradient of two ranks through the kernels, as in float64 in one process without them."""
+    from sslcells.losses import triton_engine
+
+    losses: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
+        "nt-xent": (lambda p: NTXentLoss(0.01, precision=p), lambda loss, z, ids: loss(*z)),
+        "decoupled": (lambda p: DCLLoss(0.02, precision=p), lambda loss, z, ids: loss(*z, lab=ids % 3)),
+        "hard negatives": (lambda p: HardNegativeLoss(0.03, beta=0.5, precision=p), lambda loss, z, ids: loss(*z)),
+        "groups": (lambda p: SupConLoss(0.015, precision=p), lambda loss, z, ids: loss(z.flatten(0, 1), ids.repeat(2))),
+    }
+    build, call = losses[name]
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(20, 16, generator=generator) + 0.4 * torch.randn(2, 20, 16, generator=generator)
+    ids = torch.arange(20) // 4 * 7 % 5
+    exact = z.double().requires_grad_()
+    reference = build("fp32")
+    want = call(reference, exact, ids)
+    want.backward()
+
+    def step(rank: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        own = slice(10 * rank, 10 * rank + 10)
+        rows, values = z[:, own].to(device).requires_grad_(), []
+        loss = build("fp32")
+        for loss.figures in (True, False):
+            rows.grad = None
+            value = call(loss, rows, ids[own].to(device))
+            value.backward()
+            values.append((value.detach(), rows.grad, loss.stats))
+        (value, grad, stats), bare = values
+        assert torch.equal(value, bare[0])
+        assert torch.equal(grad, bare[1])
+        assert stats.keys() - bare[2].keys() == {"top1"}
+        return value.cpu(), grad.cpu(), stats
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_fused", lambda refs: triton_engine if refs.dtype == torch.float32 else None)
+        both = _in_turn(patch, step)
+    _close(torch.stack([value for value, _, _ in both]).mean(), want.detach(), 1e-4)
+    assert exact.grad is not None
+    _close(torch.cat([grad for _, grad, _ in both], 1) / 2, exact.grad, 1e-4)
+    top1 = sum(stats["top1"].item() for _, _, stats in both) / 2
+    assert top1 == pytest.approx(reference.stats["top1"].item())
+
+
+class _Waiting(Exception):
+    """A rank needs what the other one has not computed yet."""
+
+
+def _in_turn(patch: pytest.MonkeyPatch, step: Callable[[int], Any]) -> list[Any]:
+    """What `step` returns on each of two ranks, which begin anew whenever they need a collective's next answer."""
+    answers: list[Tensor] = []
+    patch.setattr(ranks, "world", lambda: 2)
+    patch.setattr(ranks, "same_count", lambda *_: None)
+    while True:
+        asked: list[Tensor] = []
+        results = []
+        for rank in range(2):
+            calls = itertools.count()
+
+            def gather(x: Tensor, calls: Iterator[int] = calls, asked: list[Tensor] = asked) -> Tensor:
+                if (call := next(calls)) < len(answers):
+                    return answers[call]
+                asked.append(x.detach())
+                raise _Waiting
+
+            patch.setattr(ranks, "gather", gather)
+            patch.setattr(ranks, "rank", lambda rank=rank: rank)
+            try:
+                results.append(step(rank))
+            except _Waiting:
+                continue
+        if not asked:
+            return results
+        answers.append(torch.cat(asked))
+
+
+def check_model(device: str, case: Case) -> None:
+    """The model is the kernels in fp16, and in bf16 (which the interpreter's products get wrong) within its bounds."""
+    from sslcells.losses import triton_engine
+
+    refs, exclude = _batch(case)
+    weight = torch.rand(case.refs, generator=torch.Generator().manual_seed(1))
+    at, on_device = (case.offset, case.count, 1 / case.temperature), _to(device, exclude)
+    for precision in ("fp16", "bf16") if device == "cuda" else ("fp16",):
+        model = _Model(refs, exclude, precision)
+        found = triton_engine.row_sums(refs.to(device), *at, on_device, precision=precision)
+        _close(found.total, model.row_sums(*at).double(), 1e-6)
+        out = triton_engine.weighted_rows(refs.to(device), *at, weight.to(device), on_device, precision=precision)
+        _close(out, model.weighted_rows(*at, weight).double(), 2e-5)
+    e = _exponentials(refs, exclude, case.temperature)
+    own, model = slice(case.offset, case.offset + case.count), _Model(refs, exclude, "bf16")
+    # Rounding moves a number by 2⁻⁹ of it, so a cosine of unit rows by no more than 2⁻⁸ and a little.
+    most = math.expm1(2.0**-8 * 1.01 / case.temperature)
+    sums, exact = model.row_sums(*at).double(), e.sum(1)[own]
+    assert ((sums - exact).abs() <= most * exact).all()
+    rows, exact = model.weighted_rows(*at, weight).double(), _weighted(e, weight, refs)[own]
+    room = (most + 2.0**-8 * 1.01) * _weighted(e, weight, refs.abs())[own]
+    assert ((rows - exact).abs() <= room).all()
+    _close(rows, exact, 2e-2)
+
+
+class _Model:
+    """The kernels' arithmetic in torch: operands rounded, products and sums in float32, tile after tile."""
+
+    def __init__(self, refs: Tensor, exclude: Exclude, precision: str) -> None:
+        from sslcells.losses import triton_engine
+
+        self._type = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        self._rows = refs.to(self._type).float()
+        self._kept = _exponentials(refs, exclude, 1.0) > 0
+        width = triton_engine._padded(refs.shape[1])
+        self._columns = {
+            kernel: triton_engine._tiling(kernel, width, precision, 200 * 2**10).columns for kernel in ("sums", "rows")
+        }
+
+    def _tiles(self, kernel: str, offset: int, count: int, inv_t: float) -> Iterator[tuple[slice, Tensor]]:
+        own, scale = slice(offset, offset + count), inv_t * math.log2(math.e)
+        for start in range(0, len(self._rows), self._columns[kernel]):
+            tile = slice(start, start + self._columns[kernel])
+            s = self._rows[own] @ self._rows[tile].T
+            yield tile, torch.where(self._kept[own, tile], (s * scale - scale).exp2(), 0.0)
+
+    def row_sums(self, offset: int, count: int, inv_t: float) -> Tensor:
+        out = torch.zeros(count)
+        for _, e in self._tiles("sums", offset, count, inv_t):
+            out += e.sum(1)
+        return out
+
+    def weighted_rows(self, offset: int, count: int, inv_t: float, weight: Tensor) -> Tensor:
+        out = torch.zeros(count, self._rows.shape[1])
+        for tile, e in self._tiles("rows", offset, count, inv_t):
+            p = e * (weight[offset : offset + count, None] + weight[tile])
+            out += p.to(self._type).float() @ self._rows[tile]
+        return out
+
+
+def check_model_gradient(device: str, temperature: float) -> None:
+    _check_gradient(2e-3, temperature, 128, lambda refs, exclude: _Model(refs, exclude, "bf16"))
+
+
+def check_nt_xent_gradient(device: str, precision: str, tolerance: float, temperature: float, width: int) -> None:
+    from sslcells.losses import triton_engine
+
+    class Kernels:
+        def __init__(self, refs: Tensor, exclude: Exclude) -> None:
+            self._refs, self._exclude = refs.to(device), _to(device, exclude)
+
+        def row_sums(self, *at: Any) -> Tensor:
+            return triton_engine.row_sums(self._refs, *at, self._exclude, precision=precision).total.cpu()
+
+        def weighted_rows(self, *at: Any) -> Tensor:
+            *numbers, weight = at
+            weight = weight.to(device)
+            return triton_engine.weighted_rows(self._refs, *numbers, weight, self._exclude, precision=precision).cpu()
+
+    _check_gradient(tolerance, temperature, width, Kernels)
+
+
+def _check_gradient(tolerance: float, temperature: float, width: int, build: Callable[[Tensor, Exclude], Any]) -> None:
+    """Of the loss whose positive is out of the low-precision product: L_i = softplus(log Σ_j exp(s_ij) − s_i,pos)."""
     generator = torch.Generator().manual_seed(0)
     centre = torch.randn(1000, width, generator=generator)
     views = [centre + 0.5 * torch.randn(1000, width, generator=generator) for _ in range(2)]
     refs = torch.nn.functional.normalize(torch.cat(views), dim=1)
     partner = (torch.arange(2000) + 1000) % 2000
-    exclude, inv_t = Exclude(partner), 1 / temperature
+    kernels, inv_t = build(refs, Exclude(partner)), 1 / temperature
 
     z = refs.double().requires_grad_()
     logits = (z @ z.T / temperature).masked_fill(torch.eye(2000, dtype=torch.bool), -torch.inf)
     torch.nn.functional.cross_entropy(logits, partner, reduction="sum").backward()
 
-    on_device = refs.to(device), 0, 2000, inv_t
-    sums = triton_engine.row_sums(*on_device, _to(device, exclude), precision=precision).total
-    positive = (refs * refs[partner]).sum(1).to(device) * inv_t
+    sums = kernels.row_sums(0, 2000, inv_t)
+    positive = (refs * refs[partner]).sum(1) * inv_t
     pull = torch.sigmoid(sums.log() + inv_t - positive)  # −∂L/∂s_pos, and the negatives' share of the gradient
-    grad = triton_engine.weighted_rows(*on_device, pull / sums, _to(device, exclude), precision=precision)
-    grad = inv_t * (grad.cpu() - (pull + pull[partner]).cpu()[:, None] * refs[partner])
+    grad = inv_t * (
+        kernels.weighted_rows(0, 2000, inv_t, pull / sums) - (pull + pull[partner])[:, None] * refs[partner]
+    )
     assert z.grad is not None
     _close(grad, z.grad, tolerance)
 
