@@ -318,6 +318,9 @@ class Train(Section):
     no deterministic version stops the run; with `warn` it only prints a warning."""
     compile: bool = False
     """torch.compile the encoder."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What each rank keeps: the whole network (`ddp`), or its part of parameters, gradients and optimizer state, for
+    networks that do not fit on one device (`fsdp`, FSDP2). The gradient is the same."""
     sync_batchnorm: bool = True
     """Compute BatchNorm statistics over all ranks (CUDA only)."""
     label_fraction: float = Field(1.0, gt=0, le=1)

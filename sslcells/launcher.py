@@ -22,7 +22,7 @@ from accelerate.utils import (
     patch_environment,
 )
 
-from sslcells import cgroups, ranks
+from sslcells import cgroups, ranks, sharding
 from sslcells.config import ConfigError, Run, check_tracker
 
 
@@ -42,6 +42,7 @@ def accelerator(run: Run) -> Accelerator:
         run.train.precision,
         run.train.threads,
         run.train.workers,
+        run.train.parallel == "fsdp",
         log_with=None if run.log.tracker == "none" else run.log.tracker,
         project_dir=run.folder,
     )
@@ -53,6 +54,7 @@ def start(
     precision: str = "no",
     threads: int | Literal["auto"] = "auto",
     workers: int = 0,
+    sharded: bool = False,
     **options: Any,
 ) -> Accelerator:
     """Like `accelerator`, without a run. Ranks wait `minutes` for each other; `cpu`, or having no GPU, selects the CPU.
@@ -69,7 +71,7 @@ def start(
     _overrule(precision)
     AcceleratorState._reset_state()  # forgets the last run's precision; the process group stays
     with patch_environment(OMP_NUM_THREADS=computing):  # without it, Accelerate would choose a number
-        started = Accelerator(
+        started = (sharding.accelerator if sharded and ranks.world() > 1 else Accelerator)(
             cpu=device.type == "cpu",
             mixed_precision=precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -326,7 +328,7 @@ def check_numerics() -> None:
         if _flag(name):
             raise ConfigError(
                 f"{name}={os.environ[name]}: the launcher asks for {what}, which would split the network over the "
-                f"ranks; here each rank holds all of it. {_TYPES}"
+                f"ranks; here only train.parallel=fsdp does. {_TYPES}"
             )
     if _flag("ACCELERATE_USE_SAGEMAKER") and os.environ.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", "NO") != "NO":
         raise ConfigError(f"ACCELERATE_USE_SAGEMAKER: SageMaker's own ranks are not supported. {_TYPES}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import nn
 
-from sslcells import methods, models, ranks
+from sslcells import methods, models, ranks, sharding
 from sslcells.config import ConfigError, Model, Run
 from sslcells.data import ImageSet
 from sslcells.models import adapt, files, tokens, weights
@@ -48,6 +48,7 @@ def build(
         models.checkpoint_activations(encoder, run.model)
     layout = _layout(encoder, run)
     method = ranks.together(lambda: methods.build(run.method, features, images, layout))
+    sharding.check(run, method.loss_parameters())
     method.seed = run.seed
     for line in method.about:
         say(line)

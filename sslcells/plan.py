@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sslcells import inputs, learner, models, optim
+from sslcells import inputs, learner, models, optim, sharding
 from sslcells.config import ConfigError, Run, check_tracker
 from sslcells.data import ImageSet, open_splits, sampler
 from sslcells.data.describe import describe
 from sslcells.data.holdout import hold_out, limits, summary
 from sslcells.data.subset import labelled_part, without_labs
-from sslcells.models import weights
+from sslcells.models import depth, weights
 from sslcells.standardise import standard_of
 
 
@@ -136,6 +136,7 @@ def consequences(run: Run, world: int = 1) -> str:
             if negatives
             else "negatives: none",
             *([cached] if parts > 1 else []),
+            *([sharding.describe(net, depth.blocks(encoder), world)] if run.train.parallel == "fsdp" else []),
             f"sampler: {run.sampler.kind}: {sampling.describe()}",
             f"steps: {plan.steps}, {plan.per_epoch} an epoch, warm-up {plan.warmup}, evaluation every {plan.evaluate}",
             *([of_loss] if method.negative_views is None else []),

@@ -1,4 +1,4 @@
-"""The only file that uses torch.distributed. All of it also works in a process without a process group."""
+"""The only file that uses torch.distributed, besides sharding.py. All of it also works without a process group."""
 
 import contextlib
 import pickle

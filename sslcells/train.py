@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sslcells import __version__, commandline, inputs, launcher, learner, micro_batch, optim, ranks
+from sslcells import __version__, commandline, inputs, launcher, learner, micro_batch, optim, ranks, sharding
 from sslcells.augment import Draws
 from sslcells.commandline import one_process
 from sslcells.config import Run, dump, load
@@ -25,7 +25,7 @@ from sslcells.data.loader import read_in_parts, with_workers
 from sslcells.evaluation import drift
 from sslcells.evaluation.during_training import Evaluation
 from sslcells.evaluation.encode import NotFinite
-from sslcells.methods import MASKS, Outputs
+from sslcells.methods import MASKS, Learner, Outputs
 from sslcells.models import depth, files, weights
 from sslcells.plan import Plan, consequences, open_run
 from sslcells.run import checkpoint
@@ -96,14 +96,16 @@ def _steps(
     method = net.method
     learner.check_rows(net.backbone, method, run, images.channels, plan.micro_batch, world)
     by_layer = depth.parameters(net.backbone, apart=run.optim.layer_decay != 1)
-    network, optimizer = accelerator.prepare(net, optim.build(run.optim, net, by_layer))
+    built, blocks = optim.build(run.optim, net, by_layer), depth.blocks(net.backbone)
+    network, optimizer, whole = sharding.prepare(accelerator, net, built, blocks)
     method.repeated = sampling.repeats
     standard = inputs.prepared(run, splits, resumes=resumes)
     augment = inputs.augment(run, inputs.in_training(splits), standard)
     augment_local = augment.local(method.local.size, method.local.scale) if method.local else None
     augment_taught = inputs.of_teacher(augment, method.frozen_teacher, inputs.in_training(splits))
     evaluation = Evaluation(run, splits, augment, device)
-    state = State(net, optimizer, accelerator.scaler, Meter(run, plan, device, scaled=accelerator.scaler is not None))
+    meter = Meter(run, plan, device, scaled=accelerator.scaler is not None)
+    state = State(net, whole, optimizer, accelerator.scaler, meter)
     start.lap("building")
 
     ranks.from_main(lambda: holdout.record(run.folder, splits, resumes=claim.checkpoint is not None))
@@ -119,7 +121,7 @@ def _steps(
         log.say(line)
     start.lap("checkpoint" if state.step else "building")
     if state.step == 0:
-        log.metrics(0, 0.0, _measured(state, lambda: evaluation.first_figures(net)))
+        log.metrics(0, 0.0, _measured(state, evaluation.first_figures))
         log.pictures(0, evaluation.view_sheet(method.views) if run.evaluate.pictures else {})
         start.lap("figures before training")
 
@@ -149,7 +151,7 @@ def _steps(
         return outputs
 
     indices = sampler.Steps(sampling, ranks.rank(), world, start=state.step, stop=plan.steps)
-    pieces, pin, meter, first = plan.batch // plan.micro_batch, device.type == "cuda", state.meter, state.step
+    pieces, pin, first = plan.batch // plan.micro_batch, device.type == "cuda", state.step
     meter.start()
     ahead = read_in_parts(images, indices, pieces, run.train.workers, pin_memory=pin, device=device)
     with writer, with_workers(ahead) as batches:
@@ -169,7 +171,8 @@ def _steps(
             else:
                 loss, figures = micro_batch.backward(accelerator, network, embed, method, parts, batch, progress)
             watch("loss", loss)  # ()
-            norm = accelerator.clip_grad_norm_(network.parameters(), run.optim.clip_norm or math.inf)  # clip
+            most = run.optim.clip_norm or math.inf
+            norm = sharding.full(accelerator.clip_grad_norm_(network.parameters(), most))  # clip
             optimizer.step()  # step
             optimizer.zero_grad()
             net.follow(progress)  # the teacher follows
@@ -183,7 +186,7 @@ def _steps(
             if plan.due(step, run.log.every_steps):  # log
                 log.metrics(step, epoch, {**meter.read(step), **composition(ids, device), "lr": rate})
             if plan.due(step, plan.evaluate):  # evaluate
-                log.metrics(step, epoch, _measured(state, lambda: evaluation.figures(net)))
+                log.metrics(step, epoch, _measured(state, evaluation.figures))
                 _warn(log, run)
                 meter.start()
             if plan.due(step, run.checkpoint.every_steps):  # save
@@ -218,15 +221,16 @@ def _introduce(
         log.say(inputs.summary(standard))
 
 
-def _measured(state: State, compute: Callable[[], T]) -> T:
-    """Compute figures after checking that the network is finite; every rank then has the same network.
+def _measured(state: State, compute: Callable[[Learner], T]) -> T:
+    """Compute figures of the whole learner after checking that it is finite; every rank then has the same network.
 
     Raises:
         TrainingError: if a weight or a feature is not finite.
     """
     state.check()
     try:
-        return compute()
+        with state.whole.gathered() as net:
+            return compute(net)
     except NotFinite as error:
         raise state.meter.divergence(f"{error} after step {state.step}") from None
 
@@ -257,18 +261,19 @@ def _finish(
     standard: Standard | None,
 ) -> None:
     """The last pictures, a classifier's predictions of val, and the encoder on its own."""
-    net, main = state.learner, ranks.rank() == 0
+    main = ranks.rank() == 0
     ranks.together(writer.wait)
-    predictions, drawn = _measured(state, lambda: evaluation.predictions(net)), dict[str, Path]()
+    predictions, drawn = _measured(state, evaluation.predictions), dict[str, Path]()
     if run.evaluate.pictures:
         rows = read_metrics(run.folder) if main else []
-        drawn = _measured(state, lambda: evaluation.pictures(net.encoder, rows) | evaluation.reconstructions(net))
-    if main:
-        if predictions is not None:
-            predictions.write(run.folder, "val")
-        size, channels = run.augment.size, splits["train"].channels
-        spec = None if standard is None else standard.spec
-        files.export(net.encoder, run.model, channels, size, run.folder, reading(run.data, size), spec)
+        drawn = _measured(state, lambda net: evaluation.pictures(net.encoder, rows) | evaluation.reconstructions(net))
+    if main and predictions is not None:
+        predictions.write(run.folder, "val")
+    size, channels = run.augment.size, splits["train"].channels
+    spec = None if standard is None else standard.spec
+    with state.whole.gathered() as net:
+        if main:
+            files.export(net.encoder, run.model, channels, size, run.folder, reading(run.data, size), spec)
     log.pictures(state.step, drawn)
     log.say(f"{run.folder}: {files.WEIGHTS}, {files.SPEC}, metrics.jsonl, plots/")
     log.close()

@@ -1,11 +1,13 @@
 """A run on several gloo ranks: the loss of a resume is the true one, and every rank shows the same network."""
 
 import os
+import shutil
 import signal
 
 import pytest
 import torch
 from gloo import launched, on_ranks
+from safetensors.torch import load_file
 from test_train import NO_BATCHNORM, in_step, tiny, untimed
 
 from sslcells.evaluation.during_training import Evaluation
@@ -82,3 +84,39 @@ def test_every_rank_evaluates_the_network_that_is_exported(tmp_path):
     last = {name.removeprefix("backbone."): b for name, b in first[-1].items() if name.startswith("backbone.")}
     assert last
     assert all(torch.equal(value, dict(encoder.named_buffers())[name]) for name, value in last.items())
+
+
+def of_a_teacher(folder, *changes):
+    return tiny(folder, *SMALL, *NO_BATCHNORM, "method.name=byol", "train.total_steps=8", "optim.clip_norm=1", *changes)
+
+
+def with_shards(folder, stop_after, parallel):
+    run = of_a_teacher(folder, f"train.parallel={parallel}")
+    with launched():
+        if stop_after:
+            with pytest.raises(Stopped):
+                train(run, in_step(stop_after, lambda: os.kill(os.getpid(), signal.SIGUSR1)))
+        else:
+            train(run)
+
+
+@pytest.mark.slow
+def test_a_training_with_shards_is_that_of_ddp_and_resumes_exactly(tmp_path):
+    """Also without shards, in one process, to float32's rounding."""
+    on_ranks(2, with_shards, tmp_path / "ddp", 0, "ddp")
+    on_ranks(2, with_shards, tmp_path / "whole", 0, "fsdp")
+    on_ranks(2, with_shards, tmp_path / "two", 4, "fsdp")
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    on_ranks(2, with_shards, tmp_path / "two", 0, "fsdp")
+    train(of_a_teacher(tmp_path / "one"))
+    ddp, whole, two, one = (tmp_path / name / "quickstart" for name in ("ddp", "whole", "two", "one"))
+    assert (two / files.WEIGHTS).read_bytes() == (whole / files.WEIGHTS).read_bytes()
+    assert untimed(two) == untimed(whole)
+    assert (whole / files.SPEC).read_bytes() == (ddp / files.SPEC).read_bytes()
+    assert sorted(p.name for p in whole.rglob("*")) == sorted(p.name for p in ddp.rglob("*"))
+    expected = load_file(ddp / files.WEIGHTS)
+    for found in (load_file(folder / files.WEIGHTS) for folder in (whole, one)):
+        assert list(found) == list(expected)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    for row, of_ddp in zip(untimed(whole), untimed(ddp), strict=True):
+        assert row == pytest.approx(of_ddp, rel=1e-2, abs=1e-3)

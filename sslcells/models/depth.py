@@ -1,5 +1,6 @@
 """The layers of a backbone from the first to the last, as timm groups them."""
 
+from collections import Counter
 from collections.abc import Collection
 
 from timm.models import group_parameters
@@ -22,6 +23,28 @@ def layers(encoder: nn.Module) -> list[list[str]]:
         )
     groups: dict[int, list[str]] = group_parameters(encoder, matcher(coarse=False))
     return [groups[i] for i in sorted(groups)]
+
+
+def blocks(encoder: nn.Module) -> list[str]:
+    """The classes of modules that are several of the layers: `Block` of a Vision Transformer, `BasicBlock` of a ResNet.
+
+    Empty where timm does not say how the layers follow each other.
+    """
+    if not hasattr(encoder, "group_matcher"):
+        return []
+    within = [_alone(encoder.get_submodule(n)) for layer in layers(encoder) for n in modules_within(encoder, layer)]
+    kinds = Counter(type(module).__name__ for module in within if _blocklike(module))
+    return [kind for kind, count in kinds.items() if count > 1]
+
+
+def _alone(module: nn.Module) -> nn.Module:
+    """The only module of a sequence of one."""
+    return _alone(module[0]) if isinstance(module, nn.Sequential) and len(module) == 1 else module
+
+
+def _blocklike(module: nn.Module) -> bool:
+    """True for a module of several that is no mere sequence of them, as heads are too."""
+    return any(True for _ in module.children()) and not isinstance(module, nn.Sequential)
 
 
 def parameters(encoder: nn.Module, apart: bool) -> list[list[nn.Parameter]]:

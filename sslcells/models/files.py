@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from sslcells import sharding
 from sslcells.config import ConfigError, Model
 from sslcells.models import CROP, INTERPOLATION, MEAN, STD, arguments, create, lora, normalisation, small_stem
 from sslcells.models import preparation as prepared
@@ -64,11 +65,11 @@ def export(
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of the tensors that hold NaN or an infinity; each device is waited for once."""
+    """The names of the tensors that hold NaN or an infinity on this rank; each device is waited for once."""
     found = defaultdict[torch.device, list[tuple[str, Tensor]]](list)
     for name, x in tensors:
         if x.is_floating_point():
-            found[x.device].append((name, x.detach().isfinite().all()))
+            found[x.device].append((name, sharding.local(x.detach()).isfinite().all()))
     bad = []
     for each in found.values():
         names, fine = zip(*each, strict=True)

@@ -87,7 +87,7 @@ def _take(run: Run, images: ImageSet, claim: Claim) -> Path | None:
 
 
 MAY_CHANGE = {
-    *("train.workers", "train.threads", "train.device", "train.timeout_minutes"),
+    *("train.workers", "train.threads", "train.device", "train.timeout_minutes", "train.parallel"),
     *("log", "evaluate", "compare", "checkpoint", "resume", "out"),
 }
 """Sections and keys that may change when a run resumes, as they do not change what is learned."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sslcells import learner, ranks
+from sslcells import learner, ranks, sharding
 from sslcells.config import ConfigError, Run
 from sslcells.data import ImageSet
 from sslcells.methods import Learner
@@ -19,6 +19,8 @@ class State:
     """Everything that changes with each step; the rest of a run depends only on its configuration and `step`."""
 
     learner: Learner
+    whole: sharding.Whole[Learner]
+    """the learner with all of its parameters"""
     optimizer: torch.optim.Optimizer
     scaler: Any
     """loss scaler of fp16, or None"""
@@ -30,9 +32,10 @@ class State:
 
     def load(self, path: Path) -> None:
         """Load everything from an intact checkpoint."""
-        self.step, states = checkpoint.load(path, self.learner)
+        with self.whole.gathered(change=True) as net:
+            self.step, states = checkpoint.load(path, net)
         self.saved = self.step
-        self.optimizer.load_state_dict(states["optimizer"])
+        sharding.load_state(self.optimizer, states["optimizer"])
         self.meter.load_state_dict(states["meter"])
         if self.scaler is not None:
             self.scaler.load_state_dict(states["scaler"])
@@ -58,11 +61,13 @@ class State:
         """
         ranks.together(writer.wait)  # so that an error below names the newest checkpoint
         self.check()
-        if ranks.rank() == 0 and self.step > self.saved:
-            states = {"optimizer": self.optimizer.state_dict(), "meter": self.meter.state_dict()}
+        if self.step > self.saved:
+            states = {"optimizer": sharding.state_of(self.optimizer), "meter": self.meter.state_dict()}
             if self.scaler is not None:
                 states["scaler"] = self.scaler.state_dict()
-            writer.save(self.step, self.learner, states)
+            with self.whole.gathered() as net:
+                if ranks.rank() == 0:
+                    writer.save(self.step, net, states)
         self.saved = self.step
 
 
