@@ -12,7 +12,7 @@ from sslcells.evaluation.encode import spread
 from sslcells.evaluation.figures import ClassScores
 from sslcells.evaluation.hover_map import hover_map
 from sslcells.evaluation.leaks import SplitFeatures
-from sslcells.evaluation.neighbour_rows import neighbour_rows
+from sslcells.evaluation.neighbour_rows import NEAREST, neighbour_rows
 from sslcells.evaluation.pictures import Map, coloured_map, confusion, similarity_histogram, tsne_map, umap_map
 from sslcells.evaluation.sheets import Image, neighbour_sheet
 from sslcells.losses import unit
@@ -82,7 +82,7 @@ def draw(
     def shown_pixels(i: int) -> Image:
         return pixels(int(few[i]))
 
-    sheet = neighbour_sheet(shown_pixels, *shown, folder / "evaluated_neighbours.png", seed=seed)
+    sheet = neighbour_sheet(shown_pixels, *shown, folder / "evaluated_neighbours.png", columns=NEAREST, seed=seed)
     rows = neighbour_rows(shown_pixels, *shown, [features.names[i] for i in few.tolist()], seed) if classes else ""
     caption = (
         f"Nearest among {len(few):,} images of {split} by cosine (below each), images of the query's source left out."

@@ -177,7 +177,8 @@ dd { margin: .1rem 0 0; break-inside: avoid; }
 @media print { body { font-size: 9pt; max-width: none; padding: 0; } .caption, figcaption, .made { font-size: 8pt; }
   table { font-size: 7pt; }
   h2, h3, thead { break-after: avoid; } .caption { break-before: avoid; } figure img { max-height: 20cm; }
-  .scroll { overflow: visible; } th, td { white-space: normal; padding: .1rem .3rem; } tr { break-inside: avoid; } }
+  .first img { width: 8.5cm; } .scroll { overflow: visible; break-inside: avoid; } tr { break-inside: avoid; }
+  th, td { white-space: normal; padding: .1rem .3rem; } }
 """
 
 

@@ -188,21 +188,24 @@ def _page(pair: Pair, runs: Sequence[Evaluated], result: Mapping[str, Any]) -> s
         body = answer_section(result["answers"], two_in_short.basis(result), drawn[:1])
         body += section_of("Scores", [two_tables.scores(result), two_tables.agreement(result)], drawn[1:])
         body += section_of("Classes", [two_tables.by_class(result)], ())
-        body += [f"<h2>Where they disagree, by {two_pictures.by(method)}</h2>"]
+        body += [f"<h2>Where they disagree, by {escape(two_pictures.by(method))}</h2>"]
         shown, why_not = _pixels(runs, {pair.images[i] for _, rows in disagreements.chosen(pair, method) for i in rows})
         body += [f'<p class="caption">{escape(why_not)}</p>'] if why_not else []
         body += disagreements.sheet(pair, method, names, shown)
         batches = [_batch(run) for run in runs]
         pictures = two_pictures.trainings([run.metrics for run in runs], batches, names, folder)
         body += section_of("Training", (), pictures) if pictures else []
-        body += section_of("What was set differently", [two_tables.settings(result)], ())
-        body += section_of("How they were made", [two_tables.made(result)], ())
+        body += ['<div class="long">', *section_of("What was set differently", [two_tables.settings(result)], ())]
+        body += [*section_of("How they were made", [two_tables.made(result)], ()), "</div>"]
     body += two_tables.notes(result["notes"])
     title = f"{names[1]} beside {names[0]}"
     return document(title, f"sslcells {__version__}", body, f"{disagreements.STYLE}{_STYLE}")
 
 
-_STYLE = "figure img { width: 30rem; }\n"
+_STYLE = """
+figure img { width: 30rem; } .long td { white-space: normal; min-width: 7rem; overflow-wrap: anywhere; }
+@media print { figure img { width: 8.5cm; } }
+"""
 """All pictures are drawn for that width, and shrink with the window."""
 
 

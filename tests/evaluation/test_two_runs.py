@@ -13,8 +13,11 @@ from trained import make_run
 from sslcells.cli import main
 from sslcells.config import ConfigError
 from sslcells.evaluation import answer_table
-from sslcells.evaluation.answer_table import AnswerTable
+from sslcells.evaluation.answer_table import OWN, AnswerTable
 from sslcells.evaluation.baselines import METHOD
+from sslcells.evaluation.classifier import Predictions
+from sslcells.evaluation.figures import ClassScores
+from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.paired import paired
 from sslcells.evaluation.scores import METRIC, Units, of_classes
 from sslcells.evaluation.two_runs import Evaluated, compared
@@ -188,6 +191,21 @@ def test_sources_that_one_evaluation_alone_knows():
     pair = paired((table._replace(sources=torch.arange(M)), table), ("before", "after"))
     assert len(pair.sources.unique()) == 100
     assert pair.notes[0].startswith("before does not know the sources")
+
+
+def test_unlabelled_images_are_left_out_and_the_runs_own_classifier_is_found_by_name():
+    labels, names = torch.tensor([2, -1, 0, 1]), ["a", "b", "c", "d"]
+    asked = SplitFeatures(torch.zeros(4, 2), torch.zeros(4, 3), torch.zeros(4, 2), labels, torch.arange(4) // 2, names)
+    said = ClassScores("linear probe, C = 0.1", torch.zeros(3, 3), torch.tensor([2, 1, -1]))
+    mixed = ["x", "d", "c", "a"]  # images in another order, and one more
+    own = Predictions(mixed, CLASSES, torch.zeros(4, dtype=torch.int64), torch.arange(4), torch.eye(3)[[0, 1, 0, 2]])
+    table = AnswerTable.of(asked, CLASSES, [said], own)
+    assert (table.images, table.sources.tolist()) == (["a", "c", "d"], [0, 1, 1])
+    assert table.classes == ["rare, few", "round", "<b>"]
+    assert table.methods == {"linear probe": ["rare, few", "<b>", ""], OWN: table.classes}
+    elsewhere = own._replace(names=["x", "y", "c", "a"])
+    assert list(AnswerTable.of(asked, CLASSES, [said], elsewhere).methods) == ["linear probe"]
+    assert AnswerTable.of(asked, CLASSES, [], None) is None
 
 
 def test_the_table_reads_back_what_it_wrote(tmp_path):
