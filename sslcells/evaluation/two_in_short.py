@@ -61,7 +61,8 @@ def _better(result: Mapping[str, Any]) -> Answer:
         for said, row in zip(verdicts, rows, strict=True)
     ]
     of = f" of {result['sources']:,} sources" if result["sources"] else ""
-    text = f"In {METRIC} {'; '.join(clauses)}. Tested on the same {result['images']:,} images{of}."
+    split = f" (the {result['asked']} split)" if result["asked"] else ""
+    text = f"In {METRIC} {'; '.join(clauses)}. Tested on the same {result['images']:,} images{of}{split}."
     said = overall(verdicts)
     return Answer(f"Is {second} better than {first}?", said, text, said in (NO, PART))
 

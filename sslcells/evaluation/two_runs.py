@@ -103,6 +103,7 @@ def compared(pair: Pair, runs: Sequence[Evaluated], names: Sequence[str]) -> dic
     method = METHOD if METHOD in pair.methods else next(iter(pair.methods))
     result: dict[str, Any] = {
         "names": list(names),
+        "asked": " and ".join(dict.fromkeys(str(run.result["asked"]) for run in runs if run.result.get("asked"))),
         "images": len(pair.images),
         "sources": units.count if units.known else None,
         "resamples": max(run.result["resamples"] for run in runs),
