@@ -210,6 +210,23 @@ def test_end_to_end(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "precision", "low"),
+    [("sums", "bf16", False), ("rows", "bf16", False), ("hardest", "exact", False), ("rows", "tf32", True)],
+)
+def test_kernels_compile_for_hopper_without_spills(monkeypatch, kernel, precision, low):
+    """No GPU is needed; the sums are without figures, as in most steps."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    kernels = importlib.import_module("kernels")
+    tiling = kernels.triton_engine._tiling(kernel, 128, precision, kernels.ROOM)
+    made = kernels.compiled(kernel, precision, 128, tiling, low=low, figures=False)
+    assert made.spilled == 0
+    assert not made.serialised
+    assert made.together(tiling.warps) >= 1
+
+
+@pytest.mark.slow
 def test_scaling(tmp_path):
     plot = tmp_path / "curves.png"
     text = printed("scaling.py", "--only", "size", "--to", "64", "--budget", "100", "--plot", plot)

@@ -37,6 +37,8 @@ _TILES_PER_PROGRAM = 8  # fewer, and loading the anchors costs more than filling
 _SPLIT_SCALE = 4096.0
 _NOWHERE = tl.constexpr(2**31 - 1)
 _LEAST = tl.constexpr(-1e30)  # below every logarithm of a summand, and a number
+# Of a product of two scaled unit rows, more than their low halves add: each is 2⁻¹¹ of its row at most.
+_DROPPED = tl.constexpr(1.05 * 2.0**-10 * _SPLIT_SCALE**2)
 _SIZES = ["offset", "count", "total", "span"]  # no kernel of its own for each value that 16 divides
 
 
@@ -162,7 +164,8 @@ def hardest(
 
     "exact" stands for float32 rows by a high and a low float16 half and three products of them, 22 bits: as good as
     float32's own rounding at several times its speed, where bf16 alone picks another row for a third of the anchors
-    of tight classes, and two halves in bf16 (16 bits) still for one in a thousand.
+    of tight classes, and two halves in bf16 (16 bits) still for one in a thousand. The product of the high halves tells
+    which tiles may hold a harder row, as the others cannot add more than a bound; only there are all three made.
     """
     tiling = _tiling("hardest", _padded(refs.shape[1]), precision, _shared_memory(refs.device))
     if precision == "exact":
@@ -196,8 +199,7 @@ def _tiling(kernel: Literal["sums", "rows", "hardest"], width: int, precision: s
     if kernel == "sums":
         tiling = _Tiling(rows=256, columns=64, warps=8, stages=2, registers=128)
     elif kernel == "hardest":
-        wide = precision == "exact"
-        tiling = _Tiling(128, columns=128 if wide else 64, warps=8, stages=3, registers=None if wide else 128)
+        tiling = _Tiling(128, columns=64, warps=8, stages=3, registers=None if precision == "exact" else 128)
     elif precision == "tf32":
         tiling = _Tiling(rows=64, columns=32, warps=8, stages=2, registers=shared)
     else:
@@ -564,7 +566,8 @@ def _hardest_kernel(
 ):
     """value, index (2, splits, count): the largest −s of a positive and the largest s of a negative, and where.
 
-    The places are looked for only in the tiles, fewer and fewer, that improve on any row.
+    The places, and with low halves the exact products, are made only in the tiles, fewer and fewer, that may improve
+    on any row.
     """
     row, anchor = _anchors(offset, count, ROWS)
     own_positive = tl.load(positive + anchor)
@@ -588,23 +591,22 @@ def _hardest_kernel(
             ignored |= own_source[:, None] == _load_column(source, start, total, COLUMNS)[None, :]
         if lab is not None:
             ignored |= own_lab[:, None] != _load_column(lab, start, total, COLUMNS)[None, :]
-        k = _load_tile(highs, start, WIDTH, COLUMNS)
-        if lows is None:
-            s = tl.dot(q, tl.trans(k), input_precision=DOT)
-        else:  # the small products first; that of the two low halves is below float32's rounding
-            s = tl.dot(q_low, tl.trans(k))
-            s = tl.dot(q, tl.trans(_load_tile(lows, start, WIDTH, COLUMNS)), s)
-            s = tl.dot(q, tl.trans(k), s)
-        positives = tl.where(same, -s, float("-inf"))
-        negatives = tl.where(ignored, float("-inf"), s)
         column = start + tl.arange(0, COLUMNS)
         if _on_diagonal(start, offset, ROWS, COLUMNS) | (start + COLUMNS > total):
             kept = (column[None, :] != anchor[:, None]) & (column < total)[None, :]
-            positives = tl.where(kept, positives, float("-inf"))
-            negatives = tl.where(kept, negatives, float("-inf"))
-        farther = tl.max(positives, 1)
-        nearer = tl.max(negatives, 1)
-        if tl.max(((farther > far) | (nearer > near)).to(tl.int32)) > 0:
+            same &= kept
+            ignored |= ~kept
+        k = _load_tile(highs, start, WIDTH, COLUMNS)
+        s = tl.dot(q, tl.trans(k), input_precision=DOT)
+        _, _, farthest, nearest = _hardest_of_tile(s, same, ignored)
+        room = 0.0 if lows is None else _DROPPED
+        if tl.max(((farthest + room > far) | (nearest + room > near)).to(tl.int32)) > 0:
+            if lows is None:
+                exact = s
+            else:  # the product of the two low halves is below float32's rounding
+                exact = tl.dot(q_low, tl.trans(k))
+                exact = tl.dot(q, tl.trans(_load_tile(lows, start, WIDTH, COLUMNS)), exact) + s
+            positives, negatives, farther, nearer = _hardest_of_tile(exact, same, ignored)
             far, far_at = _improved(far, far_at, farther, positives, column)
             near, near_at = _improved(near, near_at, nearer, negatives, column)
     at = tl.program_id(1).to(tl.int64) * count + row
@@ -613,6 +615,14 @@ def _hardest_kernel(
     tl.store(index + at, far_at, mask=row < count)
     tl.store(value + negative + at, near, mask=row < count)
     tl.store(index + negative + at, near_at, mask=row < count)
+
+
+@triton.jit
+def _hardest_of_tile(s, same, ignored):
+    """−s of the positives and s of the negatives, −inf elsewhere, and the largest of each row."""
+    positives = tl.where(same, -s, float("-inf"))
+    negatives = tl.where(ignored, float("-inf"), s)
+    return positives, negatives, tl.max(positives, 1), tl.max(negatives, 1)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sslcells import ranks
-from sslcells.losses import DCLLoss, HardNegativeLoss, NTXentLoss, SupConLoss, engine
+from sslcells.losses import HardNegativeLoss, NTXentLoss, engine
 from sslcells.losses.torch_engine import Exclude
 
 Run = Callable[..., None]
@@ -106,6 +106,10 @@ def test_hardest_of_tight_classes(run: Run) -> None:
     run(check_tight_classes)
 
 
+def test_no_tile_with_a_harder_row_is_left_out(run: Run) -> None:
+    run(check_left_out_tiles)
+
+
 def test_lowest_index_of_equals(run: Run) -> None:
     run(check_ties)
 
@@ -118,13 +122,14 @@ def test_limits(run: Run) -> None:
     run(check_limits)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(("temperature", "precision", "tolerance"), [(0.02, "fp32", 5e-5), (0.003, "bf16", 3e-2)])
+@pytest.mark.parametrize(
+    ("temperature", "precision", "tolerance", "splits"), [(0.02, "fp32", 5e-5, 1), (0.003, "bf16", 3e-2, 3)]
+)
 def test_low_temperatures(run: Run, temperature: float, precision: str, tolerance: float, splits: int) -> None:
     run(check_low_temperature, temperature, precision, tolerance, splits)
 
 
-@pytest.mark.parametrize("name", ["nt-xent", "decoupled", "hard negatives", "groups"])
+@pytest.mark.parametrize("name", ["nt-xent", "hard negatives"])
 def test_losses_of_two_ranks_at_low_temperatures(run: Run, name: str) -> None:
     run(check_low_loss, name)
 
@@ -152,9 +157,8 @@ def test_gradient_on_tensor_cores(gpu: Run, precision: str, tolerance: float, te
     gpu(check_nt_xent_gradient, precision, tolerance, temperature, width)
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.2, 0.5])
-def test_gradient_in_bf16_by_the_model(run: Run, temperature: float) -> None:
-    run(check_model_gradient, temperature)
+def test_gradient_in_bf16_by_the_model(run: Run) -> None:
+    run(check_model_gradient)
 
 
 def check_sums(device: str, case: Case, precision: str) -> None:
@@ -225,10 +229,21 @@ def check_hardest(device: str, classes: str, source: bool, lab: bool) -> None:
 
 def check_tight_classes(device: str) -> None:
     """Classes whose rows differ in the fourth digit, where the halves of bf16 rows have none left."""
+    _check_chosen(device, Case(160, 0, 160, 96), *_tight(160, 4), None)
+
+
+def check_left_out_tiles(device: str) -> None:
+    """Of one anchor most tiles cannot improve on any row; the high halves alone would leave out some that do."""
+    refs, positive = _tight(450, 150)
+    for offset in range(0, 144, 12):
+        _check_chosen(device, Case(450, offset, 1, 96), refs, positive, None)
+
+
+def _tight(count: int, classes: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    centre = torch.randn(4, 96, generator=generator)[torch.arange(160) % 4]
-    refs = torch.nn.functional.normalize(centre + 1e-2 * torch.randn(160, 96, generator=generator), dim=1)
-    _check_chosen(device, Case(160, 0, 160, 96), refs, (torch.arange(160) % 4).int(), None)
+    positive = (torch.arange(count) % classes).int()
+    centre = torch.randn(classes, 96, generator=generator)[positive]
+    return torch.nn.functional.normalize(centre + 1e-2 * torch.randn(count, 96, generator=generator), dim=1), positive
 
 
 def check_ties(device: str) -> None:
@@ -319,28 +334,24 @@ def check_low_loss(device: str, name: str) -> None:
     """Loss and gradient of two ranks through the kernels, as in float64 in one process without them."""
     from sslcells.losses import triton_engine
 
-    losses: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
-        "nt-xent": (lambda p: NTXentLoss(0.01, precision=p), lambda loss, z, ids: loss(*z)),
-        "decoupled": (lambda p: DCLLoss(0.02, precision=p), lambda loss, z, ids: loss(*z, lab=ids % 3)),
-        "hard negatives": (lambda p: HardNegativeLoss(0.03, beta=0.5, precision=p), lambda loss, z, ids: loss(*z)),
-        "groups": (lambda p: SupConLoss(0.015, precision=p), lambda loss, z, ids: loss(z.flatten(0, 1), ids.repeat(2))),
-    }
-    build, call = losses[name]
+    build = {
+        "nt-xent": lambda: NTXentLoss(0.01, precision="fp32"),
+        "hard negatives": lambda: HardNegativeLoss(0.03, beta=0.5, precision="fp32"),  # one of two scales is low
+    }[name]
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(20, 16, generator=generator) + 0.4 * torch.randn(2, 20, 16, generator=generator)
-    ids = torch.arange(20) // 4 * 7 % 5
     exact = z.double().requires_grad_()
-    reference = build("fp32")
-    want = call(reference, exact, ids)
+    reference = build()
+    want = reference(*exact)
     want.backward()
 
     def step(rank: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         own = slice(10 * rank, 10 * rank + 10)
         rows, values = z[:, own].to(device).requires_grad_(), []
-        loss = build("fp32")
+        loss = build()
         for loss.figures in (True, False):
             rows.grad = None
-            value = call(loss, rows, ids[own].to(device))
+            value = loss(*rows)
             value.backward()
             values.append((value.detach(), rows.grad, loss.stats))
         (value, grad, stats), bare = values
@@ -451,8 +462,8 @@ class _Model:
         return out
 
 
-def check_model_gradient(device: str, temperature: float) -> None:
-    _check_gradient(2e-3, temperature, 128, lambda refs, exclude: _Model(refs, exclude, "bf16"))
+def check_model_gradient(device: str) -> None:
+    _check_gradient(2e-3, 0.1, 128, lambda refs, exclude: _Model(refs, exclude, "bf16"))
 
 
 def check_nt_xent_gradient(device: str, precision: str, tolerance: float, temperature: float, width: int) -> None:
