@@ -155,6 +155,7 @@ def folder_of(tmp_path, run, counts, sources=False):
 
 
 def test_a_folder_without_labels(tmp_path, run, capsys):
+    (run / answer_table.FILE).write_text("of an evaluation before")
     result = folder_of(tmp_path, run, {"": {"": 12}})
     assert result["figures"] == []
     assert result["asked"] is None

@@ -44,14 +44,16 @@ class Pair(NamedTuple):
     def by_class(self, units: Units, method: str) -> list[dict[str, Any]]:
         """The recall of each class by a method: of both runs, and the second's minus the first's."""
         first, second = ((one == self.labels).double() for one in self.methods[method])
+        hits = {"first": first, "second": second, "difference": second - first}
+        present = self.labels.unique().tolist()  # type: ignore[no-untyped-call]
+        shares = {f"{c} {key}": hit.where(self.labels == c, torch.nan) for c in present for key, hit in hits.items()}
+        found = units.scored(mean_of(shares))  # at once, as to draw the resamples takes most of the time
         rows = []
-        for c in self.labels.unique().tolist():  # type: ignore[no-untyped-call]
+        for c in present:
             of = self.labels == c
-            shares = {"first": first, "second": second, "difference": second - first}
-            metric = mean_of({key: share.where(of, torch.nan) for key, share in shares.items()})
-            found = {key: rounded(score) for key, score in units.scored(metric).items()}
             sources = len(self.sources[of].unique()) if units.known else None  # type: ignore[no-untyped-call]
-            rows.append({"class": self.classes[c], "images": int(of.sum()), "sources": sources, **found})
+            row = {"class": self.classes[c], "images": int(of.sum()), "sources": sources}
+            rows.append(row | {key: rounded(found[f"{c} {key}"]) for key in hits})
         return rows
 
     def right(self, method: str) -> tuple[Tensor, Tensor]:
