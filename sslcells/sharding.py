@@ -1,6 +1,7 @@
 """Parameters, gradients and optimizer state sharded over the ranks: FSDP2 through Accelerate, arXiv 2304.11277.
 
 Only training steps use the shards. Figures, checkpoints and the export read a gathered copy, and so are those of DDP.
+What is imported of torch.distributed is imported late: it takes a third as long as torch itself.
 """
 
 import copy
@@ -9,19 +10,19 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sslcells import ranks
 from sslcells.config import ConfigError, Run
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -55,6 +56,9 @@ def accelerator(**options: Any) -> Accelerator:
     Parameters stay in float32 and autocast casts them, as in DDP: Accelerate's own policy for bf16 would also normalise
     and reduce gradients in bf16.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", mixed_precision_policy=MixedPrecisionPolicy()
     )
@@ -87,16 +91,16 @@ class Whole(Generic[N]):
             return
         parameters = list(zip(self._copy.parameters(), self._network.parameters(), strict=True))
         buffers = list(zip(self._copy.buffers(), self._network.buffers(), strict=True))
-        for whole, sharded in parameters:
-            whole.data = full(sharded.detach())
+        for whole, part in parameters:
+            whole.data = full(part.detach())
         for copied, own in buffers:
             copied.copy_(own)
         try:
             yield self._copy
             if change:
                 with torch.no_grad():
-                    for whole, sharded in parameters:
-                        sharded.copy_(_like(whole, sharded))
+                    for whole, part in parameters:
+                        part.copy_(like(whole, part))
                     for copied, own in buffers:
                         own.copy_(copied)
         finally:
@@ -113,6 +117,8 @@ def prepare(
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return *accelerator.prepare(network, optimizer), Whole(network)
+    from torch.distributed.fsdp import FSDPModule
+
     copied = copy.deepcopy(network)
     _empty(copied)
     copied.to(accelerator.device)
@@ -146,30 +152,37 @@ def _average(parameter: Tensor) -> None:
     parameter.grad.copy_(ranks.total(parameter.grad) / ranks.world())
 
 
+def sharded(x: Any) -> "TypeGuard[DTensor]":
+    """True for a tensor of which each rank has a part."""
+    return hasattr(x, "device_mesh")
+
+
 def local(x: Tensor) -> Tensor:
     """This rank's part of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if sharded(x) else x
 
 
 def full(x: Tensor) -> Tensor:
     """A tensor gathered from all ranks, each of which must call this."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if sharded(x) else x
 
 
-def _like(x: Tensor, sharded: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, sharded as another one of its shape is."""
-    if not isinstance(sharded, DTensor):
+def like(x: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, sharded as another one of its shape is."""
+    if not sharded(other):
         return x
-    return distribute_tensor(x.to(sharded.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state with all of each tensor, on rank 0; every rank must call this."""
-    state: dict[str, Any] = _mapped(optimizer.state_dict(), lambda x: _on_main(x) if isinstance(x, DTensor) else x)
+    state: dict[str, Any] = _mapped(optimizer.state_dict(), lambda x: _on_main(x) if sharded(x) else x)
     return state
 
 
-def _on_main(x: DTensor) -> Tensor:
+def _on_main(x: "DTensor") -> Tensor:
     whole = x.full_tensor()
     return whole.cpu() if ranks.rank() == 0 else whole.new_empty(0)
 
@@ -188,7 +201,7 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     of_each = {
         index: {
-            key: _like(x, parameters[index]) if isinstance(x, Tensor) and x.shape == parameters[index].shape else x
+            key: like(x, parameters[index]) if isinstance(x, Tensor) and x.shape == parameters[index].shape else x
             for key, x in values.items()
         }
         for index, values in state["state"].items()

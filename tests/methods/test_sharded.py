@@ -8,6 +8,7 @@ from gloo import launched, on_ranks
 from test_contract import (
     IMAGES,
     IN_MICRO_BATCHES,
+    SIZE,
     Images,
     apart,
     assert_same,
@@ -20,7 +21,7 @@ from test_contract import (
 
 from sslcells import launcher, methods, micro_batch, models, optim, ranks, sharding
 from sslcells.config import PLUGINS, ConfigError, Model, Optim, load
-from sslcells.models import depth
+from sslcells.models import adapt, depth
 
 
 def resnet(checkpointed=False):
@@ -41,6 +42,15 @@ def checkpointed():
 
 
 ADAMW = Optim(name="adamw", lr=1e-2)
+
+
+def frozen():
+    """A classifier on an encoder that does not learn."""
+    torch.manual_seed(0)
+    config = Model(backbone="test_vit", args={"img_size": SIZE}, freeze=True)
+    encoder = models.build(config, 3)
+    fixed = adapt.adapt(encoder, config).fixed
+    return methods.Learner(encoder, methods.build(PLUGINS["method"].config("supervised")(), 64, Images()), fixed)
 
 
 def shards(network, config=ADAMW, precision="no"):
@@ -64,9 +74,9 @@ def state(network):
 
 
 def steps(network, optimizer, rows, count):
-    for _ in range(count):
+    for step in range(count):
         backward(network, network.method, rows)
-        gradients = whole_gradients(network)
+        gradients = whole_gradients(network) if step == count - 1 else []
         optimizer.step()
         optimizer.zero_grad()
         network.follow(0.0)
@@ -79,7 +89,7 @@ SGD = Optim(name="sgd", lr=0.05)  # Adam's first steps divide rounding by itself
 def two_steps_on_a_rank(make, *args):
     with launched():
         _, network, optimizer, whole = shards(make(*args), SGD)
-        assert sum(isinstance(module, sharding.FSDPModule) for module in network.backbone.modules()) > 1
+        assert sum(hasattr(module, "unshard") for module in network.backbone.modules()) > 1
         gradients = steps(network, optimizer, mine(), 2)
         with whole.gathered() as net:
             return gradients, state(net)
@@ -97,6 +107,7 @@ CASES = [
     pytest.param((learner, "simclr", {"learn_temperature": True}), id="temperature"),
     pytest.param((resnet,), id="resnet"),
     pytest.param((checkpointed,), id="checkpointed"),
+    pytest.param((frozen,), id="frozen"),
     pytest.param((partly, {"freeze": 2, "lora_rank": 4, "pretrained": True}), id="lora"),
     *(
         pytest.param((learner, name, options), id=name)
@@ -180,7 +191,7 @@ def optimized(config, sharded):
     for _ in range(3):
         for p in network.parameters():
             grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-            p.grad = sharding._like(grad, p)
+            p.grad = sharding.like(grad, p)
         optimizer.step()
     if whole is None:
         return [p.detach() for p in parameters]
@@ -195,11 +206,11 @@ def optimized_on_a_rank(configs):
 
 @pytest.mark.slow
 def test_a_step_of_every_optimizer_is_that_on_whole_tensors():
-    configs = [Optim(name=name, lr=0.01, weight_decay=decay) for name in sharding.OPTIMIZERS for decay in (0.0, 0.1)]
+    configs = [Optim(name=name, lr=0.01, weight_decay=0.1) for name in sharding.OPTIMIZERS]
     for found in on_ranks(2, optimized_on_a_rank, configs):
         for config, weights in zip(configs, found, strict=True):
             expected = optimized(config, sharded=False)
-            said = f"{config.name}, {config.weight_decay}"
+            said = config.name
             torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-12, msg=lambda m, s=said: f"{s}: {m}")
 
 
@@ -256,7 +267,7 @@ def test_what_is_saved_is_whole_and_goes_on_to_the_last_bit():
     steps(one, optimizer, slice(None), 2)
     for on, again, (weights, states) in on_ranks(2, saved_and_loaded):
         torch.testing.assert_close(again, on, rtol=0, atol=0)
-        assert not any(isinstance(x, sharding.DTensor) for x in weights.values())
+        assert not any(sharding.sharded(x) for x in weights.values())
         assert weights.keys() == one.state_dict().keys()
         expected = optimizer.state_dict()
         assert states["param_groups"] == expected["param_groups"]
