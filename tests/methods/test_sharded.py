@@ -1,6 +1,7 @@
 """What shards owe (train.parallel=fsdp): N ranks = one, exact resume, and a part of the memory."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from test_contract import (
     learner,
     partly,
 )
+from test_train import tiny
 
 from sslcells import launcher, methods, micro_batch, models, optim, ranks, sharding
 from sslcells.config import PLUGINS, ConfigError, Model, Optim, load
 from sslcells.models import adapt, depth
+from sslcells.plan import consequences
 
 
 def resnet(checkpointed=False):
@@ -294,6 +297,13 @@ def test_lamb_does_not_go_with_shards_and_what_a_loss_learns():
     sharding.check(run)
     with pytest.raises(ConfigError, match=r"optim\.name=lamb takes one norm of all gradients"):
         sharding.check(run, learner("simclr", {"learn_temperature": True}).method.loss_parameters())
+
+
+def test_check_says_what_a_rank_keeps_and_refuses(tmp_path):
+    said = consequences(tiny(tmp_path, "train.parallel=fsdp", "model.backbone=test_resnet", "model.args={}"), 2)
+    assert re.search(r"parallel: fsdp: a rank keeps 1/2 of the 0\.\d\d M parameters, .* by BasicBlock, and whole", said)
+    with pytest.raises(ConfigError, match=r"optim\.name=muon"):
+        consequences(tiny(tmp_path, "train.parallel=fsdp", "optim.name=muon"), 2)
 
 
 def test_blocks_of_backbones():
