@@ -54,9 +54,11 @@ def test_on_another_host_the_beat_tells(tmp_path, beat, state):
 
 def test_a_process_that_lives_and_writes_nothing_is_silent(tmp_path):
     folder = make(tmp_path / "one")
-    lock(folder, **HERE | {"started": HERE["started"]})
     age(folder / "metrics.jsonl", 3600)
-    assert seen(folder)[0] == "running"  # this process is younger than that: it has just started
+    with subprocess.Popen(["sleep", "600"]) as started:
+        lock(folder, **HERE | {"process": started.pid, "started": psutil.Process(started.pid).create_time()})
+        assert seen(folder)[0] == "running"  # it is younger than that
+        started.kill()
     lock(folder, started=time.time() - 4000)  # on another host
     state, note = seen(folder)
     assert state == "silent"
