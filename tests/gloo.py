@@ -18,6 +18,8 @@ import torch.multiprocessing as mp
 
 _RANKS = 4
 _TIMEOUT = timedelta(seconds=60)
+_ANSWER = 600
+"""seconds without an answer of any rank that count as a hang; four ranks that evaluate on two slow cores take minutes"""
 _counter = itertools.count()
 _workers: list[tuple[Any, Any]] = []
 
@@ -45,10 +47,10 @@ def _on_ranks(world: int, function: Callable[..., Any], args: tuple[Any, ...]) -
             connection.send(sys.path)  # test modules collected after the workers began
             connection.send((function, args, rank, world, store))
         while missing := [connection for connection in connections if connection not in answers]:
-            ready = wait(missing, timeout=120)
+            ready = wait(missing, timeout=_ANSWER)
             if not ready:
                 ranks = [connections.index(connection) for connection in missing]
-                raise TimeoutError(f"ranks {ranks} of {world} did not answer in 120 s")
+                raise TimeoutError(f"ranks {ranks} of {world} did not answer in {_ANSWER} s")
             for connection in ready:
                 answers[connection] = connection.recv()
                 if no_group := answers[connection][2]:
