@@ -24,15 +24,19 @@ SMALL = [
 ]
 
 
-def trained(folder, stop_after):
-    """A start, to its end or until a signal in the middle of a step; without BatchNorm, so that ranks do not matter."""
-    run = tiny(folder, *SMALL, *NO_BATCHNORM, "train.total_steps=8")
+def started(run, stop_after):
+    """A start, to its end or until a signal in the middle of a step."""
     with launched():
         if stop_after:
             with pytest.raises(Stopped):
                 train(run, in_step(stop_after, lambda: os.kill(os.getpid(), signal.SIGUSR1)))
         else:
             train(run)
+
+
+def trained(folder, stop_after):
+    """Without BatchNorm, so that ranks do not matter."""
+    started(tiny(folder, *SMALL, *NO_BATCHNORM, "train.total_steps=8"), stop_after)
 
 
 def lines(folder):
@@ -91,13 +95,7 @@ def of_a_teacher(folder, *changes):
 
 
 def with_shards(folder, stop_after, parallel):
-    run = of_a_teacher(folder, f"train.parallel={parallel}")
-    with launched():
-        if stop_after:
-            with pytest.raises(Stopped):
-                train(run, in_step(stop_after, lambda: os.kill(os.getpid(), signal.SIGUSR1)))
-        else:
-            train(run)
+    started(of_a_teacher(folder, f"train.parallel={parallel}"), stop_after)
 
 
 @pytest.mark.slow
