@@ -17,7 +17,8 @@ from sslcells.config import ConfigError
 from sslcells.evaluation.classifier import Predictions
 from sslcells.evaluation.figures import ClassScores
 from sslcells.evaluation.leaks import SplitFeatures
-from sslcells.storage import is_file, write_atomically
+from sslcells.evaluation.report import write
+from sslcells.storage import is_file
 
 FILE = "answers.csv"
 OWN = "the run's classifier"
@@ -68,11 +69,7 @@ class AnswerTable(NamedTuple):
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow([*_COLUMNS, *self.methods])
         rows.writerows(zip(self.images, self.sources.tolist(), self.classes, *self.methods.values(), strict=True))
-        try:
-            content = text.getvalue().encode("utf-8", "surrogateescape")
-            write_atomically(folder / FILE, lambda file: file.write(content))
-        except OSError as error:
-            raise ConfigError(f"{folder / FILE} cannot be written: {error}") from None
+        write(folder / FILE, text.getvalue())
 
 
 def read(folder: Path) -> AnswerTable:

@@ -256,13 +256,13 @@ def document(title: str, about: str, body: Sequence[str], style: str = "") -> st
 
 
 def write(file: Path, text: str) -> None:
-    """Write a file atomically.
+    """Write a file atomically; bytes of file names that are no UTF-8 stay what they were.
 
     Raises:
         ConfigError: if it cannot be written.
     """
     try:
-        write_atomically(file, lambda opened: opened.write(text.encode()))
+        write_atomically(file, lambda opened: opened.write(text.encode("utf-8", "surrogateescape")))
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error}") from None
 

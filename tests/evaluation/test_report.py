@@ -11,7 +11,7 @@ from PIL import Image
 from sslcells.evaluation.figures import ClassScores
 from sslcells.evaluation.gallery import Picture, draw
 from sslcells.evaluation.leaks import SplitFeatures
-from sslcells.evaluation.report import page, tables
+from sslcells.evaluation.report import page, tables, write
 
 CLASSES = ("round", "square <b>")
 SCORE = {"value": 0.82, "low": 0.8, "high": 0.84}
@@ -111,3 +111,8 @@ def test_answers_come_first_with_their_picture(tmp_path):
     assert '<span class="verdict bad">some</span></dt>\n<dd>&lt;b&gt; is taken for round</dd>' in first
     assert "of 9 images. Sources are not known" in first
     assert "In short" not in page({**RESULT, "answers": []}, [])
+
+
+def test_names_of_files_that_are_no_utf8_are_written_as_they_are(tmp_path):
+    write(tmp_path / "a.html", "a caf\udce9.png")
+    assert (tmp_path / "a.html").read_bytes() == b"a caf\xe9.png"
