@@ -35,7 +35,7 @@ from sslcells.evaluation.search import one_thread, searching
 from sslcells.evaluation.sheets import Image
 from sslcells.evaluation.ways import ways
 from sslcells.models import files
-from sslcells.names import CONFIG
+from sslcells.names import CONFIG, EVALUATION
 from sslcells.plan import leave_out
 from sslcells.provenance import made
 from sslcells.run import checkpoint, wandb_sync
@@ -45,7 +45,7 @@ from sslcells.run.state import trained
 from sslcells.standardise import AS_THEY_ARE, standard_of
 from sslcells.storage import is_file, json_text
 
-RESULTS, REPORT = "evaluation.json", "report.html"
+REPORT = "report.html"
 
 
 def evaluate(
@@ -82,9 +82,9 @@ def evaluate(
         seconds = round(time.perf_counter() - began, 1)
         asked_by = {"run": os.path.relpath(folder, to), "overrides": [*overrides]}
         result["made"] = {**made(), **asked_by, "seconds": seconds, "ranks": ranks.world()}
-        write(to / RESULTS, json_text(result, indent=2) + "\n")
+        write(to / EVALUATION, json_text(result, indent=2) + "\n")
         write(to / REPORT, page(result, [*_of_training(folder), *pictures]))
-        print(f"{to / RESULTS}, {REPORT}: the results above, and pictures; {seconds:.0f} s")
+        print(f"{to / EVALUATION}, {REPORT}: the results above, and pictures; {seconds:.0f} s")
         if out is None:
             _log(folder, result, pictures)
     return result

@@ -3,5 +3,7 @@
 CONFIG = "config.yaml"
 WEIGHTS, SPEC = "encoder.safetensors", "encoder.json"
 """The encoder of a finished run, and all that is needed to use it."""
+EVALUATION = "evaluation.json"
+"""What the newest evaluation found."""
 STOPPED = "stopped.txt"
 """Why the last start ended, if another start would end in the same way."""

@@ -15,8 +15,9 @@ from test_train import tiny
 from sslcells.cli import main
 from sslcells.config import load
 from sslcells.delivery.card import _figures
-from sslcells.evaluate import RESULTS, measured
+from sslcells.evaluate import measured
 from sslcells.evaluation import answer_table
+from sslcells.names import EVALUATION
 from sslcells.run.metrics import pictures_of, read_metrics
 from sslcells.train import train
 
@@ -34,7 +35,7 @@ def run(finished, tmp_path):
 
 
 def result_of(folder):
-    return json.loads((folder / RESULTS).read_text())
+    return json.loads((folder / EVALUATION).read_text())
 
 
 def row(result, task, name=""):

@@ -12,10 +12,9 @@ from sslcells.delivery.encoder import Encoder, sides
 from sslcells.evaluation.lab_tables import lab_tables
 from sslcells.evaluation.tables import Table
 from sslcells.inputs import summary
-from sslcells.names import CONFIG
+from sslcells.names import CONFIG, EVALUATION
 from sslcells.run.metrics import METRICS, read_metrics
 
-EVALUATION = "evaluation.json"
 _MOST = 60
 """Figures in one table."""
 

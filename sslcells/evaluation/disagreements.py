@@ -27,10 +27,19 @@ def chosen(pair: Pair, method: str) -> list[tuple[int, list[int]]]:
     return found
 
 
-def sheet(pair: Pair, method: str, names: Sequence[str], pixels: Mapping[str, Image]) -> list[str]:
-    """Lines of HTML; `pixels` has the images by name, (H, W, C) uint8, and lacks those that cannot be shown."""
+def sheet(
+    pair: Pair,
+    method: str,
+    names: Sequence[str],
+    found: Sequence[tuple[int, list[int]]],
+    pixels: Mapping[str, Image],
+) -> list[str]:
+    """Lines of HTML of what was `chosen`.
+
+    `pixels` has the images by name, (H, W, C) uint8, and lacks those that cannot be shown.
+    """
     body = []
-    for name, (count, rows) in zip(names, chosen(pair, method), strict=True):
+    for name, (count, rows) in zip(names, found, strict=True):
         some = f", {len(rows)} of them drawn evenly from the classes" if len(rows) < count else ""
         body.append(f"<h3>{escape(name)} alone is right: {count:,} of {len(pair.images):,} images{some}</h3>")
         cells = [_cell(pair, method, names, row, pixels.get(pair.images[row])) for row in rows]

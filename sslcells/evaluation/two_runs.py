@@ -20,12 +20,10 @@ from sslcells.evaluation.paired import Pair, paired
 from sslcells.evaluation.report import answer_section, document, say_answers, say_table, section_of, write
 from sslcells.evaluation.scores import Units
 from sslcells.evaluation.sheets import Image
-from sslcells.names import CONFIG
+from sslcells.names import CONFIG, EVALUATION
 from sslcells.run import starts
 from sslcells.run.metrics import METRICS, flat, read_metrics
 from sslcells.storage import is_file
-
-RESULTS = "evaluation.json"
 
 
 class Evaluated(NamedTuple):
@@ -52,7 +50,7 @@ class Evaluated(NamedTuple):
         """
         answers = answer_table.read(folder)
         try:
-            result = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+            result = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
             own = folder / (result.get("made") or {}).get("run", ".")
             name, _ = str(result["run"]), (result["figures"], result["resamples"], result["encoder"]["sha256"])
             config = flat(yaml.safe_load((own / CONFIG).read_text(encoding="utf-8"))) if is_file(own / CONFIG) else {}
@@ -190,9 +188,10 @@ def _page(pair: Pair, runs: Sequence[Evaluated], result: Mapping[str, Any]) -> s
         body += section_of("Scores", [two_tables.scores(result), two_tables.agreement(result)], drawn[1:])
         body += section_of("Classes", [two_tables.by_class(result)], ())
         body += [f"<h2>Where they disagree, by {escape(two_pictures.by(method))}</h2>"]
-        shown, why_not = _pixels(runs, {pair.images[i] for _, rows in disagreements.chosen(pair, method) for i in rows})
+        chosen = disagreements.chosen(pair, method)
+        shown, why_not = _pixels(runs, {pair.images[i] for _, rows in chosen for i in rows})
         body += [f'<p class="caption">{escape(why_not)}</p>'] if why_not else []
-        body += disagreements.sheet(pair, method, names, shown)
+        body += disagreements.sheet(pair, method, names, chosen, shown)
         batches = [_batch(run) for run in runs]
         pictures = two_pictures.trainings([run.metrics for run in runs], batches, names, folder)
         body += section_of("Training", (), pictures) if pictures else []
