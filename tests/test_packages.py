@@ -1,9 +1,11 @@
 """What describes the package to others: its citation, container and environment agree with pyproject.toml."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -110,6 +112,16 @@ def test_pre_commit_takes_its_file_and_runs_what_ci_runs():
     for hook in repo["hooks"]:
         command = hook["entry"].removesuffix(" --fix").split()
         assert re.search(rf"^{' '.join(command)}\b", ci, re.M), hook["entry"]
+
+
+def test_no_test_starts_after_the_time_of_ci():
+    command = [sys.executable, "-m", "pytest", "-n0", "-rs", "-k", "test_pre_commit", __file__]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"SSLCELLS_TESTS_UNTIL": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 skipped" in done.stdout
+    assert "not started: SSLCELLS_TESTS_UNTIL is over" in done.stdout
 
 
 def test_the_environment_can_be_solved_as_far_as_it_says():
