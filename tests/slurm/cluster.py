@@ -3,7 +3,8 @@
   python tests/slurm/cluster.py      as root; prints how to reach it, and takes it down at Ctrl-C
 
 It needs Debian's packages slurm-wlm and munge, or their like, and installs nothing. All its files lie in a temporary
-folder, but for one line of /etc/hosts while it runs, where n1 and n2 do not resolve.
+folder, but for one line of /etc/hosts while it runs, where n1 and n2 do not resolve. Its daemons have a minute to answer
+each other: on slow cores SLURM's own ten seconds are over at times, and it then requeues a job that nothing is wrong with.
 """
 
 import os
@@ -43,6 +44,9 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
+MessageTimeout=60
+TCPTimeout=60
+BatchStartTimeout=120
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
@@ -147,12 +151,12 @@ class Cluster:
         names = {"key": "key", "socket": "socket", "pid": "pid", "log": "log", "seed": "seed"}
         files = [f"--{n}{'' if n == 'socket' else '-file'}={self.folder}/munge.{ext}" for n, ext in names.items()]
         self._daemon("munged", "--foreground", *files)
-        wait_for((self.folder / "munge.socket").exists, 20, "munged")
+        wait_for((self.folder / "munge.socket").exists, 60, "munged")
         self._daemon("slurmctld", "-D")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
         idle = ("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")
-        wait_for(lambda: {*self.call(*idle, check=False).split()} == {*NODES}, 60, f"both nodes; see {self.folder}")
+        wait_for(lambda: {*self.call(*idle, check=False).split()} == {*NODES}, 180, f"both nodes; see {self.folder}")
 
     def _daemon(self, *command: str) -> None:
         name = command[0] if command[0] != "slurmd" else f"slurmd-{command[-1]}"
