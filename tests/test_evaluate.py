@@ -234,6 +234,8 @@ def test_a_mistake_is_named(run, capsys, change, message):
 def test_a_folder_that_is_no_run(tmp_path, run, capsys):
     assert main(None, ["evaluate", str(tmp_path)]) == 2
     assert "holds no config.yaml: is it a run's folder?" in capsys.readouterr().err
+    assert main(None, ["evaluate", f"{run}x"]) == 2
+    assert f"{run}x: no such run's folder (did you mean {run.name}?)" in capsys.readouterr().err
     (run / "encoder.json").unlink()
     assert main(None, ["evaluate", str(run)]) == 2
     assert "is it the folder of a finished run?" in capsys.readouterr().err

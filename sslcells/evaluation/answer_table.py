@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from sslcells.config import ConfigError
+from sslcells.data.folder import nearest_folder
 from sslcells.evaluation.classifier import Predictions
 from sslcells.evaluation.figures import ClassScores
 from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.report import write
-from sslcells.storage import is_file
+from sslcells.storage import is_file, is_folder
 
 FILE = "answers.csv"
 OWN = "the run's classifier"
@@ -76,8 +77,10 @@ def read(folder: Path) -> AnswerTable:
     """Read what an evaluation wrote to a folder.
 
     Raises:
-        ConfigError: if there is no such file, or it is not as `write` leaves it.
+        ConfigError: if there is no such folder or file, or it is not as `write` leaves it.
     """
+    if not is_folder(folder):
+        raise ConfigError(f"{folder}: no such run's folder{nearest_folder(folder)}")
     file = folder / FILE
     if not is_file(file):
         raise ConfigError(

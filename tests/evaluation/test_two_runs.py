@@ -252,6 +252,8 @@ def test_the_page_has_all_of_it_and_needs_no_other_file(runs, capsys):
 def test_what_it_refuses_in_a_line(runs, tmp_path, capsys):
     assert main(None, ["compare-runs", str(runs[0]), str(runs[0])]) == 2
     assert "is both runs" in capsys.readouterr().err
+    assert main(None, ["compare-runs", str(runs[0]), f"{runs[1]}x"]) == 2
+    assert f"{runs[1]}x: no such run's folder (did you mean {runs[1].name}?)" in capsys.readouterr().err
     run_of(tmp_path / "other", answers(0.5, images=[f"x/{i}" for i in range(M)]))
     assert main(None, ["compare-runs", str(runs[0]), str(tmp_path / "other")]) == 2
     assert "the runs were asked about other images" in capsys.readouterr().err

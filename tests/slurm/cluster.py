@@ -3,8 +3,8 @@
   python tests/slurm/cluster.py      as root; prints how to reach it, and takes it down at Ctrl-C
 
 It needs Debian's packages slurm-wlm and munge, or their like, and installs nothing. All its files lie in a temporary
-folder, but for one line of /etc/hosts while it runs, where n1 and n2 do not resolve. Its daemons have a minute to answer
-each other: on slow cores SLURM's own ten seconds are over at times, and it then requeues a job that nothing is wrong with.
+folder, but for one line of /etc/hosts while it runs, where n1 and n2 do not resolve. Its daemons have a minute to
+answer each other: slow cores take longer than SLURM's own ten seconds at times, and it then requeues a sound job.
 """
 
 import os
