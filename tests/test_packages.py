@@ -114,6 +114,12 @@ def test_pre_commit_takes_its_file_and_runs_what_ci_runs():
         assert re.search(rf"^{' '.join(command)}\b", ci, re.M), hook["entry"]
 
 
+def test_no_method_is_left_out_of_the_contract_that_methods_never_import_each_other():
+    (contract,) = [one for one in PROJECT["tool"]["importlinter"]["contracts"] if one["type"] == "independence"]
+    methods = sorted(path.stem for path in (ROOT / "sslcells/methods").glob("[!_]*.py"))
+    assert contract["modules"] == [f"sslcells.methods.{method}" for method in methods]
+
+
 def test_no_test_starts_after_the_time_of_ci():
     command = [sys.executable, "-m", "pytest", "-n0", "-rs", "-k", "test_pre_commit", __file__]
     done = subprocess.run(

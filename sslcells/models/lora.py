@@ -5,7 +5,7 @@ attention with separate biases does, and what is merged is what the forward pass
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sslcells.config import ConfigError
+
+_INSIDE = ".parametrizations.weight."
+"""in a state, what stands between the name of a layer and the parts of its adapter"""
 
 
 class LowRank(nn.Module):
@@ -78,11 +81,29 @@ def merged(encoder: nn.Module) -> dict[str, Tensor]:
     """The encoder's state as timm names it: each adapter is added to its weight."""
     adapted, out = _adapted(encoder), dict[str, Tensor]()
     for name, x in encoder.state_dict().items():
-        layer, inside, what = name.partition(".parametrizations.weight.")
+        layer, inside, what = name.partition(_INSIDE)
         if not inside or layer not in adapted:
             out[name] = x
         elif what == "original":
             out[f"{layer}.weight"] = adapted[layer].weight  # type: ignore[assignment]
+    return out
+
+
+def unmerged(tensors: Mapping[str, Tensor]) -> bool:
+    """True if a checkpoint's tensors hold adapters beside the weights."""
+    return any(_INSIDE in name for name in tensors)
+
+
+def merged_tensors(tensors: Mapping[str, Tensor], alpha: float | None) -> dict[str, Tensor]:
+    """As `merged`, of a checkpoint's tensors by name, whatever comes before the encoder's; `alpha` as in the run."""
+    out = dict[str, Tensor]()
+    for name, x in tensors.items():
+        layer, inside, what = name.partition(_INSIDE)
+        if not inside:
+            out[name] = x
+        elif what == "original":
+            a, b = (tensors[f"{layer}{_INSIDE}0.{which}"] for which in "ab")
+            out[f"{layer}.weight"] = torch.addmm(x, b, a, alpha=1 if alpha is None else alpha / len(a))
     return out
 
 

@@ -66,6 +66,24 @@ def test_a_run_says_what_it_starts_from_and_never_reads_it_again(tmp_path, capsy
         train(run)
 
 
+def test_a_checkpoint_with_adapters_starts_another_run(tmp_path):
+    """Their strength stands in the run's configuration alone, so a copy of the file says too little."""
+    published(tmp_path)
+    folder = train(configured(tmp_path, "model.lora_rank=2", "model.lora_alpha=6"))
+    end = load_file(folder / "encoder.safetensors")
+    assert not torch.equal(end["blocks.0.mlp.fc1.weight"], vit("MAE")["blocks.0.mlp.fc1.weight"])
+    file = folder / "checkpoints" / "step_00000003" / "model.safetensors"
+    again = configured(tmp_path, f"model.weights={file}").model
+    start = models.build(again, 3)
+    weights.load(start, again, 3)
+    assert end.keys() == start.state_dict().keys()
+    assert all(torch.equal(start.state_dict()[key], x) for key, x in end.items())
+
+    shutil.copy(file, tmp_path / "copy.safetensors")
+    with pytest.raises(ConfigError, match=r"it holds LoRA adapters .* take the run's encoder.safetensors"):
+        weights.load(start, configured(tmp_path, f"model.weights={tmp_path}/copy.safetensors").model, 3)
+
+
 def test_check_prints_the_account(tmp_path):
     published(tmp_path)
     report = consequences(configured(tmp_path, "data.train=30"), 1)

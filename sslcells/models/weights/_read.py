@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from timm.models import get_arch_name
 from torch import Tensor
 
-from sslcells.config import ConfigError, nearest
+from sslcells.config import ConfigError, load, nearest
+from sslcells.models import lora
+from sslcells.names import CONFIG, WEIGHTS
 from sslcells.storage import denied, is_file, is_folder
 from sslcells.values import place
 
@@ -64,7 +66,7 @@ def find(given: str) -> Found:
     try:
         if is_file(path):
             beside = path.name in _NAMES and is_file(path.parent / _CONFIG)
-            return _folder(path.parent) if beside else Found(_tensors(path), {}, {})
+            return _folder(path.parent) if beside else Found(_without_adapters(_tensors(path), path), {}, {})
         if is_folder(path):
             raise ConfigError(
                 f"is a folder: {FOLDER}{given} for one with {_CONFIG} and {_NAMES[0]}, model.encoder={given} for a run"
@@ -159,6 +161,19 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"{file} is no file of weights, or a damaged one: {_first(error)}") from None
     return dict(_flat(tree))
+
+
+def _without_adapters(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint with its LoRA adapters merged, by the strength in the configuration of its run."""
+    if not lora.unmerged(tensors):
+        return tensors
+    config = file.absolute().parents[2] / CONFIG if len(file.absolute().parents) > 2 else file
+    if config.name != CONFIG or not is_file(config):
+        raise ConfigError(
+            f"it holds LoRA adapters beside the weights, and their strength, lora_alpha, stands in the {CONFIG} of the "
+            f"run alone: name the file where the run left it, in checkpoints/, or take the run's {WEIGHTS}"
+        )
+    return lora.merged_tensors(tensors, load(str(config)).model.lora_alpha)
 
 
 def _unsafe(file: Path, error: Exception) -> str:
