@@ -228,7 +228,7 @@ def _of(found: _read.Found, config: Model, channels: int) -> tuple[Preparation, 
         mean, std = ([*values] for values in IMAGENET)
         raise ConfigError(
             f"nothing says how their images were normalised: set model.mean and model.std ({mean} and {std} are "
-            f"ImageNet's)"
+            f"ImageNet's); a finished run or an export is named by its folder, in model.encoder, and says it itself"
         )
     return Preparation(config.mean, config.std, "bilinear", 1.0), "the run"
 
