@@ -26,7 +26,7 @@ from sslcells.evaluation.classifier import joined, predict
 from sslcells.evaluation.frozen_probes import Asked
 from sslcells.evaluation.gallery import Picture
 from sslcells.evaluation.pictures import fractions_plot, model_curves
-from sslcells.evaluation.report import answer_section, document, say_answers, say_findings, say_table, section_of, write
+from sslcells.evaluation.report import answer_section, document, say_answers, say_findings, say_table, section_of
 from sslcells.evaluation.sheets import Image, prediction_sheet
 from sslcells.models import files
 from sslcells.models.frozen import Frozen, FrozenEncoder
@@ -38,7 +38,7 @@ from sslcells.run.metrics import read_metrics
 from sslcells.run.progress import no_bars
 from sslcells.run.state import trained
 from sslcells.standardise import standard_of
-from sslcells.storage import is_file, json_text
+from sslcells.storage import is_file, json_text, write_text
 from sslcells.train import train
 
 MODELS = {"supervised": "from scratch", "probe": "frozen encoder", "fine-tuned": "from the encoder"}
@@ -134,13 +134,13 @@ def _report(run: Run, result: Mapping[str, Any], pictures: Sequence[Picture]) ->
     if findings:
         say_findings(console, "Against frozen encoders", findings)
     say_answers(console, result["answers"])
-    write(run.folder / RESULTS, json_text(result, indent=2) + "\n")
+    write_text(run.folder / RESULTS, json_text(result, indent=2) + "\n")
     about = f"sslcells {__version__}, {run.model.backbone}, {run.method.name}"  # type: ignore[attr-defined]
     basis = f"Measured on the {result['asked']} split; in brackets 95 % intervals of differences on the same images."
     first = [picture for picture in pictures if picture.title == LABELS]
     body = answer_section(result["answers"], basis, first)
     body += section_of("The models", tables, [one for one in pictures if one not in first], findings)
-    write(run.folder / REPORT, document(f"{run.name}: what labels are worth", about, body))
+    write_text(run.folder / REPORT, document(f"{run.name}: what labels are worth", about, body))
     print(f"{run.folder / RESULTS}, {REPORT}; {result['made']['seconds']:.0f} s")
 
 

@@ -18,9 +18,8 @@ from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, installed, load
 from sslcells.data import ImageSet, holdout, listing, open_splits
 from sslcells.data.folder import nearest_folder
-from sslcells.evaluation import against, drift, in_short, in_short_picture, lab_pictures, new_labs
+from sslcells.evaluation import against, answer_table, drift, in_short, in_short_picture, lab_pictures, new_labs
 from sslcells.evaluation.across import Across
-from sslcells.evaluation.answer_table import FILE as ANSWERS
 from sslcells.evaluation.answer_table import OWN, AnswerTable
 from sslcells.evaluation.baselines import Baselines, OfRows
 from sslcells.evaluation.classifier import Predictions, predict
@@ -30,7 +29,7 @@ from sslcells.evaluation.figures import Figures, nearest
 from sslcells.evaluation.gallery import Picture, draw
 from sslcells.evaluation.health import alignment
 from sslcells.evaluation.leaks import COPIES, SplitFeatures, copies, digests, histograms, leaks
-from sslcells.evaluation.report import page, say_figures, say_leaks, write
+from sslcells.evaluation.report import page, say_figures, say_leaks
 from sslcells.evaluation.scores import Units, of_classes, rounded
 from sslcells.evaluation.search import one_thread, searching
 from sslcells.evaluation.sheets import Image
@@ -44,7 +43,7 @@ from sslcells.run.metrics import METRICS, note_steps, read_metrics
 from sslcells.run.progress import Bars, bars
 from sslcells.run.state import trained
 from sslcells.standardise import AS_THEY_ARE, standard_of
-from sslcells.storage import is_file, is_folder, json_text
+from sslcells.storage import is_file, is_folder, json_text, write_text
 
 REPORT = "report.html"
 
@@ -83,8 +82,8 @@ def evaluate(
         seconds = round(time.perf_counter() - began, 1)
         asked_by = {"run": os.path.relpath(folder, to), "overrides": [*overrides]}
         result["made"] = {**made(), **asked_by, "seconds": seconds, "ranks": ranks.world()}
-        write(to / EVALUATION, json_text(result, indent=2) + "\n")
-        write(to / REPORT, page(result, [*_of_training(folder), *pictures]))
+        write_text(to / EVALUATION, json_text(result, indent=2) + "\n")
+        write_text(to / REPORT, page(result, [*_of_training(folder), *pictures]))
         print(f"{to / EVALUATION}, {REPORT}: the results above, and pictures; {seconds:.0f} s")
         if out is None:
             _log(folder, result, pictures)
@@ -185,9 +184,7 @@ def measured(
     say_figures(console, result)
     if predictions is not None:
         predictions.write(to, run.evaluate.split)
-    (to / ANSWERS).unlink(missing_ok=True)
-    if answers := AnswerTable.of(asked, classes, figures.predictions, predictions):
-        answers.write(to)
+    answer_table.write(to, AnswerTable.of(asked, classes, figures.predictions, predictions), across.answers)
     pixels = encoded.pixels_of(splits[shown])
     with one_thread():
         pictures = draw(

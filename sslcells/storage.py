@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from sslcells.errors import ConfigError
+
 T = TypeVar("T")
 
 PATIENCE = 60.0
@@ -70,6 +72,18 @@ def write_atomically(target: Path, write: Callable[[BinaryIO], object]) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text atomically; bytes of file names that are no UTF-8 stay what they were.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    try:
+        write_atomically(file, lambda opened: opened.write(text.encode("utf-8", "surrogateescape")))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error}") from None
 
 
 def partial_name(target: Path) -> Path:

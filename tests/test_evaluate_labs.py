@@ -14,6 +14,7 @@ from sslcells.cli import main
 from sslcells.config import load
 from sslcells.data import folder, open_split, open_splits, synthetic
 from sslcells.data._smear import CLASSES, draw_smear
+from sslcells.evaluation import answer_table
 from sslcells.evaluation.new_labs import opened
 
 QUICK = ["evaluate.bootstrap=100", "evaluate.batch=32", "train.workers=0"]
@@ -45,6 +46,9 @@ def test_a_laboratory_that_training_never_saw(run, tmp_path, capsys):
     assert labs["labs"][0]["by class"] == {"neutrophil": 12, "lymphocyte": 12}
     assert labs["pairs"][0]["labs"] == ["training data", "clinic"]
     assert labs["pairs"][0]["classes"] == ["neutrophil", "lymphocyte"]
+    answers = answer_table.read_labs(run)["clinic"]
+    assert len(answers.images) == len({*answers.images}) == 24
+    assert {*answers.classes} == {"neutrophil", "lymphocyte"}
     page = (run / "report.html").read_text()
     assert page.index("<h2>Figures") < page.index("<h2>Across laboratories") < page.index("<h2>Pictures")
     assert "Map by class and by laboratory" in page
@@ -86,6 +90,7 @@ def test_laboratories_of_the_runs_own_data(tmp_path, capsys):
     assert main(None, ["evaluate", str(run), *QUICK]) == 0
     labs = json.loads((run / "evaluation.json").read_text())["labs"]
     assert [lab["lab"] for lab in labs["labs"]] == ["north", "south"]
+    assert all(len({*of.images}) == 24 for of in answer_table.read_labs(run).values())
     assert [lab["by class"] for lab in labs["labs"]] == [{"eosinophil": 12, "lymphocyte": 12}] * 2
     assert labs["pairs"][0]["labs"] == ["north", "south"]
     assert labs["pairs"][0]["lab predictability"]["value"] > labs["pairs"][0]["lab predictability"]["null high"]

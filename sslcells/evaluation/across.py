@@ -1,12 +1,14 @@
 """The cross-laboratory report of `sslcells evaluate`: which laboratories are asked, by which images, and what for."""
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sslcells.config import Evaluate
+from sslcells.evaluation.answer_table import AnswerTable
 from sslcells.evaluation.labs import MOST, Lab, drawn, left_out, pairs
 from sslcells.evaluation.leaks import SplitFeatures
 from sslcells.evaluation.robustness import FEW, KS, Rows, best_k, index_score, near
@@ -19,7 +21,8 @@ UNNAMED = "training data"
 class Across:
     """The laboratories of a run's data and new ones, and the figures between them, for evaluation.json.
 
-    `result` is None if there are not two. `pool`, rows of known class and laboratory, is what laboratories are compared
+    `result` is None if there are not two, and `answers` then empty: what was answered about the images of each
+    laboratory by the others' labels. `pool`, rows of known class and laboratory, is what laboratories are compared
     on: the query split, images of train of laboratories that it lacks, and the new laboratories.
     """
 
@@ -34,6 +37,7 @@ class Across:
         seed: int,
     ) -> None:
         self.result: dict[str, Any] | None = None
+        self.answers: dict[str, AnswerTable] = {}
         known = dict(enumerate(lab_names or [UNNAMED], 1))
         self.names = known | dict(enumerate(new, len(known) + 1))
         self._new = {number: _known(new[name], number) for number, name in self.names.items() if name in new}
@@ -47,27 +51,35 @@ class Across:
         if len(self.pool.labs.unique()) < 2:  # type: ignore[no-untyped-call]
             return
         val = rows["val"] if "val" in rows and query_split != "val" else None
-        labs = self._labs(train, val, asked) if named else []
-        labs += [Lab(self.names[number], train, val, own) for number, own in self._new.items()]
+        labs = self._labs(train, val, asked, _names(by_split[query_split])) if named else []
+        labs += [
+            Lab(self.names[number], train, val, own, _names(new[self.names[number]]))
+            for number, own in self._new.items()
+        ]
+        found = []
+        for lab in labs:
+            figures, answers = left_out(lab, classes, config, seed)
+            found.append(figures | {"trained on": self._in_train(lab.name, train)})
+            if answers is not None:
+                self.answers[lab.name] = answers
         self.result = {
             "asked": query_split,
-            "labs": [
-                left_out(lab, classes, config, seed) | {"trained on": self._in_train(lab.name, train)} for lab in labs
-            ],
+            "labs": found,
             "pairs": pairs(self.pool, self.names, classes, seed),
             "robustness index": _index(self.pool, seed),
         }
         self.result["findings"] = [*self._copies(by_split["train"], new), *findings(self.result)]
 
-    def _labs(self, train: Rows, val: Rows | None, asked: Rows) -> list[Lab]:
-        """The laboratories of the query split that others can be asked about."""
+    def _labs(self, train: Rows, val: Rows | None, asked: Rows, images: Sequence[str]) -> list[Lab]:
+        """The laboratories of the query split that others can be asked about; `images` are the names of those asked."""
         out = []
         for number, name in self.names.items():
-            own = asked.at(asked.labs == number)
+            here = asked.labs == number
+            own = asked.at(here)
             bank = train.at((train.labs > 0) & (train.labs != number))
             if len(own.labels) and len(bank.labels):
                 others = None if val is None else val.at((val.labs > 0) & (val.labs != number))
-                out.append(Lab(name, bank, others, own))
+                out.append(Lab(name, bank, others, own, list(compress(images, here.tolist()))))
         return out
 
     def _in_train(self, name: str, train: Rows) -> bool:
@@ -92,6 +104,11 @@ def _known(features: SplitFeatures, lab: int | None) -> Rows:
     labs = features.labs if features.labs is not None else torch.zeros_like(features.labels)
     labs = labs if lab is None else torch.full_like(features.labels, lab)
     return Rows(features.z, features.labels, features.sources, labs).at(features.labels >= 0)
+
+
+def _names(features: SplitFeatures) -> list[str]:
+    """The names of the images that `_known` keeps."""
+    return list(compress(features.names, (features.labels >= 0).tolist()))
 
 
 def _of_known_labs(rows: Rows) -> Rows:

@@ -1,14 +1,15 @@
 """What each query image was answered, beside evaluation.json: answers.csv, which people can open and sort too.
 
 Its columns are image, source (a number that the images of one source share), class, and a column for each method that
-has intervals, with the class that it says.
+has intervals, with the class that it says. answers_labs.csv has the same, and before them the laboratory, of the images
+of each laboratory that the labels of the others were asked about.
 """
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +17,15 @@ from torch import Tensor
 from sslcells.config import ConfigError
 from sslcells.data.folder import nearest_folder
 from sslcells.evaluation.classifier import Predictions
-from sslcells.evaluation.figures import ClassScores
 from sslcells.evaluation.leaks import SplitFeatures
-from sslcells.evaluation.report import write
-from sslcells.storage import is_file, is_folder
+from sslcells.storage import is_file, is_folder, write_text
 
-FILE = "answers.csv"
+if TYPE_CHECKING:  # figures are compared across laboratories, and those write answers
+    from sslcells.evaluation.figures import ClassScores
+
+FILE, LABS_FILE = "answers.csv", "answers_labs.csv"
 OWN = "the run's classifier"
-_COLUMNS = ("image", "source", "class")
+_LAB, _COLUMNS = "laboratory", ("image", "source", "class")
 
 
 class AnswerTable(NamedTuple):
@@ -42,7 +44,7 @@ class AnswerTable(NamedTuple):
         cls,
         asked: SplitFeatures,
         classes: Sequence[str],
-        predictions: Sequence[ClassScores],
+        predictions: Sequence["ClassScores"],
         own: Predictions | None,
     ) -> "AnswerTable | None":
         """The answers to the labelled ones of the images that were asked; None if there are none.
@@ -60,17 +62,28 @@ class AnswerTable(NamedTuple):
             return None
         return cls(images, asked.sources[known], [classes[c] for c in asked.labels[known].tolist()], methods)
 
-    def write(self, folder: Path) -> None:
-        """Write answers.csv into a folder.
 
-        Raises:
-            ConfigError: if it cannot be written.
-        """
+def write(folder: Path, table: AnswerTable | None, labs: Mapping[str, AnswerTable]) -> None:
+    """Write what was answered into a folder, in place of what an earlier evaluation left there.
+
+    `labs` are answers about the images of each laboratory by the labels of the others; they have a file of their own.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    for name, tables in ((FILE, [table] if table is not None else []), (LABS_FILE, [*labs.values()])):
+        (folder / name).unlink(missing_ok=True)
+        if not tables:
+            continue
+        methods = list(dict.fromkeys(method for one in tables for method in one.methods))
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
-        rows.writerow([*_COLUMNS, *self.methods])
-        rows.writerows(zip(self.images, self.sources.tolist(), self.classes, *self.methods.values(), strict=True))
-        write(folder / FILE, text.getvalue())
+        rows.writerow([*([_LAB] if name == LABS_FILE else []), *_COLUMNS, *methods])
+        for lab, one in zip(labs if name == LABS_FILE else [""], tables, strict=True):
+            said = [one.methods.get(method, [""] * len(one.images)) for method in methods]
+            for row in zip(one.images, one.sources.tolist(), one.classes, *said, strict=True):
+                rows.writerow([lab, *row] if name == LABS_FILE else row)
+        write_text(folder / name, text.getvalue())
 
 
 def read(folder: Path) -> AnswerTable:
@@ -87,13 +100,40 @@ def read(folder: Path) -> AnswerTable:
             f"{folder} has no {FILE}: `sslcells evaluate` writes it beside evaluation.json where images have labels; "
             f"run it again for an evaluation of an earlier version"
         )
+    return _read(file, _COLUMNS)[""]
+
+
+def read_labs(folder: Path) -> dict[str, AnswerTable]:
+    """Read the answers about each laboratory by the labels of the others; empty if there are none.
+
+    Raises:
+        ConfigError: if the file is not as `write` leaves it.
+    """
+    file = folder / LABS_FILE
+    return _read(file, (_LAB, *_COLUMNS)) if is_file(file) else {}
+
+
+def _read(file: Path, known: Sequence[str]) -> dict[str, AnswerTable]:
+    """The tables of a file by laboratory; one that has no such column is of the laboratory ""."""
+    found: dict[str, list[list[str]]] = {}
     try:
         with file.open(encoding="utf-8", errors="surrogateescape", newline="") as opened:
             header, *rows = csv.reader(opened)
-        images, sources, classes, *answers = zip(*rows, strict=True)
-        if tuple(header[: len(_COLUMNS)]) != _COLUMNS or len(header) != len(_COLUMNS) + len(answers):
-            raise ValueError(f"its columns are {', '.join(header)}")
-        numbers = torch.tensor([int(number) for number in sources], dtype=torch.int64)
+        methods = header[len(known) :]
+        if header[: len(known)] != [*known] or not methods or not rows:
+            raise ValueError(f"its columns are {', '.join(header)}, and it has {len(rows)} rows")
+        for row in rows:
+            lab, *rest = row if known[0] == _LAB else ["", *row]
+            if len(row) != len(header):
+                raise ValueError(f"a row has {len(row)} columns and the first line {len(header)}")
+            found.setdefault(lab, []).append(rest)
+        return {lab: _table(rows, methods) for lab, rows in found.items()}
     except (OSError, ValueError, csv.Error) as error:
         raise ConfigError(f"{file} is not as `sslcells evaluate` writes it: {error}; evaluate again") from None
-    return AnswerTable(images, numbers, classes, dict(zip(header[len(_COLUMNS) :], answers, strict=True)))
+
+
+def _table(rows: Sequence[Sequence[str]], methods: Sequence[str]) -> AnswerTable:
+    images, sources, classes, *answers = zip(*rows, strict=True)
+    numbers = torch.tensor([int(number) for number in sources], dtype=torch.int64)
+    said = {method: of for method, of in zip(methods, answers, strict=True) if any(of)}
+    return AnswerTable(images, numbers, classes, said)

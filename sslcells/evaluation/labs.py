@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sslcells.config import Evaluate
+from sslcells.evaluation.answer_table import AnswerTable
 from sslcells.evaluation.knn import knn_predictions, knn_scores
 from sslcells.evaluation.probe import Labelled, linear_probe, shared
 from sslcells.evaluation.robustness import (
@@ -47,18 +48,25 @@ class Lab(NamedTuple):
     """labelled images of the others that were not trained on, to choose the probe's C"""
     asked: Rows
     """labelled images of this laboratory"""
+    images: Sequence[str]
+    """their names"""
 
 
-def left_out(lab: Lab, classes: Sequence[str], config: Evaluate, seed: int) -> dict[str, Any]:
+def left_out(
+    lab: Lab, classes: Sequence[str], config: Evaluate, seed: int
+) -> tuple[dict[str, Any], AnswerTable | None]:
     """What the others' labels reach in a laboratory, and the ceiling from its own labels, for evaluation.json.
+
+    With it what the others' labels, of all classes, say of each image; None if they say nothing.
 
     Scores are of the classes with at least FEW images there; the others are named under `few`.
     """
     counts = torch.bincount(lab.asked.labels, minlength=len(classes))
     enough = (counts >= FEW).nonzero()[:, 0]
     unknown = [c for c in enough.tolist() if not bool((lab.bank.labels == c).any())]
-    counted = torch.isin(lab.asked.labels, enough)
-    asked, bank = drawn(lab.asked.at(counted), seed), drawn(lab.bank, seed)
+    counted = torch.isin(lab.asked.labels, enough).nonzero()[:, 0]
+    which = counted if len(counted) <= MOST else counted[_drawn(len(counted), seed, MOST)]
+    asked, bank = lab.asked.at(which), drawn(lab.bank, seed)
     out: dict[str, Any] = {
         "lab": lab.name,
         "images": len(lab.asked.labels),
@@ -68,13 +76,13 @@ def left_out(lab: Lab, classes: Sequence[str], config: Evaluate, seed: int) -> d
         "without others' labels": [classes[c] for c in unknown],
         "classes counted": [classes[int(c)] for c in enough],
         "others' images": len(bank.labels),
-        "not used": int(counted.sum()) - len(asked.labels) + len(lab.bank.labels) - len(bank.labels),
+        "not used": len(counted) - len(asked.labels) + len(lab.bank.labels) - len(bank.labels),
         "no vote": without_vote(Units(asked.sources, seed), asked.labels),
         "figures": [],
         "others − own": [],
     }
     if not len(asked.labels):
-        return out
+        return out, None
 
     def add(method: str, labels_of: str, among: str, rows: Rows, scores: Tensor) -> None:
         for way in ways(Units(rows.sources, seed, config.bootstrap), rows.labels, scores):
@@ -94,11 +102,13 @@ def left_out(lab: Lab, classes: Sequence[str], config: Evaluate, seed: int) -> d
     for method, rows, scores in _by_its_own(asked, len(classes), config, seed):
         add(method, "its own", "all classes", rows, scores)
         if method in by_others:
-            theirs = by_others[method] if rows is asked else by_others[method][_drawn(asked, seed, _FITTED)]
+            theirs = by_others[method] if rows is asked else by_others[method][_drawn(len(asked.labels), seed, _FITTED)]
             units = Units(rows.sources, seed, config.bootstrap)
             both = knn_predictions(theirs), knn_predictions(scores)
             out["others − own"].append(_others_minus_own(method, units, rows.labels, *both))
-    return out
+    images, names = [lab.images[i] for i in which.tolist()], [*classes, ""]  # −1 is no answer
+    said = {method: [names[c] for c in knn_predictions(scores).tolist()] for method, scores in by_others.items()}
+    return out, AnswerTable(images, asked.sources, [classes[c] for c in asked.labels.tolist()], said) if said else None
 
 
 def _others_minus_own(method: str, units: Units, labels: Tensor, others: Tensor, own: Tensor) -> dict[str, Any]:
@@ -111,11 +121,11 @@ def drawn(rows: Rows, seed: int, most: int = MOST) -> Rows:
     """At most this many of the rows, at random."""
     if len(rows.labels) <= most:
         return rows
-    return rows.at(_drawn(rows, seed, most))
+    return rows.at(_drawn(len(rows.labels), seed, most))
 
 
-def _drawn(rows: Rows, seed: int, most: int) -> Tensor:
-    return torch.randperm(len(rows.labels), generator=torch.Generator().manual_seed(seed))[:most]
+def _drawn(count: int, seed: int, most: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most]
 
 
 def _choices(bank: Rows, enough: Tensor) -> Iterator[tuple[str, Rows]]:

@@ -3,13 +3,11 @@
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from sslcells.config import ConfigError
 from sslcells.evaluation import hover_map, neighbour_rows
 from sslcells.evaluation.against import against_tables
 from sslcells.evaluation.baselines import baseline_table
@@ -21,7 +19,6 @@ from sslcells.evaluation.tables import Table as Table
 from sslcells.evaluation.tables import of_images
 from sslcells.evaluation.tables import shown as shown
 from sslcells.evaluation.ways import VOTE
-from sslcells.storage import write_atomically
 
 CLASSIFIERS = ("the run's classifier", "kNN", "linear probe", "fine-tuning", "few-shot")
 
@@ -253,18 +250,6 @@ def document(title: str, about: str, body: Sequence[str], style: str = "") -> st
     )
     lines = "\n".join([f"<h1>{escape(title)}</h1>", f'<p class="made">{escape(about)}</p>', *body])
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{lines}\n</body></html>\n'
-
-
-def write(file: Path, text: str) -> None:
-    """Write a file atomically; bytes of file names that are no UTF-8 stay what they were.
-
-    Raises:
-        ConfigError: if it cannot be written.
-    """
-    try:
-        write_atomically(file, lambda opened: opened.write(text.encode("utf-8", "surrogateescape")))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error}") from None
 
 
 def _html(table: Table) -> str:

@@ -28,8 +28,8 @@ _CHOICES = (".name", ".kind", ".recipe", ".backbone")
 
 def answers(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Questions about `result`, what was found about two runs, with their answers."""
-    found = [_better(result), _classes(result), _leaks(result), _settings(result)]
-    return [one._asdict() for one in found]
+    found = [_better(result), _classes(result), _laboratories(result), _leaks(result), _settings(result)]
+    return [one._asdict() for one in found if one is not None]
 
 
 def basis(result: Mapping[str, Any]) -> str:
@@ -98,6 +98,22 @@ def _named(classes: Sequence[tuple[str, Mapping[str, float | None]]]) -> str:
     named = ", ".join(f"{name} ({points(score)})" for name, score in largest[:_SHOWN])
     left = len(largest) - _SHOWN
     return named + (f" and {left} more" if left > 0 else "")
+
+
+def _laboratories(result: Mapping[str, Any]) -> Answer | None:
+    """None where no laboratory was asked about in both."""
+    first, second = result["names"]
+    rows = [row for row in result["labs"] if row["method"].startswith("kNN")]
+    if not rows:
+        return None
+    verdicts = [verdict(row["difference"][METRIC], row["sources"] or row["images"]) for row in rows]
+    clauses = [
+        f"in {row['lab']} {_meant(said, row['difference'][METRIC], first, second)}"
+        for said, row in zip(verdicts, rows, strict=True)
+    ]
+    said = overall(verdicts)
+    text = f"In {METRIC} by kNN, by the labels of other laboratories, {'; '.join(clauses)}."
+    return Answer(f"Is {second} better in another laboratory?", said, text, said in (NO, PART))
 
 
 def _leaks(result: Mapping[str, Any]) -> Answer:

@@ -13,17 +13,17 @@ from rich.console import Console
 from sslcells import __version__
 from sslcells.config import ConfigError, load
 from sslcells.data import DataError, ImageSet, open_splits
-from sslcells.evaluation import answer_table, disagreements, two_in_short, two_pictures, two_tables
+from sslcells.evaluation import answer_table, disagreements, two_in_short, two_labs, two_pictures, two_tables
 from sslcells.evaluation.answer_table import AnswerTable
 from sslcells.evaluation.baselines import METHOD
 from sslcells.evaluation.paired import Pair, paired
-from sslcells.evaluation.report import answer_section, document, say_answers, say_table, section_of, write
+from sslcells.evaluation.report import answer_section, document, say_answers, say_table, section_of
 from sslcells.evaluation.scores import Units
 from sslcells.evaluation.sheets import Image
 from sslcells.names import CONFIG, EVALUATION
 from sslcells.run import starts
 from sslcells.run.metrics import METRICS, flat, read_metrics
-from sslcells.storage import is_file
+from sslcells.storage import is_file, write_text
 
 
 class Evaluated(NamedTuple):
@@ -33,6 +33,8 @@ class Evaluated(NamedTuple):
     result: dict[str, Any]
     """what evaluation.json holds"""
     answers: AnswerTable
+    labs: dict[str, AnswerTable]
+    """what it answered about the images of each laboratory by the labels of the others"""
     config: dict[str, Any]
     """key → value as in config.yaml; empty if the run's folder is not there"""
     metrics: list[dict[str, Any]]
@@ -48,7 +50,7 @@ class Evaluated(NamedTuple):
         Raises:
             ConfigError: if it holds no evaluation with answers.
         """
-        answers = answer_table.read(folder)
+        answers, labs = answer_table.read(folder), answer_table.read_labs(folder)
         try:
             result = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
             own = folder / (result.get("made") or {}).get("run", ".")
@@ -57,7 +59,7 @@ class Evaluated(NamedTuple):
             metrics = read_metrics(own) if is_file(own / METRICS) else []
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             raise ConfigError(f"{folder}: the evaluation cannot be read: {error!r}; evaluate again") from None
-        return cls(name, result, answers, config, metrics, starts.first(own), own)
+        return cls(name, result, answers, labs, config, metrics, starts.first(own), own)
 
 
 def compare_runs(folders: Sequence[Path], out: Path | None = None, common: bool = False) -> Path:
@@ -71,16 +73,16 @@ def compare_runs(folders: Sequence[Path], out: Path | None = None, common: bool 
     runs = [Evaluated.read(folder) for folder in folders]
     names = _told_apart(runs, folders)
     pair = paired([run.answers for run in runs], names, common)
-    result = compared(pair, runs, names)
+    result = compared(pair, runs, names, common)
     console = Console(highlight=False, width=160)
-    for table in (two_tables.scores(result), two_tables.settings(result)):
+    for table in (two_tables.scores(result), *two_tables.laboratories(result), two_tables.settings(result)):
         if table.rows:
             say_table(console, table)
     say_answers(console, result["answers"])
     for note in result["notes"]:
         console.print(f"  · {note}", markup=False, soft_wrap=True)
     file = out or folders[1] / f"compared_with_{folders[0].resolve().name}.html"
-    write(file, _page(pair, runs, result))
+    write_text(file, _page(pair, runs, result))
     print(file)
     return file
 
@@ -95,24 +97,28 @@ def _told_apart(runs: Sequence[Evaluated], folders: Sequence[Path]) -> list[str]
     return [str(folder) for folder in folders]
 
 
-def compared(pair: Pair, runs: Sequence[Evaluated], names: Sequence[str]) -> dict[str, Any]:
-    """What two runs answered about the same images, beside each other."""
-    units = Units(pair.sources, 0, max(run.result["resamples"] for run in runs))
+def compared(pair: Pair, runs: Sequence[Evaluated], names: Sequence[str], common: bool = False) -> dict[str, Any]:
+    """What two runs answered about the same images, beside each other; `common` is for the laboratories'."""
+    draws = max(run.result["resamples"] for run in runs)
+    units = Units(pair.sources, 0, draws)
+    labs, notes = two_labs.compared([run.labs for run in runs], names, common, draws)
     method = METHOD if METHOD in pair.methods else next(iter(pair.methods))
     result: dict[str, Any] = {
         "names": list(names),
         "asked": " and ".join(dict.fromkeys(str(run.result["asked"]) for run in runs if run.result.get("asked"))),
         "images": len(pair.images),
         "sources": units.count if units.known else None,
-        "resamples": max(run.result["resamples"] for run in runs),
+        "resamples": draws,
         "method": method,
         "scores": pair.scores(units),
         "by class": pair.by_class(units, method),
+        "labs": labs,
+        "robustness": two_labs.indices([run.result for run in runs]),
         "agreement": [{"method": one, **_agreement(pair, one)} for one in pair.methods],
         "settings": _settings([run.config for run in runs]),
         "leaks": [_leaks(run) for run in runs],
         "made": [_made(run) for run in runs],
-        "notes": list(pair.notes),
+        "notes": [*pair.notes, *notes],
     }
     result["notes"] += [
         f"{name}: {run.folder} holds no {CONFIG}, so that its settings and its training are not known here"
@@ -187,6 +193,8 @@ def _page(pair: Pair, runs: Sequence[Evaluated], result: Mapping[str, Any]) -> s
         body = answer_section(result["answers"], two_in_short.basis(result), drawn[:1])
         body += section_of("Scores", [two_tables.scores(result), two_tables.agreement(result)], drawn[1:])
         body += section_of("Classes", [two_tables.by_class(result)], ())
+        if labs := two_tables.laboratories(result):
+            body += section_of("Laboratories", labs, ())
         body += [f"<h2>Where they disagree, by {escape(two_pictures.by(method))}</h2>"]
         chosen = disagreements.chosen(pair, method)
         shown, why_not = _pixels(runs, {pair.images[i] for _, rows in chosen for i in rows})

@@ -6,7 +6,7 @@ from typing import Any
 
 from sslcells.evaluation.against import signed
 from sslcells.evaluation.scores import METRIC
-from sslcells.evaluation.tables import Table, shown
+from sslcells.evaluation.tables import Table, of_images, shown
 from sslcells.evaluation.two_pictures import by
 
 
@@ -56,6 +56,38 @@ def by_class(result: Mapping[str, Any]) -> Table:
     ]
     caption = f"recall in %, differences in points, with 95 % intervals, by {by(result['method'])}, per image"
     return Table("Each class", ["class", "images", "sources", first, second, "difference"], lines, caption)
+
+
+def laboratories(result: Mapping[str, Any]) -> list[Table]:
+    """The scores in each laboratory whose labels were not used, and the robustness index; none if none was asked."""
+    first, second = result["names"]
+    columns = ["laboratory", "method", "images", first, second, "difference"]
+    scored = [
+        [
+            *(row["lab"], row["method"], of_images(row)),
+            *(shown(row[key][METRIC]) for key in ("first", "second")),
+            signed(row["difference"][METRIC]),
+        ]
+        for row in result["labs"]
+    ]
+    caption = f"{METRIC} in % by the labels of the others, differences in points, with 95 % intervals, per image"
+    told = [
+        [
+            " – ".join(row["labs"]),
+            f"{row['images']:,}",
+            *(shown(row[key], percent=False) for key in ("first", "second")),
+        ]
+        for row in result["robustness"]
+    ]
+    apart = (
+        "of the nearest neighbours that speak for class or laboratory, the share of the same class and the other "
+        "laboratory, each with the 95 % interval of its own"
+    )
+    tables = [
+        Table("Laboratories whose labels were not used", columns, scored, caption),
+        Table("Robustness index", ["laboratories", "images of each", first, second], told, apart),
+    ]
+    return [table for table in tables if table.rows]
 
 
 def settings(result: Mapping[str, Any]) -> Table:

@@ -89,7 +89,8 @@ def figure(lab, method, labels_of="the others", among="all classes"):
 def test_each_laboratory_is_asked_by_the_others_labels():
     z, labels, labs = planted(noise=0.8)
     by_split = {"train": split_of(z, labels, labs), "test": split_of(*planted(60, seed=1, noise=0.8), first=1000)}
-    found = across(by_split, config=Evaluate(bootstrap=100, k=5, temperature=1e6)).result
+    of_all = across(by_split, config=Evaluate(bootstrap=100, k=5, temperature=1e6))
+    found = of_all.result
     assert [lab["lab"] for lab in found["labs"]] == ["here", "there"]
     for number, lab in enumerate(found["labs"], 1):
         test = by_split["test"]
@@ -105,6 +106,13 @@ def test_each_laboratory_is_asked_by_the_others_labels():
         assert lab["others' images"] == int(rest.sum())
         true, guess = predicted_from(lab["confusion"], CLASSES)
         assert balanced_accuracy_score(true, guess) == pytest.approx(figure(lab, "linear")["value"])
+        answers = of_all.answers[lab["lab"]]
+        rows = [test.names.index(image) for image in answers.images]
+        assert sorted(rows) == own.nonzero()[:, 0].tolist()
+        assert [CLASSES[test.labels[i]] for i in rows] == answers.classes
+        assert test.sources[rows].equal(answers.sources)
+        for method, said in answers.methods.items():
+            assert balanced_accuracy_score(answers.classes, said) == pytest.approx(figure(lab, method)["value"])
 
 
 def test_labels_of_the_laboratory_itself_are_never_used():
@@ -236,7 +244,13 @@ def test_the_same_figures_at_every_call():
 
 def test_large_laboratories_are_drawn_from_and_it_is_said(monkeypatch):
     monkeypatch.setattr("sslcells.evaluation.labs.drawn", lambda rows, seed, most=10_000: drawn(rows, seed, 30))
-    found = across({"train": split_of(*planted(200))}).result
+    monkeypatch.setattr("sslcells.evaluation.labs.MOST", 30)
+    train = split_of(*planted(200))
+    of_all = across({"train": train})
+    found = of_all.result
+    for answers in of_all.answers.values():
+        assert len(answers.images) == 30
+        assert [CLASSES[train.labels[train.names.index(image)]] for image in answers.images] == answers.classes
     for lab in found["labs"]:
         assert lab["others' images"] == 30
         assert {row["images"] for row in lab["figures"]} == {30}

@@ -11,7 +11,8 @@ from PIL import Image
 from sslcells.evaluation.figures import ClassScores
 from sslcells.evaluation.gallery import Picture, draw
 from sslcells.evaluation.leaks import SplitFeatures
-from sslcells.evaluation.report import page, tables, write
+from sslcells.evaluation.report import page, tables
+from sslcells.storage import write_text
 
 CLASSES = ("round", "square <b>")
 SCORE = {"value": 0.82, "low": 0.8, "high": 0.84}
@@ -114,5 +115,5 @@ def test_answers_come_first_with_their_picture(tmp_path):
 
 
 def test_names_of_files_that_are_no_utf8_are_written_as_they_are(tmp_path):
-    write(tmp_path / "a.html", "a caf\udce9.png")
+    write_text(tmp_path / "a.html", "a caf\udce9.png")
     assert (tmp_path / "a.html").read_bytes() == b"a caf\xe9.png"

@@ -53,9 +53,9 @@ def better(table, seed=1):
     return table._replace(methods=methods)
 
 
-def run_of(folder, table, *overrides, called=""):
+def run_of(folder, table, *overrides, called="", labs=None, pairs=()):
     make_run(folder, "data.test=300", "data.val=20", "data.train=20", *overrides)
-    table.write(folder)
+    answer_table.write(folder, table, labs or {})
     leaks = {"question": "What leaks from train?", "verdict": "none seen", "text": "No image.", "warning": False}
     result = {
         "run": called or folder.name,
@@ -64,6 +64,7 @@ def run_of(folder, table, *overrides, called=""):
         "asked": "test",
         "resamples": 200,
         "figures": [],
+        "labs": {"pairs": list(pairs)},
         "answers": [leaks],
         "made": {"date": "2026-11-30 10:00:00", "commit": "0123456789ab", "command": "sslcells evaluate a"},
     }
@@ -82,7 +83,7 @@ def runs(tmp_path_factory):
 def result_of(one, other):
     tables, names = (one, other), ("before", "after")
     runs = [
-        Evaluated(name, {"resamples": 200, "encoder": {"model": "x", "sha256": ""}}, table, {"k": 1}, [], {}, None)
+        Evaluated(name, {"resamples": 200, "encoder": {"model": "x", "sha256": ""}}, table, {}, {"k": 1}, [], {}, None)
         for name, table in zip(names, tables, strict=True)
     ]
     return compared(paired(tables, names), runs, names)
@@ -212,15 +213,27 @@ def test_the_table_reads_back_what_it_wrote(tmp_path):
     odd = ["a,b\n.png", '"', "\udcff.png", *NAMES[3:]]
     table = answers(0.5, images=odd)
     table.methods["none"] = ["", *table.classes[1:]]
-    table.write(tmp_path)
+    other = answers(0.2)
+    del other.methods["linear probe"]
+    answer_table.write(tmp_path, table, {"north, 2": table, "south": other})
     back = answer_table.read(tmp_path)
+    labs = answer_table.read_labs(tmp_path)
+    assert list(labs) == ["north, 2", "south"]
+    assert {name: list(of) for name, of in labs["north, 2"].methods.items()} == table.methods
+    assert {name: list(of) for name, of in labs["south"].methods.items()} == other.methods
+    assert labs["south"].sources.equal(other.sources)
     assert (list(back.images), back.sources.tolist()) == (odd, table.sources.tolist())
     assert {name: list(of) for name, of in back.methods.items()} == table.methods
     (tmp_path / answer_table.FILE).write_text("image;source;class\n1;2;3\n")
     with pytest.raises(ConfigError, match="is not as `sslcells evaluate` writes it"):
         answer_table.read(tmp_path)
+    (tmp_path / answer_table.LABS_FILE).write_text("laboratory,image,source,class,kNN\nnorth,a,1,x\n")
+    with pytest.raises(ConfigError, match="is not as `sslcells evaluate` writes it"):
+        answer_table.read_labs(tmp_path)
+    answer_table.write(tmp_path, None, {})
+    assert answer_table.read_labs(tmp_path) == {}
     with pytest.raises(ConfigError, match=r"has no answers.csv: `sslcells evaluate` writes it"):
-        answer_table.read(tmp_path / "none")
+        answer_table.read(tmp_path)
 
 
 def test_the_page_has_all_of_it_and_needs_no_other_file(runs, capsys):
@@ -247,6 +260,34 @@ def test_the_page_has_all_of_it_and_needs_no_other_file(runs, capsys):
     assert "<td>optim.lr</td><td>0.002</td><td>0.01</td>" in html
     assert "commit 0123456789ab" in html
     assert "sslcells evaluate a" in html
+
+
+def test_laboratories_that_both_were_asked_about(tmp_path, capsys):
+    """The second run is better in the north, and as good in the east; the south was asked of the first alone."""
+    north, east = answers(0.4), answers(0.7, seed=3)
+    other = [name.replace("synthetic", "other") for name in NAMES]
+    told = {"labs": ["training data", "north"], "images of each": 120}
+    low, high = ({"value": v, "low": v - 0.1, "high": v + 0.1} for v in (0.41, 0.72))
+    labs = {"north": north, "east": east, "south": north, "west": north}
+    first = run_of(tmp_path / "first", answers(0.5), labs=labs, pairs=[told | {"robustness index": low}])
+    labs = {"north": better(north), "east": east, "west": north._replace(images=other)}
+    second = run_of(tmp_path / "second", answers(0.5), labs=labs, pairs=[told | {"robustness index": high}])
+    assert main(None, ["compare-runs", str(first), str(second)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Is second better in another laboratory? In part." in out
+    assert "in north second is better than first by" in out
+    assert "in east no difference that can be told from chance" in out
+    assert "laboratory west is not compared: the runs were asked about other images" in out
+    assert "first alone was asked about laboratories: south" in out
+    assert "0.410 [0.310, 0.510]" in out
+    html = (second / "compared_with_first.html").read_text(encoding="utf-8")
+    assert "<h2>Laboratories</h2>" in html
+    row = re.search(r"<td>north</td><td>kNN, k = 20, weighted</td>.*?</tr>", html)[0]
+    _, _, images, *shown = re.findall("<td>(.*?)</td>", row)
+    assert images == "300 of 100 sources"
+    assert [float(cell.split()[0]) for cell in shown[:2]] == [
+        round(100 * score(table, METHOD), 1) for table in (north, better(north))
+    ]
 
 
 def test_what_it_refuses_in_a_line(runs, tmp_path, capsys):
