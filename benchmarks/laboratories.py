@@ -48,11 +48,12 @@ def train(folder: Path, name: str, overrides: Sequence[str]) -> float:
 def ask(folder: Path, name: str, half: str, against: Sequence[str] = ()) -> dict[str, Any]:
     """What a run reaches on PBC's val and on one half of BCCD's photographs, for evaluation.json."""
     out = folder / f"{name}_{half}"
-    if not (out / "evaluation.json").is_file():
+    file = out / "evaluation.json"
+    if not file.is_file() or (against and not json.loads(file.read_text(encoding="utf-8"))["against"]):
         options = ["--lab", f"BCCD={folder / half}.csv", "--out", str(out)]
         options += [word for one in against for word in ("--against", one)]
         call(folder, name, "evaluate", str(folder / name), "evaluate.split=val", *options)
-    found: dict[str, Any] = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
