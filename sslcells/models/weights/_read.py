@@ -167,8 +167,8 @@ def _without_adapters(tensors: dict[str, Tensor], file: Path) -> dict[str, Tenso
     """The tensors of a checkpoint with its LoRA adapters merged, by the strength in the configuration of its run."""
     if not lora.unmerged(tensors):
         return tensors
-    config = file.absolute().parents[2] / CONFIG if len(file.absolute().parents) > 2 else file
-    if config.name != CONFIG or not is_file(config):
+    config = file.absolute().parent.parent.parent / CONFIG  # of RUN/checkpoints/step_N/FILE
+    if not is_file(config):
         raise ConfigError(
             f"it holds LoRA adapters beside the weights, and their strength, lora_alpha, stands in the {CONFIG} of the "
             f"run alone: name the file where the run left it, in checkpoints/, or take the run's {WEIGHTS}"
