@@ -71,19 +71,28 @@ def write(folder: Path, table: AnswerTable | None, labs: Mapping[str, AnswerTabl
     Raises:
         ConfigError: if it cannot be written.
     """
-    for name, tables in ((FILE, [table] if table is not None else []), (LABS_FILE, [*labs.values()])):
-        (folder / name).unlink(missing_ok=True)
-        if not tables:
-            continue
-        methods = list(dict.fromkeys(method for one in tables for method in one.methods))
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow([*([_LAB] if name == LABS_FILE else []), *_COLUMNS, *methods])
-        for lab, one in zip(labs if name == LABS_FILE else [""], tables, strict=True):
-            said = [one.methods.get(method, [""] * len(one.images)) for method in methods]
-            for row in zip(one.images, one.sources.tolist(), one.classes, *said, strict=True):
-                rows.writerow([lab, *row] if name == LABS_FILE else row)
-        write_text(folder / name, text.getvalue())
+    _write(folder / FILE, {} if table is None else {"": table}, _COLUMNS)
+    _write(folder / LABS_FILE, labs, (_LAB, *_COLUMNS))
+
+
+def _write(file: Path, tables: Mapping[str, AnswerTable], known: Sequence[str]) -> None:
+    """Write the tables by laboratory, or remove the file if there are none."""
+    if not tables:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be removed: {error}") from None
+        return
+    methods = list(dict.fromkeys(method for one in tables.values() for method in one.methods))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([*known, *methods])
+    for lab, one in tables.items():
+        said = [one.methods.get(method, [""] * len(one.images)) for method in methods]
+        first = [lab] if known[0] == _LAB else []
+        for row in zip(one.images, one.sources.tolist(), one.classes, *said, strict=True):
+            rows.writerow([*first, *row])
+    write_text(file, text.getvalue())
 
 
 def read(folder: Path) -> AnswerTable:
