@@ -17,7 +17,6 @@ from sslcells import __version__, commandline, inputs, launcher, methods, ranks
 from sslcells.augment import Augment
 from sslcells.config import ConfigError, Run, installed, load
 from sslcells.data import ImageSet, holdout, listing, open_splits
-from sslcells.data.folder import nearest_folder
 from sslcells.evaluation import against, answer_table, drift, in_short, in_short_picture, lab_pictures, new_labs
 from sslcells.evaluation.across import Across
 from sslcells.evaluation.answer_table import OWN, AnswerTable
@@ -39,11 +38,12 @@ from sslcells.names import CONFIG, EVALUATION
 from sslcells.plan import leave_out
 from sslcells.provenance import made
 from sslcells.run import checkpoint, wandb_sync
+from sslcells.run.folder import check_is_there
 from sslcells.run.metrics import METRICS, note_steps, read_metrics
 from sslcells.run.progress import Bars, bars
 from sslcells.run.state import trained
 from sslcells.standardise import AS_THEY_ARE, standard_of
-from sslcells.storage import is_file, is_folder, json_text, write_text
+from sslcells.storage import is_file, json_text, write_text
 
 REPORT = "report.html"
 
@@ -373,8 +373,7 @@ def _log(folder: Path, result: Mapping[str, Any], pictures: Sequence[Picture]) -
 def _run(folder: Path, overrides: Sequence[str]) -> Run:
     """The run's configuration with overrides, which may not change what the encoder was made with."""
     config = folder / CONFIG
-    if not is_folder(folder):
-        raise ConfigError(f"{folder}: no such run's folder{nearest_folder(folder)}")
+    check_is_there(folder)
     if not is_file(config):
         raise ConfigError(f"{folder} holds no config.yaml: is it a run's folder?")
     fixed = [

@@ -22,7 +22,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """SSLCELLS_TESTS_UNTIL, in seconds since 1970: no test starts after it. Those left out are skipped, not passed."""
     if time.time() > float(os.environ.get("SSLCELLS_TESTS_UNTIL", "inf")):
-        pytest.skip("not started: SSLCELLS_TESTS_UNTIL is over")
+        pytest.skip(f"{item.nodeid} not started: SSLCELLS_TESTS_UNTIL is over")
 
 
 @pytest.fixture(scope="session")

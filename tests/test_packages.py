@@ -127,6 +127,7 @@ def test_no_test_starts_after_the_time_of_ci():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 skipped" in done.stdout
+    assert f"::{test_pre_commit_takes_its_file_and_runs_what_ci_runs.__name__} not started" in done.stdout
     assert "not started: SSLCELLS_TESTS_UNTIL is over" in done.stdout
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from sslcells.augment import resized
 from sslcells.config import ConfigError, Run, load
 from sslcells.data import Decoder, reading
-from sslcells.data.folder import nearest_folder
 from sslcells.evaluation.encode import check_finite
 from sslcells.models import files, width
 from sslcells.names import CONFIG
+from sslcells.run.folder import check_is_there
 from sslcells.standardise import standard_of
-from sslcells.storage import is_file, is_folder
+from sslcells.storage import is_file
 from sslcells.values import place
 
 Picture = Tensor | Image.Image
@@ -267,8 +267,7 @@ def find_run(path: str | os.PathLike[str]) -> Path:
     folder = place(path)
     if folder.name in (files.SPEC, files.WEIGHTS) and is_file(folder):
         folder = folder.parent
-    if not is_folder(folder):
-        raise ConfigError(f"{path}: no such run's folder{nearest_folder(folder)}")
+    check_is_there(folder, path)
     if not is_file(folder / files.SPEC) and is_file(folder / CONFIG):
         raise ConfigError(f"{path} holds no {files.SPEC}: the run has not finished; its own command resumes it")
     return folder

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from sslcells.config import ConfigError
-from sslcells.data.folder import nearest_folder
 from sslcells.evaluation.classifier import Predictions
 from sslcells.evaluation.leaks import SplitFeatures
-from sslcells.storage import is_file, is_folder, write_text
+from sslcells.run.folder import check_is_there
+from sslcells.storage import is_file, write_text
 
 if TYPE_CHECKING:  # figures are compared across laboratories, and those write answers
     from sslcells.evaluation.figures import ClassScores
@@ -101,8 +101,7 @@ def read(folder: Path) -> AnswerTable:
     Raises:
         ConfigError: if there is no such folder or file, or it is not as `write` leaves it.
     """
-    if not is_folder(folder):
-        raise ConfigError(f"{folder}: no such run's folder{nearest_folder(folder)}")
+    check_is_there(folder)
     file = folder / FILE
     if not is_file(file):
         raise ConfigError(

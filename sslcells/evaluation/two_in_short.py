@@ -106,7 +106,7 @@ def _laboratories(result: Mapping[str, Any]) -> Answer | None:
     rows = [row for row in result["labs"] if row["method"].startswith("kNN")]
     if not rows:
         return None
-    verdicts = [verdict(row["difference"][METRIC], row["sources"] or row["images"]) for row in rows]
+    verdicts = [verdict(row["difference"][METRIC], units_of(row)) for row in rows]
     clauses = [
         f"in {row['lab']} {_meant(said, row['difference'][METRIC], first, second)}"
         for said, row in zip(verdicts, rows, strict=True)

@@ -11,12 +11,23 @@ import torch
 from sslcells import launcher, ranks
 from sslcells.config import ConfigError, Run, dump, load
 from sslcells.data import ImageSet, listing
+from sslcells.data.folder import nearest_folder
 from sslcells.data.pack import source_of
 from sslcells.errors import TrainingError
 from sslcells.names import CONFIG, STOPPED
 from sslcells.run import checkpoint, starts
 from sslcells.run.interrupt import Stopped
 from sslcells.run.lock import Lock
+from sslcells.storage import is_folder
+
+
+def check_is_there(folder: Path, named: object = None) -> None:
+    """Raise a ConfigError, with the most similar name that exists, where a run's folder is missing.
+
+    `named` is what the user wrote, if that is not the folder.
+    """
+    if not is_folder(folder):
+        raise ConfigError(f"{folder if named is None else named}: no such run's folder{nearest_folder(folder)}")
 
 
 @contextmanager

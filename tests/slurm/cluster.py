@@ -131,7 +131,7 @@ class Cluster:
     def again(self, number: int | str, log: Path, restarts: int = 1) -> None:
         """Wait until a job is back in the queue, and spare it SLURM's own pause of two minutes there."""
         self.wait(number, "PENDING", 600, log, restarts)
-        time.sleep(10)  # the last start's messages are through then; SLURM takes a start at once for that one
+        time.sleep(10)  # until the last start's messages are through, SLURM takes the new one for it
         self.call("scontrol", "update", f"jobid={number}", "StartTime=now")
 
     def steps(self, number: int) -> int:
