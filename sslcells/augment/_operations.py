@@ -58,18 +58,45 @@ def warp(x: Tensor, size: int, centre: Tensor, half: Tensor, angle: Tensor, flip
 
 def _warped(x: Tensor, image: Tensor, size: int, centre: Tensor, half: Tensor, angle: Tensor, flip: Tensor) -> Tensor:
     """What `warp` makes of x[image], x being float (B, C, H, W)."""
-    aspect = x.shape[-1] / x.shape[-2]
+    height, width = x.shape[-2:]
+    aspect, extent = width / height, torch.tensor([width, height])
     reach = half * torch.where(flip, -1.0, 1.0)
     cos, sin = angle.cos(), angle.sin()
     first = torch.stack([cos * reach[:, 0], -sin * reach[:, 1] / aspect, centre[:, 0]], 1)
     second = torch.stack([sin * reach[:, 0] * aspect, cos * reach[:, 1], centre[:, 1]], 1)
     theta = torch.stack([first, second], 1)  # (N, 2, 3)
-    scale = half * torch.tensor([x.shape[-1], x.shape[-2]]) / size  # (N, 2) image pixels per pixel of the view
+    scale = half * extent / size  # (N, 2) image pixels per pixel of the view
     scale = torch.where(scale > _SHRINKS, scale, 1.0)
+    squares = torch.where(angle == 0, 1, (scale.amin(1) / _FINER).long().clamp_min(1))  # (N,)
+    out = x.new_empty(len(image), x.shape[1], size, size)
+    for k in squares.unique().tolist():  # type: ignore[no-untyped-call]
+        rows = (squares == k).nonzero()[:, 0]
+        within = extent / (k * (extent / k).ceil())  # the image, as a part of its squares
+        at = theta[rows] * within[:, None]
+        at[:, :, 2] += within - 1
+        views = _cropped(_means_of_squares(x, k), image[rows], size, at, scale[rows] / k, angle[rows])
+        out.index_copy_(0, rows.to(x.device, non_blocking=True), views)
+    return out
+
+
+def _means_of_squares(x: Tensor, k: int) -> Tensor:
+    """Means of k × k pixels: (B, C, H, W) → (B, C, ⌈H/k⌉, ⌈W/k⌉). Pixels that are missing at the end are reflected."""
+    for axis in (2, 3) if k > 1 else ():
+        if missing := -x.shape[axis] % k:
+            x = torch.cat([x, x.narrow(axis, x.shape[axis] - missing, missing).flip(axis)], axis)
+        first, *others = (x[..., i::k, :] if axis == 2 else x[..., i::k] for i in range(k))
+        x = first / k
+        for other in others:
+            x.add_(other, alpha=1 / k)
+    return x
+
+
+def _cropped(x: Tensor, image: Tensor, size: int, theta: Tensor, scale: Tensor, angle: Tensor) -> Tensor:
+    """Views of x[image] where theta (N, 2, 3) maps their pixels, smoothed as `warp` says for this scale (N, 2)."""
     image = image.to(x.device, non_blocking=True)
     if bool((scale == 1).all()):
         return _sampled(x[image], size, theta)
-    radius, axes_fail = _filter_radius(scale, cos, sin)
+    radius, axes_fail = _filter_radius(scale, angle.cos(), angle.sin())
     samples = torch.where((axes_fail | (scale > _SUPERSAMPLE).any(1))[:, None], _samples_per_pixel(scale), 1)  # (N, 2)
     taps = torch.where((samples > 1).any(1), 0, radius.amax(1).ceil().long() - 1)  # (N,) to each side
     upright = (angle == 0) & (scale > 1).any(1)
@@ -84,7 +111,7 @@ def _warped(x: Tensor, image: Tensor, size: int, centre: Tensor, half: Tensor, a
             there = rows.to(x.device, non_blocking=True)
             of = image[there]
             if straight:
-                views = _resampled(x, of, size, centre[rows], reach[rows], scale[rows], radius[rows], per_pixel, most)
+                views = _resampled(x, of, size, theta[rows], scale[rows], radius[rows], per_pixel, most)
             elif per_pixel != [1, 1]:
                 views = _supersampled(x[of], size, theta[rows], scale[rows], per_pixel)
             else:
@@ -95,6 +122,9 @@ def _warped(x: Tensor, image: Tensor, size: int, centre: Tensor, half: Tensor, a
 
 _SHRINKS = 1.0001
 """image pixels per pixel of the view above which a crop is shrunk; just above 1, because of rounding"""
+_FINER = 1.75
+"""a turned crop is taken of an image that has at least so many pixels per pixel of the view: of the means of k × k
+pixels, where it would be shrunk by k times as much"""
 _SUPERSAMPLE = 4.0
 """image pixels per pixel of the view above which it is faster to sample the crop finely than to smooth the image"""
 _VALUES = 2**24
@@ -167,8 +197,7 @@ def _resampled(
     x: Tensor,
     rows: Tensor,
     size: int,
-    centre: Tensor,
-    reach: Tensor,
+    theta: Tensor,
     scale: Tensor,
     radius: Tensor,
     per_pixel: Sequence[int],
@@ -188,7 +217,7 @@ def _resampled(
         else:
             weight = _triangle((1 + k**2 * (1 - scale[:, axis] ** -2)).sqrt(), k)
             apart = scale[:, axis] / k
-        pixel, by = _line(length, size, centre[:, axis], reach[:, axis], weight, apart)
+        pixel, by = _line(length, size, theta[:, axis, 2], theta[:, axis, axis], weight, apart)
         filters.append((pixel.to(x.device, non_blocking=True), by.to(x.device, x.dtype, non_blocking=True)))
     (down, by_line), (across, by_column) = filters
     channels, height, width = x.shape[1:]

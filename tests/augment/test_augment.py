@@ -117,9 +117,9 @@ def views_of(x, size, turn=0.0, half=(1.0, 1.0), warp=op.warp):
 
 
 @pytest.mark.parametrize("turn", [0.0, 0.6, math.pi / 4])
-@pytest.mark.parametrize("pixels", [33, 34, 37, 41, 45, 53, 61, 66, 75, 85, 103, 127, 131, 190])
+@pytest.mark.parametrize("pixels", [33, 34, 37, 41, 45, 53, 61, 66, 75, 85, 103, 127, 131, 190, 263])
 def test_a_crop_that_shrinks_keeps_as_much_noise_as_the_image_resized(pixels, turn):
-    """White noise at scales 1.03 to 5.9; one bilinear sample keeps up to 35 times as much."""
+    """White noise at scales 1.03 to 8.2; one bilinear sample keeps up to 66 times as much."""
     x = torch.rand(64, 1, pixels, pixels, generator=torch.Generator().manual_seed(pixels))
     # Not all of them centred: at 45° and scale √2 every sample would fall on the middle of a pixel.
     centre = torch.rand(64, 2, generator=torch.Generator().manual_seed(0)) / pixels
@@ -137,7 +137,7 @@ def test_noise_in_crops_that_shrink_unevenly(height, width):
         assert views_of(x, 32, 0.7).var() / want == pytest.approx(1, abs=0.12)
 
 
-@pytest.mark.parametrize("pixels", [36, 60, 110, 200])
+@pytest.mark.parametrize("pixels", [36, 60, 110, 200, 211, 332])
 @pytest.mark.parametrize(("turn", "half"), [(0.0, (0.6, 0.6)), (0.7, (0.6, 0.6)), (0.7, (0.6, 0.2))])
 def test_smoothing_moves_nothing(pixels, turn, half):
     """A slope, whose mean under anything symmetric is itself."""
@@ -203,8 +203,9 @@ def test_hue_turns_as_kornias():
 @pytest.mark.parametrize(
     ("height", "width", "size"), [(40, 40, 32), (33, 35, 32), (64, 200, 32), (90, 120, 20), (200, 64, 24)]
 )
-def test_upright_crops_are_those_of_a_whole_turn(height, width, size):
+def test_upright_crops_are_those_of_a_whole_turn(height, width, size, monkeypatch):
     """Upright crops go line by line; a turn of 2π, which float32 does not hold exactly, goes the general way."""
+    monkeypatch.setattr(op, "_FINER", math.inf)
     draw = torch.Generator().manual_seed(width)
     x, centre = torch.rand(8, 2, height, width, generator=draw), 0.4 * torch.randn(8, 2, generator=draw)
     half = torch.linspace(0.15, 1.2, 8)[:, None] * (0.4 + 0.6 * torch.rand(8, 2, generator=draw))
@@ -214,6 +215,20 @@ def test_upright_crops_are_those_of_a_whole_turn(height, width, size):
     for i in range(8):
         one = slice(i, i + 1)
         assert torch.equal(op.warp(x[one], size, centre[one], half[one], none[one], flip[one]), upright[one])
+
+
+@pytest.mark.parametrize("pixels", [150, 203, 340])
+def test_crops_of_the_means_of_squares_are_those_of_the_pixels(pixels, monkeypatch):
+    """Of smooth images, at scales 3.8 to 14; sides that the squares do not fill among them."""
+    draw = torch.Generator().manual_seed(pixels)
+    x = functional.interpolate(torch.rand(6, 2, 9, 9, generator=draw), (pixels, pixels - 1), mode="bicubic")
+    half, centre = 0.6 + 0.4 * torch.rand(6, 1, generator=draw).expand(6, 2), 0.1 * torch.randn(6, 2, generator=draw)
+    arguments = x, 24, centre, half, 6 * torch.rand(6, generator=draw), torch.rand(6, 2, generator=draw) > 0.5
+    views = op.warp(*arguments)
+    monkeypatch.setattr(op, "_FINER", math.inf)
+    of_pixels = op.warp(*arguments)
+    assert not torch.equal(views, of_pixels)
+    assert (views - of_pixels).std() < 0.02 * of_pixels.std()
 
 
 def assert_torchvisions_crops(height, width, scale, theirs, apart):
