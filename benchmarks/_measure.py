@@ -7,7 +7,6 @@ import os
 import platform
 import resource
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,8 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
+
+from sslcells.provenance import commit
 
 T = TypeVar("T")
 OUT_OF_MEMORY = "out of memory"
@@ -122,7 +123,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def section(title: str, device: str, notes: str, parts: Sequence[str]) -> str:
     """A section of RESULTS.md: date, commit, machine and command, then notes and tables."""
     command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()
-    heading = f"## {title}, {datetime.date.today().isoformat()}, commit {_commit()}"
+    heading = f"## {title}, {datetime.date.today().isoformat()}, commit {commit() or 'unknown'}"
     return "\n\n".join([heading, f"{_machine(device)}.", f"    {command}", notes, *parts]) + "\n"
 
 
@@ -158,16 +159,6 @@ def draw(panels: dict[str, dict[str, list[tuple[int, float, float]]]], out: Path
             ax.grid(alpha=0.3)
         pair[0].legend(frameon=False, fontsize="small")
     save(figure, out)
-
-
-def _commit() -> str:
-    """The checkout's commit, with `-dirty` where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def _machine(device: str) -> str:

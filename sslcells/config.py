@@ -238,6 +238,11 @@ class Model(Section):
     """Central part of the height and width of whole images to keep, for evaluation and embedding; none: as for the
     weights, or 1."""
 
+    @property
+    def lora_scale(self) -> float:
+        """What the product of an adapter's matrices is multiplied by: alpha over rank, 1 unless alpha is set."""
+        return self.lora_alpha / self.lora_rank if self.lora_alpha and self.lora_rank else 1.0
+
     @model_validator(mode="after")
     def _one_start(self) -> Self:
         starts = ["pretrained=true"] * self.pretrained + ["weights"] * (self.weights is not None)

@@ -37,13 +37,13 @@ def adapt(encoder: nn.Module, config: Model) -> Adapted:
         said.append(line)
     if config.lora_rank is not None:
         total = sum(p.numel() for p in encoder.parameters())
-        alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
-        names = lora.add(encoder, config.lora_rank, alpha, config.lora_layers, frozen)
+        names = lora.add(encoder, config.lora_rank, config.lora_scale, config.lora_layers, frozen)
         norms = [n for n, m in encoder.named_modules() if isinstance(m, _BatchNorm)]
         fixed += tuple(n for n in norms if not any(n.startswith(f"{outer}.") for outer in fixed))
         said.append(
             f"LoRA: adapters of {len(names)} linear layers learn, {names[0]} to {names[-1]}, with rank "
-            f"{config.lora_rank} and alpha {alpha:g}: {learning(encoder):,} numbers; the encoder's {total:,} are fixed"
+            f"{config.lora_rank} and scale {config.lora_scale:g}: {learning(encoder):,} numbers; "
+            f"the encoder's {total:,} are fixed"
         )
     elif said:
         total = sum(p.numel() for p in encoder.parameters())

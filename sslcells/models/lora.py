@@ -19,23 +19,27 @@ _INSIDE = ".parametrizations.weight."
 
 
 class LowRank(nn.Module):
-    """Weight (out, in) ↦ weight + (alpha / rank)·b·a, eq. 3: a (rank, in) is random at first, b (out, rank) zero."""
+    """Weight (out, in) ↦ weight + scale·b·a, eq. 3: a (rank, in) is random at first, b (out, rank) zero."""
 
-    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
+    def __init__(self, weight: Tensor, rank: int, scale: float) -> None:
         super().__init__()
         outputs, inputs = weight.shape
         self.a = nn.Parameter(torch.empty(rank, inputs))
         self.b = nn.Parameter(torch.zeros(outputs, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # as a linear layer of torch begins
-        self._scale = alpha / rank
+        self._scale = scale
 
     def forward(self, weight: Tensor) -> Tensor:
         """(out, in) → (out, in), in float32 whatever autocast says, as it is merged in float32."""
         with torch.autocast(weight.device.type, enabled=False):
-            return torch.addmm(weight, self.b, self.a, alpha=self._scale)
+            return _with(weight, self.a, self.b, self._scale)
 
 
-def add(encoder: nn.Module, rank: int, alpha: float, patterns: Sequence[str], without: Collection[str]) -> list[str]:
+def _with(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.addmm(weight, b, a, alpha=scale)
+
+
+def add(encoder: nn.Module, rank: int, scale: float, patterns: Sequence[str], without: Collection[str]) -> list[str]:
     """Give an adapter to every linear layer that a pattern names, but not to those whose weight is in `without`.
 
     Nothing else of the encoder learns then. Returns the names of the layers; the encoder's features stay as they are.
@@ -59,7 +63,7 @@ def add(encoder: nn.Module, rank: int, alpha: float, patterns: Sequence[str], wi
         raise ConfigError(f"model.lora_rank={rank} is more than the rank of {name}, {least}: take a smaller one")
     encoder.requires_grad_(False)
     for module in chosen.values():
-        parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, alpha))
+        parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, scale))
     return list(chosen)
 
 
@@ -94,8 +98,8 @@ def unmerged(tensors: Mapping[str, Tensor]) -> bool:
     return any(_INSIDE in name for name in tensors)
 
 
-def merged_tensors(tensors: Mapping[str, Tensor], alpha: float | None) -> dict[str, Tensor]:
-    """As `merged`, of a checkpoint's tensors by name, whatever comes before the encoder's; `alpha` as in the run."""
+def merged_tensors(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """As `merged`, of a checkpoint's tensors by name, whatever comes before the encoder's; `scale` as in the run."""
     out = dict[str, Tensor]()
     for name, x in tensors.items():
         layer, inside, what = name.partition(_INSIDE)
@@ -103,7 +107,7 @@ def merged_tensors(tensors: Mapping[str, Tensor], alpha: float | None) -> dict[s
             out[name] = x
         elif what == "original":
             a, b = (tensors[f"{layer}{_INSIDE}0.{which}"] for which in "ab")
-            out[f"{layer}.weight"] = torch.addmm(x, b, a, alpha=1 if alpha is None else alpha / len(a))
+            out[f"{layer}.weight"] = _with(x, a, b, scale)
     return out
 
 

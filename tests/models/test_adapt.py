@@ -136,7 +136,7 @@ def test_adapters_start_as_nothing_and_are_merged_to_the_last_bit():
         assert torch.equal(encoder(x), before)
         learning = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
         assert all(".attn." in n and n.endswith((".a", ".b")) for n in learning)
-        assert "12 linear layers learn, blocks.0.attn.qkv to blocks.5.attn.proj, with rank 4 and alpha 8: " in said
+        assert "12 linear layers learn, blocks.0.attn.qkv to blocks.5.attn.proj, with rank 4 and scale 2: " in said
         assert f"{sum(p.numel() for p in learning.values()):,} numbers" in said
         for p in learning.values():
             p.normal_()

@@ -173,7 +173,7 @@ def _without_adapters(tensors: dict[str, Tensor], file: Path) -> dict[str, Tenso
             f"it holds LoRA adapters beside the weights, and their strength, lora_alpha, stands in the {CONFIG} of the "
             f"run alone: name the file where the run left it, in checkpoints/, or take the run's {WEIGHTS}"
         )
-    return lora.merged_tensors(tensors, load(str(config)).model.lora_alpha)
+    return lora.merged_tensors(tensors, load(str(config)).model.lora_scale)
 
 
 def _unsafe(file: Path, error: Exception) -> str:
