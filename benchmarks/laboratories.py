@@ -1,4 +1,7 @@
-"""From PBC to BCCD: the recipe cells_across_pbc96 whole, each of its parts off in turn, supervised, and frozen weights.
+"""From PBC to BCCD: the recipe cells_across_pbc96 whole, each of its parts off in turn, and beside other ways.
+
+They are supervised training, published weights frozen, GroupNorm, and BCCD's photographs of odd number among the images
+of train, without their labels.
 
   python benchmarks/laboratories.py --pbc pbc96 --bccd bccd96 --folder runs/laboratories
 
@@ -33,7 +36,12 @@ VARIANTS = {
     "without all of these": "standardise.colour=none standardise.channels=all standardise.scale=none "
     "standardise.centre=false augment.background=0 augment.density=0 augment.gamma=0 augment.mix=0 augment.stain_mix=0",
     "supervised": "'method={name: supervised}'",
+    "GroupNorm": "model.norm=group",
+    "with BCCD": "{both}",
+    "with BCCD in equal parts": "{both} sampler.kind=labs",
+    "with BCCD in equal parts and its own negatives": "{both} sampler.kind=labs method.same_lab=only",
 }
+BOTH = "data.kind=table data.path=none data.table="
 COLUMNS = ("PBC val", "PBC val balanced", "BCCD balanced", "robustness index")
 
 
@@ -87,6 +95,23 @@ def halves(bccd: Path, folder: Path) -> dict[str, int]:
     return {half: len(lines) for half, lines in rows.items()}
 
 
+def both(pbc: Path, folder: Path) -> str:
+    """Overrides for a table, written here: PBC's splits, and in train BCCD's odd photographs without their labels."""
+    files = [file for split in ("train", "val", "test") for file in sorted(pbc.resolve().glob(f"{split}/*/*.jpg"))]
+    lines = [f"{file},{file.parent.name},{file.parts[-3]},PBC" for file in files]
+    odd = (folder / "odd.csv").read_text(encoding="utf-8").splitlines()[1:]
+    lines += [f"{line.rsplit(',', 1)[0]},,train,odd" for line in odd]
+    (folder / "both.csv").write_text("\n".join(["path,label,split,lab", *lines]) + "\n", encoding="utf-8")
+    return BOTH + shlex.quote(str(folder / "both.csv"))
+
+
+def overrides(name: str, pbc: Path, folder: Path) -> list[str]:
+    """What a variant's run is given beside the recipe's name."""
+    if "{both}" in VARIANTS[name]:
+        return shlex.split(VARIANTS[name].format(both=both(pbc, folder)))
+    return [f"data.path={pbc.resolve()}", *shlex.split(VARIANTS[name])]
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,13 +140,12 @@ def main() -> None:
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     cells = halves(args.bccd, folder)
-    common = [f"data.path={args.pbc.resolve()}", *args.overrides]
     lines, frozen = [], dict[str, list[dict[str, float]]]()
     for name in args.only:
         each, seconds = list[dict[str, float]](), list[float]()
         for seed in args.seeds:
             run = f"{name.replace(' ', '_')}_{seed}"
-            seconds.append(train(folder, run, [*common, *shlex.split(VARIANTS[name]), f"seed={seed}"]))
+            seconds.append(train(folder, run, [*overrides(name, args.pbc, folder), *args.overrides, f"seed={seed}"]))
             found = ask(folder, run, "odd", args.frozen if name == args.only[0] and seed == args.seeds[0] else ())
             for one in found["against"]:
                 frozen.setdefault(f"{one['encoder']}, frozen", []).append(figures(one))
@@ -136,6 +160,7 @@ def main() -> None:
         f"photographs of odd number."
     )
     used = "\n".join(f"- {name}: `{VARIANTS[name]}`" for name in args.only if VARIANTS[name])
+    used = used.replace("{both}", f"{BOTH}both.csv")
     parts = [markdown(columns, lines), used]
     if args.report:
         runs = [f"{args.report.replace(' ', '_')}_{seed}" for seed in args.seeds]
