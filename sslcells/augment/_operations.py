@@ -43,6 +43,9 @@ def warp(x: Tensor, size: int, centre: Tensor, half: Tensor, angle: Tensor, flip
     much fine detail and noise as evaluated images. Other crops are one bilinear sample per pixel. `resized` at scale s
     averages with a triangle filter of radius s pixels, which has variance s²/6. A bilinear sample is the same with
     s = 1, so the filter before it needs variance (s² − 1)/6 along each axis of the crop.
+
+    A turned crop of scale s ≥ 3.5 is one of scale s/k of the means of k × k pixels, k = ⌊s/1.75⌋, which are fewer to
+    smooth. It keeps as much noise, and its filter is wider by a tenth at most.
     """
     image, some = torch.arange(len(centre)) % len(x), max(1, _CONVERTED // x[0].numel())
     if x.dtype != torch.uint8 or x.device.type != "cpu" or some >= len(x):
@@ -123,8 +126,7 @@ def _cropped(x: Tensor, image: Tensor, size: int, theta: Tensor, scale: Tensor, 
 _SHRINKS = 1.0001
 """image pixels per pixel of the view above which a crop is shrunk; just above 1, because of rounding"""
 _FINER = 1.75
-"""a turned crop is taken of an image that has at least so many pixels per pixel of the view: of the means of k × k
-pixels, where it would be shrunk by k times as much"""
+"""least pixels per pixel of the view that are left where a turned crop is taken of the means of squares of pixels"""
 _SUPERSAMPLE = 4.0
 """image pixels per pixel of the view above which it is faster to sample the crop finely than to smooth the image"""
 _VALUES = 2**24
