@@ -1,7 +1,7 @@
-"""From PBC to BCCD: the recipe cells_across_pbc96 whole, each of its parts off in turn, and beside other ways.
+"""From PBC to BCCD: the recipe cells_across_pbc96 whole, each of its parts off in turn, and other ways beside it.
 
-They are supervised training, published weights frozen, GroupNorm, and BCCD's photographs of odd number among the images
-of train, without their labels.
+The other ways are supervised training, published weights frozen, GroupNorm, and BCCD's photographs of odd number among
+the images of train, without their labels.
 
   python benchmarks/laboratories.py --pbc pbc96 --bccd bccd96 --folder runs/laboratories
 

@@ -71,6 +71,8 @@ def _warped(x: Tensor, image: Tensor, size: int, centre: Tensor, half: Tensor, a
     scale = half * extent / size  # (N, 2) image pixels per pixel of the view
     scale = torch.where(scale > _SHRINKS, scale, 1.0)
     squares = torch.where(angle == 0, 1, (scale.amin(1) / _FINER).long().clamp_min(1))  # (N,)
+    if bool((squares == 1).all()):
+        return _cropped(x, image, size, theta, scale, angle)
     out = x.new_empty(len(image), x.shape[1], size, size)
     for k in squares.unique().tolist():  # type: ignore[no-untyped-call]
         rows = (squares == k).nonzero()[:, 0]
@@ -87,10 +89,7 @@ def _means_of_squares(x: Tensor, k: int) -> Tensor:
     for axis in (2, 3) if k > 1 else ():
         if missing := -x.shape[axis] % k:
             x = torch.cat([x, x.narrow(axis, x.shape[axis] - missing, missing).flip(axis)], axis)
-        first, *others = (x[..., i::k, :] if axis == 2 else x[..., i::k] for i in range(k))
-        x = first / k
-        for other in others:
-            x.add_(other, alpha=1 / k)
+        x = _averaged(x, axis, x.new_full((1, k), 1 / k), k, x.shape[axis] // k)
     return x
 
 
